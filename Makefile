@@ -1,0 +1,54 @@
+# Forge. `make run` trains a model and serves it; `make test` runs the tests. Both do their own set-up.
+SHELL := bash
+.DEFAULT_GOAL := help
+# Extra arguments of the pipeline: make run ARGS="--data_path rows.jsonl --recipe my.yaml"
+ARGS ?=
+Q ?= NL: 20 juni 1969
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help setup run ask ui stop test test-long lint lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is done twice)
+	@images/install .venv pipeline & pipeline=$$!; \
+	 trap 'kill $$pipeline $$serving 2>/dev/null; wait' INT TERM; \
+	 images/install .venv-serving serving & serving=$$!; \
+	 wait $$pipeline; a=$$?; wait $$serving; b=$$?; exit $$((a | b))
+
+run: setup ## Preprocess, train, evaluate, register and serve: the whole pipeline, ARGS="..." for its inputs
+	@exec pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
+
+ask: setup ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
+	@python -m tasks.rollout ask "$(Q)"
+
+ui: setup ## Open MLflow's UI on the embedded registry
+	@exec python -m tasks.register ui
+
+stop: setup ## Stop the server that `make run` left serving
+	@python -m tasks.rollout stop
+
+test: setup ## The tests that one runs before every commit
+	pytest -m "not long"
+
+test-long: setup ## The tests that take longer: interruptions at every stage
+	pytest -m long
+
+lint: setup ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+lock: setup ## Resolve the requirements under images/ again
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --custom-compile-command "make lock" images/uv.in -o images/uv.lock
+	for image in pipeline serving; do \
+	  uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
+	    --no-emit-index-url --custom-compile-command "make lock" --excludes images/$$image/excludes.txt \
+	    images/$$image/requirements.in -o images/$$image/requirements.lock || exit 1; \
+	done
+
+clean: ## Stop serving and remove what runs and set-up left (environments, models, registry)
+	@[ ! -x .venv/bin/python ] || .venv/bin/python -m tasks.rollout stop
+	rm -rf .forge .venv .venv-serving .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,88 @@
+"""The small values that pass between stages. The bytes stay in the store; these say where they are and what they are.
+
+Every artifact has a content digest, and the digest (with the store's identity) keys the Flyte cache: the doors
+annotate their outputs with `HashMethod(cache_key)`. So an equal artifact made in another way, or found at another
+path, does not make later stages run again, and an artifact of a store that has since been wiped is never taken for
+one that is still there.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Contract(BaseModel):
+    """Base of what passes between stages: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Artifact(Contract):
+    """A directory in the store, complete and never changed after it was published.
+
+    `digest` is that of its files' contents; `store` the identity of the store (not its address); `started` and
+    `seconds` (Unix time, seconds) tell when and how long the stage worked on it.
+    """
+
+    uri: str
+    digest: str
+    store: str
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+def cache_key(artifact: Artifact) -> str:
+    """What of an artifact decides whether later stages run again."""
+    return f"{artifact.digest}@{artifact.store}"
+
+
+class Source(Artifact):
+    """The raw rows: a file, a directory of files, or the built-in demonstration. Found by preflight."""
+
+
+class Dataset(Artifact):
+    """Validated, split, tokenised and packed rows, and the held-out conversations."""
+
+    train_rows: int
+    heldout_rows: int
+
+
+class Model(Artifact):
+    """What training left: `model/` in Hugging Face format, and `base`, where the weights it started from are."""
+
+    base: str
+
+
+class Evaluation(Artifact):
+    """Scores of a model on the held-out rows, before (the base model) and after; `report` is an HTML page.
+
+    Scores are shares in [0, 1]; `nll` is nats a trained token. `json_validity` is None when no expected answer is
+    JSON.
+    """
+
+    items: int
+    exact_match: float
+    exact_match_before: float
+    nll: float
+    nll_before: float
+    json_validity: float | None
+    report: str
+
+
+class Version(Artifact):
+    """A package in the store (uri, digest) and the version of it in MLflow."""
+
+    name: str
+    version: str
+    run_id: str
+
+
+class Deployment(Contract):
+    """What is serving: an OpenAI-compatible API at `endpoint`, where `name` is the model to ask for."""
+
+    endpoint: str
+    name: str
+    version: str
+    digest: str
+    started: float
+    seconds: float
+    action: str
+    agreement: str

@@ -1,0 +1,69 @@
+"""Where things are: from FORGE_* environment variables, with embedded defaults under .forge/.
+
+What a run does is the recipe's business; settings only say where it happens.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.errors import Problems
+
+PROJECT = Path(__file__).resolve().parent.parent
+PREFIX = "FORGE_"
+
+
+class Settings(BaseSettings):
+    """One field a place; each is read from FORGE_<NAME IN CAPITALS>."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    home: Path = Field(PROJECT / ".forge", description="Where the embedded store, registry and serving state live")
+    mlflow_uri: str = Field("", description="MLflow tracking server; empty: SQLite under home")
+    serving_python: Path = Field(
+        PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
+    )
+    serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
+
+    @property
+    def store_root(self) -> Path:
+        """The embedded object store."""
+        return self.home / "store"
+
+    @property
+    def work(self) -> Path:
+        """Scratch space on the store's file system, so that publishing is a rename."""
+        return self.home / "work"
+
+    @property
+    def serving(self) -> Path:
+        """State and logs of the local server."""
+        return self.home / "serving"
+
+    @property
+    def endpoint(self) -> str:
+        """Base URL of the local OpenAI-compatible API."""
+        return f"http://127.0.0.1:{self.serving_port}/v1"
+
+
+def load_settings() -> Settings:
+    """Read the settings, or raise Problems naming each variable that is wrong or unknown."""
+    problems = []
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in sorted(os.environ):
+        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(PREFIX + "TEST_"):
+            near = difflib.get_close_matches(variable, known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            problems.append(f"{variable}: no such setting; {meant}")
+    try:
+        settings = Settings()  # type: ignore[call-arg]
+    except ValidationError as error:
+        for finding in error.errors():
+            name = PREFIX + str(finding["loc"][0]).upper()
+            problems.append(f"{name}={finding['input']}: {finding['msg'].lower()}")
+    if problems:
+        raise Problems("The settings (FORGE_* environment variables) are wrong:", problems)
+    return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
