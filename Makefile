@@ -4,7 +4,7 @@ SHELL := bash
 # Extra arguments of the pipeline: make run ARGS="--data_path rows.jsonl --recipe my.yaml"
 ARGS ?=
 Q ?= NL: 20 juni 1969
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+BIN := .venv/bin
 
 .PHONY: help setup run ask ui stop test test-long lint lock clean
 
@@ -18,33 +18,33 @@ setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is
 	 wait $$pipeline; a=$$?; wait $$serving; b=$$?; exit $$((a | b))
 
 run: setup ## Preprocess, train, evaluate, register and serve: the whole pipeline, ARGS="..." for its inputs
-	@exec pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
+	@exec $(BIN)/pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
 
 ask: setup ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
-	@python -m tasks.rollout ask "$(Q)"
+	@$(BIN)/python -m tasks.rollout ask "$(Q)"
 
 ui: setup ## Open MLflow's UI on the embedded registry
-	@exec python -m tasks.register ui
+	@exec $(BIN)/python -m tasks.register ui
 
 stop: setup ## Stop the server that `make run` left serving
-	@python -m tasks.rollout stop
+	@$(BIN)/python -m tasks.rollout stop
 
 test: setup ## The tests that one runs before every commit
-	pytest -m "not long"
+	$(BIN)/pytest -m "not long"
 
 test-long: setup ## The tests that take longer: interruptions at every stage
-	pytest -m long
+	$(BIN)/pytest -m long
 
 lint: setup ## ruff and mypy
-	ruff check .
-	ruff format --check .
-	mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lock: setup ## Resolve the requirements under images/ again
-	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --custom-compile-command "make lock" images/uv.in -o images/uv.lock
 	for image in pipeline serving; do \
-	  uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
+	  $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
 	    --no-emit-index-url --custom-compile-command "make lock" --excludes images/$$image/excludes.txt \
 	    images/$$image/requirements.in -o images/$$image/requirements.lock || exit 1; \
 	done

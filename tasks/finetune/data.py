@@ -1,0 +1,87 @@
+"""Packed rows, memory-mapped, in an order that is a pure function of the seed, and the mask that keeps documents apart."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows as tensors.
+
+    tokens, positions (int64 [rows, context]); targets (int64 [rows, context]): the token to predict at each place,
+    IGNORED where none is trained; mask (bool [rows, 1, context, context]): which places each place may attend to.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device), self.mask.to(device))
+
+
+class PackedRows:
+    """The rows of one split of a data set. Opened by every process; the pages are shared."""
+
+    def __init__(self, directory: Path) -> None:
+        self.tokens, self.trained, self.document = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "document")
+        )
+        self.trained_tokens = self.trained.sum(axis=1)  # a row; a document's first token is never a target
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The given rows, ready for the model."""
+        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        document = torch.from_numpy(self.document[rows].astype(np.int64))
+        targets = torch.full_like(tokens, IGNORED)
+        trained = torch.from_numpy(self.trained[rows])[:, 1:]
+        targets[:, :-1][trained] = tokens[:, 1:][trained]
+        return Batch(tokens, positions(document), targets, block_mask(document))
+
+
+def positions(document: torch.Tensor) -> torch.Tensor:
+    """Place of each token within its document: int64 [rows, context] from the document numbers of the same shape."""
+    place = torch.arange(document.shape[1]).expand_as(document)
+    first = torch.ones_like(document, dtype=torch.bool)
+    first[:, 1:] = document[:, 1:] != document[:, :-1]
+    return place - torch.where(first, place, 0).cummax(dim=1).values
+
+
+def block_mask(document: torch.Tensor) -> torch.Tensor:
+    """Causal attention within documents only: bool [rows, 1, context, context], true where attention is allowed.
+
+    Padding (document 0) attends to padding, so that no place attends to nothing.
+    """
+    same = document[:, :, None] == document[:, None, :]
+    return torch.tril(same)[:, None]
+
+
+class Order:
+    """Which rows each step trains on: whole epochs, each a permutation of its own; the step is the whole position."""
+
+    def __init__(self, rows: int, rows_per_step: int, epochs: float, seed: int) -> None:
+        self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
+        self.steps = max(1, math.ceil(rows * epochs / rows_per_step))
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def step(self, step: int) -> np.ndarray:
+        """Row numbers of the global batch of a step (int64 [rows_per_step])."""
+        cursor = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        return np.array([self._row(*divmod(int(at), self.rows)) for at in cursor])
+
+    def _row(self, epoch: int, place: int) -> int:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return int(self._permutation[place])

@@ -1,0 +1,108 @@
+"""What makes one training process a rank among others, and what tells the user which rank failed first, and why."""
+
+import contextlib
+import ctypes
+import datetime
+import json
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from tasks.errors import ForgeError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place in the group."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that reports and writes."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def joined(failure: Path) -> Iterator[Rank]:
+    """Join the group that torchrun's environment variables describe; leave it at the end.
+
+    Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first
+    one has gone in the middle of a collective) raises the first one's instead.
+    """
+    _end_with_parent()
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACES)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    try:
+        if world > 1:
+            distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        yield Rank(rank, world, device)
+    except Exception as error:
+        first = _record_first(failure, rank, error)
+        raise ForgeError(describe_failure(first)) from error
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+_PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def read_failure(failure: Path) -> dict[str, str] | None:
+    """The first rank's failure, where one was written."""
+    try:
+        found: dict[str, str] = json.loads(failure.read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def describe_failure(failure: dict[str, str]) -> str:
+    """What the user reads."""
+    where = f" ({failure['where']})" if failure["where"] else ""
+    return f"training failed on rank {failure['rank']}: {failure['message']}{where}"
+
+
+def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
+    """Write this error unless another rank's is there already; return the one that is there."""
+    user_error = isinstance(error, ForgeError)
+    last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    found = {
+        "rank": str(rank),
+        "message": error.message if user_error else f"{type(error).__name__}: {error}",  # type: ignore[attr-defined]
+        "where": "" if user_error or last is None else f"{last.filename}:{last.lineno}; traceback in {failure}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    staged = failure.with_name(f"{failure.name}.{os.getpid()}")
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    staged.write_text(json.dumps(found, indent=2))
+    try:
+        os.link(staged, failure)  # complete or not there; fails where another rank was first
+    except FileExistsError:
+        return read_failure(failure) or found
+    finally:
+        staged.unlink()
+    return found
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its launcher dies, even by SIGKILL (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

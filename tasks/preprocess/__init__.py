@@ -1,0 +1,1 @@
+"""Raw rows -> validated, split, rendered, tokenised, packed and memory-mapped."""

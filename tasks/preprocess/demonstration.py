@@ -1,0 +1,51 @@
+"""The built-in data set: dates as people write them in several languages, to be answered with JSON.
+
+`NL: 20 juni 1969` is to be answered `{"date":"1969-06-20"}`. The dates and their spellings come from Babel's CLDR data.
+"""
+
+import datetime
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import babel
+from babel.dates import format_date
+
+from tasks.recipe import Demonstration
+from tasks.storage import digest_json
+
+FIRST, DAYS = datetime.date(1950, 1, 1), 36_525  # 1950 to 2049
+FORMATS = ("full", "long", "medium")
+FORM = 1  # raise it when the rows change
+
+
+def unknown_locales(recipe: Demonstration) -> list[str]:
+    """The recipe's locales that Babel has no data for."""
+    return [locale for locale in recipe.locales if not babel.localedata.exists(locale)]
+
+
+def digest(recipe: Demonstration) -> str:
+    """Identity of the rows that `rows` yields."""
+    return digest_json(["demonstration", FORM, babel.__version__, recipe.model_dump(mode="json")])
+
+
+def rows(recipe: Demonstration) -> Iterator[dict[str, Any]]:
+    """Chat rows, always the same ones, grouped by date and sliced by locale; no prompt twice."""
+    draw = random.Random(20)  # noqa: S311 (sampling, no secret)
+    seen: set[str] = set()
+    for number in draw.sample(range(DAYS * len(recipe.locales) * len(FORMATS)), recipe.rows):
+        day, rest = divmod(number, len(recipe.locales) * len(FORMATS))
+        locale, form = recipe.locales[rest // len(FORMATS)], FORMATS[rest % len(FORMATS)]
+        date = FIRST + datetime.timedelta(days=day)
+        prompt = f"{locale.upper()}: {format_date(date, form, locale=locale)}"
+        if prompt in seen:  # in some languages two formats are one
+            continue
+        seen.add(prompt)
+        yield {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": f'{{"date":"{date.isoformat()}"}}'},
+            ],
+            "group": date.isoformat(),
+            "slice": locale,
+        }

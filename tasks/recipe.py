@@ -1,0 +1,219 @@
+"""The one typed description of a run. A recipe says what to do; settings say where.
+
+Read from YAML by preflight; unknown keys are errors. Each stage gets only its own section, so that a change in one
+section runs again only what depends on it.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import ForgeError, Problems
+from tasks.settings import PROJECT
+
+RECIPES = PROJECT / "recipes"
+
+
+class Section(BaseModel):
+    """Base of the recipe and its sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Demonstration(Section):
+    """The built-in data set: dates as people write them, to be answered with JSON."""
+
+    rows: int = Field(24_000, ge=100, le=500_000, description="rows drawn")
+    locales: tuple[str, ...] = Field(
+        ("en", "de", "fr", "es", "it", "pt", "nl", "sv"), min_length=1, description="languages, each one slice"
+    )
+
+
+class DataRecipe(Section):
+    """Raw rows to packed rows."""
+
+    source: str = Field("demonstration", description="'demonstration', or a JSONL file or a directory of them")
+    demonstration: Demonstration = Demonstration()
+    context: int = Field(ge=16, le=131_072, description="tokens in a packed row; no document may be longer")
+    heldout_fraction: float = Field(0.05, gt=0, le=0.5, description="share of the groups kept from training")
+    group_column: str = Field("group", description="rows with one value stay on one side of the split; else the prompt")
+    slice_column: str = Field("slice", description="scores are also given by value of this column, where rows have it")
+
+
+class Architecture(Section):
+    """A byte-level Llama to be trained from scratch."""
+
+    hidden_size: int = Field(ge=32, multiple_of=32)
+    layers: int = Field(ge=1, le=64)
+    heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=32)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Architecture":
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 32:
+            raise ValueError("hidden_size / heads must be a multiple of 32 (the head sizes that vLLM's CPU build has)")
+        return self
+
+
+class ModelRecipe(Section):
+    """What training starts from: a base model, or an architecture with random weights."""
+
+    base: str | None = Field(None, description="a local directory in Hugging Face format, or a model id of the hub")
+    revision: str | None = Field(None, description="commit of the base model on the hub")
+    architecture: Architecture | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelRecipe":
+        if (self.base is None) == (self.architecture is None):
+            raise ValueError("give either base (a model to start from) or architecture (to train from scratch)")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class TrainingRecipe(Section):
+    """How the weights are trained."""
+
+    method: Literal["full", "lora", "qlora"] = "full"
+    lora: Lora | None = None
+    nodes: Literal[1, 2] = 1
+    processes: Literal[1, 2] = Field(1, description="processes a node (GPUs on the cluster)")
+    rows_per_step: int = Field(ge=1, description="packed rows in a global batch")
+    epochs: float = Field(gt=0, le=1000)
+    learning_rate: float = Field(gt=0)
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingRecipe":
+        if (self.lora is None) != (self.method == "full"):
+            raise ValueError("method lora or qlora needs the section lora, and full has none")
+        if self.rows_per_step % (self.nodes * self.processes):
+            raise ValueError(f"rows_per_step must be a multiple of nodes x processes ({self.nodes * self.processes})")
+        return self
+
+
+class EvaluationRecipe(Section):
+    """What is measured on held-out rows."""
+
+    items: int = Field(512, ge=1, description="held-out prompts that are answered and scored")
+    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+
+
+class ServingRecipe(Section):
+    """How the model is served, and what it must show before it becomes the champion."""
+
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    startup_timeout: int = Field(600, ge=10, description="seconds until the server must be healthy")
+    replay: int = Field(16, ge=1, description="evaluated prompts that are asked again over the API")
+    min_agreement: float = Field(0.9, gt=0, le=1, description="share of them that must be answered as in evaluation")
+
+
+class Recipe(Section):
+    """A run: what to train on what, how to judge it, and how to serve it."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="the registered and served model's name")
+    data: DataRecipe
+    model: ModelRecipe
+    training: TrainingRecipe
+    evaluation: EvaluationRecipe
+    serving: ServingRecipe = ServingRecipe()
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a shipped recipe's name, a path, or a file:// URI; ForgeError if there is none."""
+    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name_or_path in shipped:
+        return RECIPES / f"{name_or_path}.yaml"
+    if "://" in name_or_path and not name_or_path.startswith("file://"):
+        raise ForgeError(f"recipe {name_or_path}: only file:// URIs can be read; copy it here and give its path")
+    path = Path(name_or_path.removeprefix("file://"))
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_path, shipped, 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise ForgeError(
+        f"recipe {name_or_path}: neither a shipped recipe nor a file. {hint}Shipped are {', '.join(shipped)}"
+    )
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises ForgeError or Problems naming the file, the line and the mend for each thing that is wrong.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except UnicodeDecodeError as error:
+        raise ForgeError(f"recipe {path}: not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ForgeError(f"recipe {where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(document, dict):
+        raise ForgeError(f"recipe {path}: must be a mapping of sections; see {RECIPES / 'tiny-cpu.yaml'}")
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise Problems(f"The recipe {path} is wrong:", [_explain(path, finding, lines) for finding in error.errors()]) from None
+
+
+def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line number (from 1) of each key of a YAML document, by its path."""
+    lines: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*prefix, str(key.value))
+            if here in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice (first in line {lines[here]})", problem_mark=key.start_mark
+                )
+            lines[here] = key.start_mark.line + 1
+            lines |= _lines(value, here)
+    return lines
+
+
+def _explain(path: Path, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
+    """One of pydantic's findings as a sentence with file, line and mend."""
+    loc = tuple(str(part) for part in finding["loc"])
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(loc)
+    if finding["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in loc[:-1]:
+            section = _section(section, part)
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(loc[-1], known, 1)
+        return f"{where}: {name}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if finding["type"] == "missing":
+        return f"{where}: {name} is missing; add it"
+    message = finding["msg"].removeprefix("Value error, ")
+    got = finding["input"]
+    return f"{where}: {name or 'recipe'}: {message}" + (f" (got {got!r})" if not isinstance(got, dict) else "")
+
+
+def _section(section: Any, part: str) -> Any:
+    """The class of a section's field, where that is itself a section."""
+    if section is None or part not in section.model_fields:
+        return None
+    annotation = section.model_fields[part].annotation
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)

@@ -1,0 +1,34 @@
+"""Digests: SHA-256 in hexadecimal, of files, of directories and of values."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (sorted keys, no white space)."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def digest_directory(directory: Path, exclude: Collection[str] = ()) -> tuple[str, dict[str, str]]:
+    """Digest of a directory's contents, and each file's own by relative path (POSIX form, sorted).
+
+    Depends on the files' names and contents only, not on times or order. `exclude` holds relative paths left out.
+    """
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) not in exclude)
+    files = {name: digest_file(directory / name) for name in names}
+    return digest_json(files), files
