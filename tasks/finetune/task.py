@@ -1,0 +1,73 @@
+"""The door of fine-tuning: a torch elastic task. On the cluster it is a PyTorchJob's pods, here it is processes."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from flytekit import Cache, FlyteContextManager, HashMethod, task
+from flytekit.core.base_task import IgnoreOutputs
+from flytekit.extend import TaskPlugins
+from flytekitplugins.kfpytorch import Elastic
+from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+
+from tasks.contracts import Dataset, Model, cache_key
+from tasks.errors import ForgeError
+from tasks.recipe import ModelRecipe, TrainingRecipe
+from tasks.settings import load_settings
+from tasks.storage import open_store
+from tasks.version import code_version
+
+
+class Processes(Elastic):
+    """An Elastic configuration whose process count is the recipe's (`training.processes`)."""
+
+
+class TrainingTask(PytorchElasticFunctionTask):
+    """Runs the task function in as many processes as the recipe says; a failure is the first failing rank's own."""
+
+    def execute(self, **kwargs: Any) -> Any:
+        """Start the processes and return the first rank's result; ForgeError says what failed, and where."""
+        self._task_config = replace(self.task_config, nproc_per_node=kwargs["training"].processes)
+        failure = failure_file(os.getpid())
+        failure.unlink(missing_ok=True)
+        # One thread a process, or torch and its peers on the same cores slow each other down.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        try:
+            return super().execute(**kwargs)
+        except IgnoreOutputs:
+            if FlyteContextManager.current_context().execution_state.is_local_execution():
+                raise KeyboardInterrupt from None  # the elastic agent was interrupted and has ended the processes
+            raise
+        except Exception as error:
+            from tasks.finetune.processes import describe_failure, read_failure
+
+            found = read_failure(failure)
+            if found is None:
+                raise ForgeError(f"training: a process ended without a word; was it killed for its memory? ({error})") from None
+            raise ForgeError(describe_failure(found)) from None
+
+
+TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)
+
+
+def failure_file(launcher: int) -> Path:
+    """Where the ranks that a process launched say which of them failed first."""
+    return load_settings().work / f"training-failure-{launcher}.json"
+
+
+@task(
+    task_config=Processes(nnodes=1, increase_shared_mem=False, monitor_interval=0.2),
+    cache=Cache(version=code_version("finetune"), serialize=True),
+)
+def train_model(
+    dataset: Dataset, model: ModelRecipe, training: TrainingRecipe
+) -> Annotated[Model, HashMethod(cache_key)]:
+    """Packed rows and a base model (or an architecture) to a trained model in the store."""
+    from tasks.finetune.processes import joined
+    from tasks.finetune.train import train
+
+    with joined(failure_file(os.getppid())) as rank:
+        trained = train(rank, dataset, model, training, open_store(load_settings()))
+    # Flyte takes the first rank's value; the others have none, and any will do.
+    return trained or Model(uri="", digest="", store="", base="")

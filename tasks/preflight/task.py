@@ -1,0 +1,22 @@
+"""The door of preflight."""
+
+import time
+from typing import Annotated, NamedTuple
+
+from flytekit import HashMethod, task
+
+from tasks.contracts import Source, cache_key
+from tasks.preflight.checks import check_all
+from tasks.recipe import Recipe
+
+Plan = NamedTuple(
+    "Plan", [("recipe", Recipe), ("source", Annotated[Source, HashMethod(cache_key)]), ("started", float)]
+)  # fmt: skip
+
+
+@task
+def preflight(data_path: str, recipe: str) -> Plan:
+    """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
+    started = time.time()
+    loaded, source = check_all(data_path, recipe)
+    return Plan(loaded, source, started)

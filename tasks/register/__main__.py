@@ -1,0 +1,31 @@
+"""`python -m tasks.register ui`: MLflow's UI on the embedded registry (what `make ui` runs)."""
+
+import os
+import sys
+
+import click
+
+from tasks.registry import artifact_root, open_registry, tracking_uri
+from tasks.settings import load_settings
+
+
+@click.group()
+def cli() -> None:
+    """The registry, by hand."""
+
+
+@cli.command()
+@click.option("--port", default=5000, show_default=True, help="Where the UI listens, on this machine only.")
+def ui(port: int) -> None:
+    """Serve MLflow's UI until interrupted."""
+    settings = load_settings()
+    if settings.mlflow_uri:
+        raise click.ClickException(f"the registry is a server with a UI of its own: {settings.mlflow_uri}")
+    open_registry(settings)
+    click.echo(f"MLflow's UI: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    where = ["--backend-store-uri", tracking_uri(settings), "--default-artifact-root", artifact_root(settings) or ""]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), *where])  # noqa: S606
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,50 @@
+"""The package: the model's files and a manifest that names each of them. Complete when the manifest is there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ForgeError
+from tasks.storage import DirectoryStore, digest_directory
+
+MANIFEST = "manifest.json"
+
+
+def build_package(model: Path, name: str, lineage: dict[str, Any], store: DirectoryStore) -> tuple[str, str]:
+    """Publish a directory in Hugging Face format as models/<name>/sha256-<digest>; returns its URI and digest.
+
+    The digest is that of the model's files, so the same model is the same package. What was published is read back
+    and compared with its manifest; ForgeError where they differ.
+    """
+    digest, files = digest_directory(model)
+    with store.stage() as staged:
+        shutil.copytree(model, staged, dirs_exist_ok=True)
+        sizes = {file: (staged / file).stat().st_size for file in files}
+        manifest = {
+            "kind": "model",
+            "name": name,
+            "digest": digest,
+            "files": [{"path": file, "size": sizes[file], "sha256": sha256} for file, sha256 in files.items()],
+            **lineage,
+        }
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        uri = store.publish(staged, f"models/{name}/sha256-{digest}")
+    verify_package(store.path(uri), digest)
+    return uri, digest
+
+
+def verify_package(package: Path, digest: str) -> None:
+    """Raise ForgeError, naming the file, unless the package's files are those of its manifest and digest."""
+    try:
+        manifest = json.loads((package / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise ForgeError(f"package {package}: {MANIFEST} is missing or broken; delete the package and run again") from None
+    found, files = digest_directory(package, exclude={MANIFEST})
+    expected = {file["path"]: file["sha256"] for file in manifest["files"]}
+    for file in sorted(expected.keys() | files.keys()):
+        if expected.get(file) != files.get(file):
+            what = "missing" if file not in files else "not in the manifest" if file not in expected else "damaged"
+            raise ForgeError(f"package {package}: {file} is {what}; delete the package and run again")
+    if found != digest:
+        raise ForgeError(f"package {package}: its digest is {found}, not {digest}; delete the package and run again")

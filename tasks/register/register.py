@@ -1,0 +1,108 @@
+"""The stage's work: package the model, and record its run and version in MLflow. Safe to run again."""
+
+import json
+import time
+from typing import Any
+
+from filelock import FileLock
+
+from tasks.contracts import Dataset, Evaluation, Model, Version
+from tasks.recipe import Recipe
+from tasks.register.package import build_package
+from tasks.registry import artifact_root, open_registry
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore, digest_json
+
+DIGEST = "package_digest"
+
+
+def register(
+    recipe: Recipe, dataset: Dataset, model: Model, evaluation: Evaluation, settings: Settings, store: DirectoryStore
+) -> Version:
+    """Publish the package and create its version, or find the one that an earlier run made of the same model."""
+    started = time.time()
+    directory = store.path(model.uri)
+    training = json.loads((directory / "training.json").read_text())
+    lineage = {
+        "dataset": dataset.digest,
+        "base": training["base"],
+        "recipe": digest_json(recipe.model_dump(mode="json")),
+        "evaluation": evaluation.digest,
+        "metrics": metrics_of(evaluation),
+        "versions": training["versions"],
+    }
+    uri, digest = build_package(directory / "model", recipe.name, lineage, store)
+    client = open_registry(settings)
+    with FileLock(settings.home / "register.lock"):
+        found = find_version(client, recipe.name, digest)
+        if found is None:
+            run_id = record_run(client, recipe, dataset, evaluation, training, digest, settings)
+            if not client.search_registered_models(f"name = '{recipe.name}'"):
+                client.create_registered_model(recipe.name)
+            tags = {DIGEST: digest, "dataset_digest": dataset.digest, "evaluation_digest": evaluation.digest}
+            found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
+            print(f"register: {recipe.name} version {found.version} is {uri}")
+        else:
+            print(f"register: {recipe.name} version {found.version} is this model already")
+    return Version(
+        uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started,
+        name=recipe.name, version=str(found.version), run_id=found.run_id or "",
+    )  # fmt: skip
+
+
+def find_version(client: Any, name: str, digest: str) -> Any:
+    """The version whose package has this digest, or None."""
+    found = client.search_model_versions(f"name = '{name}' and tags.{DIGEST} = '{digest}'")
+    return found[0] if found else None
+
+
+def record_run(
+    client: Any, recipe: Recipe, dataset: Dataset, evaluation: Evaluation, training: dict[str, Any], digest: str, settings: Settings
+) -> str:
+    """Write the run (parameters, metrics, loss curve, data set, report); returns its id.
+
+    A run that was cut off before it was finished is removed and written again.
+    """
+    from mlflow.entities import Dataset as LoggedDataset
+    from mlflow.entities import DatasetInput, Metric, Param
+
+    experiment = client.get_experiment_by_name(recipe.name)
+    experiment_id = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment(recipe.name, artifact_location=artifact_root(settings))
+    )
+    for run in client.search_runs([experiment_id], f"tags.{DIGEST} = '{digest}'"):
+        if run.info.status == "FINISHED":
+            return str(run.info.run_id)
+        client.delete_run(run.info.run_id)
+    run_id = str(client.create_run(experiment_id, tags={DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}").info.run_id)
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, 0) for name, value in metrics_of(evaluation).items()]
+    metrics += [
+        Metric(name, point[name], now, int(point["step"]))
+        for point in training["curve"]
+        for name in ("loss", "heldout_loss")
+        if name in point
+    ]
+    metrics.append(Metric("tokens_per_second", training["tokens_per_second"], now, 0))
+    client.log_batch(run_id, metrics, [Param(*item) for item in flatten(recipe.model_dump(mode="json"))])
+    source = json.dumps({"uri": dataset.uri})
+    client.log_inputs(run_id, [DatasetInput(LoggedDataset(recipe.name, dataset.digest[:36], "local", source))])
+    client.log_artifact(run_id, evaluation.report)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, float]:
+    """The scores of an evaluation that there are."""
+    names = ("exact_match", "exact_match_before", "nll", "nll_before", "json_validity")
+    return {name: value for name in names if (value := getattr(evaluation, name)) is not None}
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as dotted names and texts, in order."""
+    flat: list[tuple[str, str]] = []
+    for name, part in value.items():
+        flat += flatten(part, f"{prefix}{name}.") if isinstance(part, dict) else [(f"{prefix}{name}", str(part))]
+    return flat

@@ -1,0 +1,75 @@
+"""MLflow, where runs and model versions are recorded: opened here, and nowhere else.
+
+The embedded registry is SQLite under .forge/. Its tables are made once, under a lock: processes that make them
+side by side break the database for good.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from tasks.errors import ForgeError
+from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+
+
+def tracking_uri(settings: Settings) -> str:
+    """The MLflow server of the settings, or the embedded database."""
+    return settings.mlflow_uri or f"sqlite:///{settings.home / 'mlflow' / 'mlflow.db'}"
+
+
+def artifact_root(settings: Settings) -> str | None:
+    """Where the embedded registry keeps artifacts; None leaves it to the server."""
+    return None if settings.mlflow_uri else (settings.home / "mlflow" / "artifacts").as_uri()
+
+
+def open_registry(settings: Settings) -> "MlflowClient":
+    """A client of the registry, made first if it is the embedded one; ForgeError where it cannot be reached."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in TIMEOUT.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(settings)
+    lock = settings.home / "mlflow" / "lock"
+    try:
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            client = MlflowClient(uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
+            client.search_registered_models(max_results=1)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ForgeError(f"MLflow {uri}: cannot be used ({reason}); start it, or mend FORGE_MLFLOW_URI") from None
+    return client
+
+
+def champion_version(client: "MlflowClient", name: str) -> str | None:
+    """The version that the alias champion names, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found: str = client.get_model_version_by_alias(name, CHAMPION).version
+    except MlflowException:
+        return None
+    return str(found)
+
+
+def promote(client: "MlflowClient", name: str, version: str) -> None:
+    """Move the alias champion to a version, and note on it which version it was before."""
+    previous = champion_version(client, name)
+    if previous == version:
+        return
+    client.set_model_version_tag(name, version, "previous_champion", previous or "")
+    client.set_registered_model_alias(name, CHAMPION, version)

@@ -1,0 +1,1 @@
+"""A registered version -> a model that serves, tested over its API, before it becomes the champion."""

@@ -1,0 +1,57 @@
+"""`python -m tasks.rollout ask|status|stop`: the local server, by hand (what `make ask` and `make stop` run)."""
+
+import click
+from openai import OpenAIError
+
+from tasks.errors import ForgeError
+from tasks.rollout.prove import ask as ask_once
+from tasks.rollout.prove import client_of
+from tasks.rollout.rollout import rollout_lock
+from tasks.rollout.server import LocalServer
+from tasks.settings import load_settings
+
+
+@click.group()
+def cli() -> None:
+    """The model that serves on this machine."""
+
+
+@cli.command()
+@click.argument("question")
+@click.option("--max-tokens", default=128, show_default=True)
+def ask(question: str, max_tokens: int) -> None:
+    """Ask the served model one question."""
+    settings = load_settings()
+    running = LocalServer(settings).running()
+    if running is None:
+        raise ForgeError("nothing is serving; start it with: make run")
+    try:
+        messages = [{"role": "user", "content": question}]
+        click.echo(ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages, max_tokens))
+    except OpenAIError as error:
+        raise ForgeError(f"the server did not answer ({error}); see {running.log}") from None
+
+
+@cli.command()
+def status() -> None:
+    """Say what serves."""
+    running = LocalServer(load_settings()).running()
+    if running is None:
+        click.echo("Nothing is serving.")
+    else:
+        state = "healthy" if running.healthy() else "not healthy"
+        spec = running.spec
+        click.echo(f"{spec.name} version {spec.version} ({spec.digest[:12]}) on port {spec.port}, {state}; log {running.log}")
+
+
+@cli.command()
+def stop() -> None:
+    """Stop the server."""
+    settings = load_settings()
+    with rollout_lock(settings, timeout=10):
+        stopped = LocalServer(settings).stop()
+    click.echo(f"Stopped {stopped.spec.name} version {stopped.spec.version}." if stopped else "Nothing is serving.")
+
+
+if __name__ == "__main__":
+    cli()

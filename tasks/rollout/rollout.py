@@ -1,0 +1,107 @@
+"""The stage's work: serve a version, prove it over the API, and only then make it the champion."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from tasks.contracts import Deployment, Evaluation, Version
+from tasks.errors import ForgeError
+from tasks.recipe import ServingRecipe
+from tasks.registry import open_registry, promote
+from tasks.rollout.prove import prove
+from tasks.rollout.server import LocalServer, Running, Spec, port_is_free
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+
+
+@contextlib.contextmanager
+def rollout_lock(settings: Settings, timeout: float) -> Iterator[None]:
+    """One rollout at a time; the kernel gives the lock back if its holder dies."""
+    settings.serving.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(settings.serving / "lock", timeout=timeout):
+            yield
+    except Timeout:
+        raise ForgeError(f"another rollout has held {settings.serving / 'lock'} for {timeout:.0f} s; see what it does") from None
+
+
+def roll_out(
+    version: Version, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: DirectoryStore
+) -> Deployment:
+    """Serve the version's package on the local port; what served before is started again if anything goes wrong.
+
+    Raises ForgeError saying why the new model does not serve. The alias champion moves last.
+    """
+    started = time.time()
+    spec = Spec(
+        version.name, version.version, version.digest, str(store.path(version.uri)), settings.serving_port, recipe.dtype
+    )
+    server = LocalServer(settings)
+    with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
+        before = server.running()
+        if before is not None and before.spec == spec and before.healthy():
+            action = "was serving already"
+            agreement = _prove(spec, evaluation, recipe, settings, store)
+        else:
+            action = "serves in place of " + _describe(before) if before else "serves"
+            agreement = _replace(server, before, spec, evaluation, recipe, settings, store)
+        promote(open_registry(settings), version.name, version.version)
+    print(f"roll_out: {version.name} version {version.version} {action}; {agreement} answers as in evaluation")
+    return Deployment(
+        endpoint=settings.endpoint, name=version.name, version=version.version, digest=version.digest,
+        started=started, seconds=time.time() - started, action=action, agreement=agreement,
+    )  # fmt: skip
+
+
+def _replace(
+    server: LocalServer, before: Running | None, spec: Spec, evaluation: Evaluation, recipe: ServingRecipe,
+    settings: Settings, store: DirectoryStore,
+) -> str:  # fmt: skip
+    """Stop what serves, start the new model and prove it; on any failure put back what served."""
+    if before is None and not port_is_free(spec.port):
+        raise ForgeError(f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT")
+    try:
+        server.stop()
+        running = server.start(spec)
+        with Console().status(f"roll_out: vLLM is starting (log: {running.log})"):
+            server.wait_ready(running, recipe.startup_timeout)
+        return _prove(spec, evaluation, recipe, settings, store)
+    except BaseException as error:
+        server.stop()
+        if before is not None:
+            again = server.start(before.spec)
+            if isinstance(error, ForgeError):
+                server.wait_ready(again, recipe.startup_timeout)
+                raise ForgeError(f"{error.message}\n{_describe(before)} serves again; the champion is unchanged") from None
+        raise
+
+
+def _prove(spec: Spec, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: DirectoryStore) -> str:
+    return prove(settings.endpoint, spec.name, store.path(evaluation.uri), recipe.replay, recipe.min_agreement)
+
+
+def _describe(running: Running) -> str:
+    return f"{running.spec.name} version {running.spec.version}"
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, so that a half-started server is not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,174 @@
+"""vLLM as a process on this machine: one server, recorded under .forge/serving/, that outlives who started it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
+
+from tasks.errors import ForgeError
+from tasks.settings import Settings
+
+STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
+VLLM = "vllm.entrypoints.openai.api_server"
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a server serves: the package at `path`, under the model name `name`, on `port`."""
+
+    name: str
+    version: str
+    digest: str
+    path: str
+    port: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Running:
+    """A started server: its process (told from a later one of the same number by its creation time) and its log."""
+
+    spec: Spec
+    pid: int
+    created: float
+    log: str
+
+    def process(self) -> psutil.Process | None:
+        """The server's process, or None if it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    def healthy(self) -> bool:
+        """Whether the server answers that it is healthy."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:  # noqa: S310
+                return bool(answer.status == 200)
+        except (URLError, OSError):
+            return False
+
+
+class LocalServer:
+    """The one vLLM server of this home. Callers hold the rollout lock (`Settings.serving / "lock"`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.record = settings.serving / "server.json"
+
+    def running(self) -> Running | None:
+        """The recorded server, if its process lives."""
+        try:
+            value = json.loads(self.record.read_text())
+        except FileNotFoundError:
+            return None
+        found = Running(Spec(**value.pop("spec")), **value)
+        return found if found.process() else None
+
+    def start(self, spec: Spec) -> Running:
+        """Start a server and record it; returns at once, before it is ready."""
+        self.settings.serving.mkdir(parents=True, exist_ok=True)
+        log = self.settings.serving / f"vllm-{spec.digest[:12]}.log"
+        command = [
+            str(self.settings.serving_python), "-m", VLLM,
+            "--host", "127.0.0.1", "--port", str(spec.port),
+            "--model", spec.path, "--served-model-name", spec.name,
+            "--dtype", spec.dtype, "--enforce-eager",
+        ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
+        with signals_deferred(), log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=environment, cwd=self.settings.serving, start_new_session=True,
+            )  # fmt: skip
+            running = Running(spec, process.pid, psutil.Process(process.pid).create_time(), str(log))
+            write_atomically(self.record, json.dumps(asdict(running), indent=2))
+        return running
+
+    def wait_ready(self, running: Running, timeout: float) -> None:
+        """Wait until the server is healthy; ForgeError with the end of its log when it ends or takes too long."""
+        deadline = time.monotonic() + timeout
+        while not running.healthy():
+            if running.process() is None:
+                raise ForgeError(f"vLLM ended while it started:\n{_last_lines(running.log)}\nThe whole log is {running.log}")
+            if time.monotonic() > deadline:
+                raise ForgeError(
+                    f"vLLM was not ready after {timeout:.0f} s; raise serving.startup_timeout, or see {running.log}"
+                )
+            time.sleep(0.25)
+
+    def stop(self) -> Running | None:
+        """Stop the recorded server and all its processes; returns what was running."""
+        running = self.running()
+        with signals_deferred():
+            if running is not None and (process := running.process()) is not None:
+                processes = [process, *process.children(recursive=True)]
+                process.terminate()
+                _, alive = psutil.wait_procs(processes, timeout=STOP_GRACE)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
+                psutil.wait_procs(alive, timeout=STOP_GRACE)
+            self.record.unlink(missing_ok=True)
+        return running
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of the loopback address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that readers see the old or the new one whole."""
+    staged = path.with_suffix(f".{os.getpid()}")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for a moment in which a process must not be lost; raise KeyboardInterrupt after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread alone
+        return
+    pending: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
+def _last_lines(log: str, count: int = 12) -> str:
+    return "\n".join(f"  {line}" for line in Path(log).read_text(errors="replace").splitlines()[-count:])

@@ -1,0 +1,1 @@
+"""What a run came to: on the terminal, and in .forge/last-run.json."""

@@ -1,0 +1,23 @@
+"""The door of the summary."""
+
+from flytekit import task
+from rich.console import Console
+
+from tasks.contracts import Dataset, Deployment, Evaluation, Model, Version
+from tasks.settings import load_settings
+from tasks.summary.summary import facts_of, show, write_facts
+
+
+@task
+def summarise(
+    started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version, deployment: Deployment
+) -> str:
+    """Print what the run came to, keep it in .forge/last-run.json, and return the endpoint."""
+    stages = {
+        "preprocess_data": dataset, "train_model": model, "evaluate_model": evaluation,
+        "register_model": version, "roll_out": deployment,
+    }  # fmt: skip
+    facts = facts_of(evaluation, deployment, stages, started)
+    write_facts(facts, load_settings())
+    show(facts, stages, started, Console())
+    return deployment.endpoint

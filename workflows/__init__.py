@@ -1,0 +1,1 @@
+"""What runs: the workflows that tie the stages together."""
