@@ -15,18 +15,22 @@ class Contract(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Artifact(Contract):
+class Result(Contract):
+    """What a stage came to, when it `started` (Unix time) and how many `seconds` it worked."""
+
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+class Artifact(Result):
     """A directory in the store, complete and never changed after it was published.
 
-    `digest` is that of its files' contents; `store` the identity of the store (not its address); `started` and
-    `seconds` (Unix time, seconds) tell when and how long the stage worked on it.
+    `digest` is that of its files' contents; `store` is the identity of the store (not its address).
     """
 
     uri: str
     digest: str
     store: str
-    started: float = 0.0
-    seconds: float = 0.0
 
 
 def cache_key(artifact: Artifact) -> str:
@@ -75,14 +79,14 @@ class Version(Artifact):
     run_id: str
 
 
-class Deployment(Contract):
-    """What is serving: an OpenAI-compatible API at `endpoint`, where `name` is the model to ask for."""
+class Deployment(Result):
+    """What is serving: an OpenAI-compatible API at `endpoint`, where `name` is the model to ask for.
+
+    `agreement` says how many of the prompts asked again over the API were answered as in evaluation.
+    """
 
     endpoint: str
     name: str
     version: str
     digest: str
-    started: float
-    seconds: float
-    action: str
     agreement: str

@@ -27,8 +27,8 @@ class Demonstration(Section):
     """The built-in data set: dates as people write them, to be answered with JSON."""
 
     rows: int = Field(24_000, ge=100, le=500_000, description="rows drawn")
-    locales: tuple[str, ...] = Field(
-        ("en", "de", "fr", "es", "it", "pt", "nl", "sv"), min_length=1, description="languages, each one slice"
+    locales: list[str] = Field(
+        ["en", "de", "fr", "es", "it", "pt", "nl", "sv"], min_length=1, description="languages, each one slice"
     )
 
 
@@ -78,7 +78,7 @@ class Lora(Section):
     rank: int = Field(16, ge=1, le=512)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: list[str] = Field(["all-linear"], min_length=1)
 
 
 class TrainingRecipe(Section):
@@ -172,7 +172,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise Problems(f"The recipe {path} is wrong:", [_explain(path, finding, lines) for finding in error.errors()]) from None
+        raise Problems(
+            f"The recipe {path} is wrong:", [_explain(path, finding, lines) for finding in error.errors()]
+        ) from None
 
 
 def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
@@ -202,7 +204,9 @@ def _explain(path: Path, finding: Any, lines: dict[tuple[str, ...], int]) -> str
             section = _section(section, part)
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(loc[-1], known, 1)
-        return f"{where}: {name}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+        return f"{where}: {name}: unknown key; " + (
+            f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        )
     if finding["type"] == "missing":
         return f"{where}: {name} is missing; add it"
     message = finding["msg"].removeprefix("Value error, ")

@@ -59,7 +59,7 @@ def load_settings() -> Settings:
             meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             problems.append(f"{variable}: no such setting; {meant}")
     try:
-        settings = Settings()  # type: ignore[call-arg]
+        settings = Settings()
     except ValidationError as error:
         for finding in error.errors():
             name = PREFIX + str(finding["loc"][0]).upper()

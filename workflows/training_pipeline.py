@@ -33,5 +33,10 @@ def training_pipeline(data_path: str = "", recipe: str = "tiny-cpu") -> str:
     version = register_model(recipe=settled, dataset=dataset, model=model, evaluation=evaluation)
     deployment = roll_out(version=version, evaluation=evaluation, serving=settled.serving)
     return summarise(
-        started=plan.started, dataset=dataset, model=model, evaluation=evaluation, version=version, deployment=deployment
+        started=plan.started,
+        dataset=dataset,
+        model=model,
+        evaluation=evaluation,
+        version=version,
+        deployment=deployment,
     )

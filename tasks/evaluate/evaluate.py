@@ -33,9 +33,11 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
     def answers(name: str, model_directory: str) -> list[Answer]:
         with Progress() as progress:
             bar = progress.add_task(f"evaluate {name} training", total=len(items))
-            return answer_all(
-                model_directory, items, recipe.max_new_tokens, recipe.batch_size, lambda done: progress.update(bar, completed=done)
-            )  # fmt: skip
+
+            def tell(done: int) -> None:
+                progress.update(bar, completed=done)
+
+            return answer_all(model_directory, items, recipe.max_new_tokens, recipe.batch_size, tell)
 
     before = answers("before", base)
     after = answers("after", str(directory / "model"))
@@ -45,9 +47,13 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
             for item, old, new in zip(items, before, after, strict=True):
                 value = {
                     **dataclasses.asdict(item),
-                    "answer": new.text, "nll": new.nll, "exact": new.exact,
-                    "answer_before": old.text, "nll_before": old.nll, "exact_before": old.exact,
-                }  # fmt: skip
+                    "answer": new.text,
+                    "nll": new.nll,
+                    "exact": new.exact,
+                    "answer_before": old.text,
+                    "nll_before": old.nll,
+                    "exact_before": old.exact,
+                }
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
         training = json.loads((directory / "training.json").read_text())
         slices = {"after": by_slice(items, after), "before": by_slice(items, before)}
@@ -67,7 +73,10 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
         }
         (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
         uri = store.publish(staged, f"evaluations/sha256-{digest}")
-    print(f"evaluate: exact match {scores_before.exact_match:.1%} -> {scores.exact_match:.1%} on {len(items)} held-out prompts")
+    print(
+        f"evaluate: exact match {scores_before.exact_match:.1%} -> {scores.exact_match:.1%} "
+        f"on {len(items)} held-out prompts"
+    )
     return Evaluation(
         uri=uri,
         digest=digest,

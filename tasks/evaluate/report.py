@@ -5,22 +5,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from tasks.evaluate.score import Answer, Item, Scores, summarise
-
-matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402 (after the backend is chosen)
 
 SAMPLES = 12
 INK = "#7a7a7a"  # replaced by the page's own text colour
 BEFORE, AFTER = "#9aa5b1", "#2f7ed8"
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "forge", "font.family": "sans-serif", "font.size": 10,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.transparent": True,
-}  # fmt: skip
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "forge",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
 
 
 def render_report(
@@ -48,13 +56,13 @@ def render_report(
 
 def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
     """Training and held-out loss against trained steps, as SVG."""
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3))
+        axes = figure.subplots()
         axes.plot([p["step"] for p in curve], [p["loss"] for p in curve], color=BEFORE, label="training")
         heldout = [p for p in curve if "heldout_loss" in p]
-        axes.plot(
-            [p["step"] for p in heldout], [p["heldout_loss"] for p in heldout], color=AFTER, marker="o", label="held out"
-        )  # fmt: skip
+        steps, losses = [p["step"] for p in heldout], [p["heldout_loss"] for p in heldout]
+        axes.plot(steps, losses, color=AFTER, marker="o", label="held out")
         axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
         axes.legend()
         return _svg(figure)
@@ -63,8 +71,9 @@ def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
 def plot_slices(slices: Mapping[str, Mapping[str, Scores]]) -> str:
     """Exact match by slice, before and after training, as SVG."""
     names = list(slices["after"])
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3))
+        axes = figure.subplots()
         places = range(len(names))
         for shift, which, colour in ((-0.2, "before", BEFORE), (0.2, "after", AFTER)):
             heights = [100 * slices[which][name].exact_match for name in names]
@@ -75,10 +84,9 @@ def plot_slices(slices: Mapping[str, Mapping[str, Scores]]) -> str:
         return _svg(figure)
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
     """A figure as an SVG element that takes the page's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")

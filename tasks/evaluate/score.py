@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tasks.errors import ForgeError
+
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def read_items(path: Path, most: int) -> list[Item]:
     return items
 
 
-def answer_all(directory: str, items: Sequence[Item], max_new_tokens: int, batch_size: int, tell: Callable[[int], None]) -> list[Answer]:
+def answer_all(
+    directory: str, items: Sequence[Item], max_new_tokens: int, batch_size: int, tell: Callable[[int], None]
+) -> list[Answer]:
     """Answer every item with the model of a directory in Hugging Face format; `tell` hears how many are done."""
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,13 +68,17 @@ def answer_all(directory: str, items: Sequence[Item], max_new_tokens: int, batch
     model = model.to(device).eval()
     prompts = [tokens_of(tokenizer, item.messages, add_generation_prompt=True) for item in items]
     whole = [
-        tokens_of(tokenizer, [*item.messages, {"role": "assistant", "content": item.expected}], add_generation_prompt=False)
+        tokens_of(
+            tokenizer, [*item.messages, {"role": "assistant", "content": item.expected}], add_generation_prompt=False
+        )
         for item in items
     ]
     texts, nlls = [""] * len(items), [0.0] * len(items)
     done = 0
     for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        for at, text in zip(batch, generate(model, tokenizer, [prompts[at] for at in batch], max_new_tokens), strict=True):
+        for at, text in zip(
+            batch, generate(model, tokenizer, [prompts[at] for at in batch], max_new_tokens), strict=True
+        ):
             texts[at] = text
         nll = answer_nll(model, [whole[at] for at in batch], [len(prompts[at]) for at in batch])
         for at, value in zip(batch, nll, strict=True):
@@ -77,7 +86,8 @@ def answer_all(directory: str, items: Sequence[Item], max_new_tokens: int, batch
         done += len(batch)
         tell(done)
     return [
-        Answer(text, nll, text.strip() == item.expected.strip()) for item, text, nll in zip(items, texts, nlls, strict=True)
+        Answer(text, nll, text.strip() == item.expected.strip())
+        for item, text, nll in zip(items, texts, nlls, strict=True)
     ]
 
 
@@ -102,7 +112,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     output = model.generate(
         **padded, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-    )  # fmt: skip
+    )
     texts: list[str] = tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 

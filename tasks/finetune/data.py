@@ -1,4 +1,4 @@
-"""Packed rows, memory-mapped, in an order that is a pure function of the seed, and the mask that keeps documents apart."""
+"""Packed rows, memory-mapped, in an order that the seed alone decides, and the mask that keeps documents apart."""
 
 import math
 from dataclasses import dataclass

@@ -103,6 +103,8 @@ def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process when its launcher dies, even by SIGKILL (Linux)."""
+    """End at once on a signal, and when the launcher dies, even by SIGKILL (the latter on Linux)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

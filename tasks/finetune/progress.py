@@ -19,9 +19,13 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(), console=Console(file=sys.stdout),
-            )  # fmt: skip
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=Console(file=sys.stdout),
+            )
             self._task = self._bar.add_task("train", total=steps, figures="")
 
     def __enter__(self) -> "TrainingProgress":
@@ -29,7 +33,9 @@ class TrainingProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 

@@ -1,6 +1,7 @@
 """The door of fine-tuning: a torch elastic task. On the cluster it is a PyTorchJob's pods, here it is processes."""
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,9 @@ from tasks.settings import load_settings
 from tasks.storage import open_store
 from tasks.version import code_version
 
+# The elastic agent takes these over and does not give them back.
+ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
 
 class Processes(Elastic):
     """An Elastic configuration whose process count is the recipe's (`training.processes`)."""
@@ -33,6 +37,7 @@ class TrainingTask(PytorchElasticFunctionTask):
         failure.unlink(missing_ok=True)
         # One thread a process, or torch and its peers on the same cores slow each other down.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         try:
             return super().execute(**kwargs)
         except IgnoreOutputs:
@@ -44,8 +49,13 @@ class TrainingTask(PytorchElasticFunctionTask):
 
             found = read_failure(failure)
             if found is None:
-                raise ForgeError(f"training: a process ended without a word; was it killed for its memory? ({error})") from None
+                raise ForgeError(
+                    f"training: a process ended without a word; was it killed for its memory? ({error})"
+                ) from None
             raise ForgeError(describe_failure(found)) from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)

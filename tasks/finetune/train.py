@@ -13,6 +13,7 @@ import transformers
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tasks.contracts import Dataset, Model
 from tasks.errors import ForgeError
@@ -23,13 +24,16 @@ from tasks.finetune.progress import TrainingProgress
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.storage import DirectoryStore, digest_directory
 
+transformers_logging.disable_progress_bar()
 CARD = "training.json"
 POINTS = 100  # of the loss curve
 HELDOUT_POINTS = 10
 HELDOUT_ROWS = 64  # of the held-out rows, for the curve; evaluation scores the rest
 
 
-def train(rank: Rank, dataset: Dataset, model: ModelRecipe, recipe: TrainingRecipe, store: DirectoryStore) -> Model | None:
+def train(
+    rank: Rank, dataset: Dataset, model: ModelRecipe, recipe: TrainingRecipe, store: DirectoryStore
+) -> Model | None:
     """Train on a data set and publish the model; the first rank returns it.
 
     The result is a directory: `model/` (Hugging Face format, safetensors, with its tokenizer), `base/` (the random
@@ -63,13 +67,17 @@ def train(rank: Rank, dataset: Dataset, model: ModelRecipe, recipe: TrainingReci
             "curve": curve,
             "tokens_per_second": round(tokens_per_second),
             "seconds": round(time.time() - started, 1),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
-        }  # fmt: skip
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
         (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
         store.publish(staged, f"trained/sha256-{digest}")
     return Model(
         uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
-    )  # fmt: skip
+    )
 
 
 def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[list[dict[str, float]], float]:
@@ -78,7 +86,9 @@ def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[li
     order = Order(len(rows), recipe.rows_per_step, recipe.epochs, recipe.seed)
     loss_of: Any = TrainedTokenLoss(causal)
     if rank.world > 1:
-        loss_of = DistributedDataParallel(loss_of, device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
+        loss_of = DistributedDataParallel(
+            loss_of, device_ids=[rank.device.index] if rank.device.type == "cuda" else None
+        )
     optimizer = torch.optim.AdamW(
         causal.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
     )
@@ -127,7 +137,9 @@ def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[li
                 continue
             mean = summed(total, rank).item() / trained_since
             if not math.isfinite(mean):
-                raise ForgeError(f"step {done}: the loss is not finite; lower training.learning_rate ({recipe.learning_rate})")
+                raise ForgeError(
+                    f"step {done}: the loss is not finite; lower training.learning_rate ({recipe.learning_rate})"
+                )
             point = {"step": done, "tokens": tokens, "loss": mean}
             if done % heldout_every == 0 or done == order.steps:
                 before = time.monotonic()

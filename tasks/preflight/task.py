@@ -9,9 +9,11 @@ from tasks.contracts import Source, cache_key
 from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
-Plan = NamedTuple(
-    "Plan", [("recipe", Recipe), ("source", Annotated[Source, HashMethod(cache_key)]), ("started", float)]
-)  # fmt: skip
+
+class Plan(NamedTuple):
+    recipe: Recipe
+    source: Annotated[Source, HashMethod(cache_key)]
+    started: float
 
 
 @task

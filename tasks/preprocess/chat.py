@@ -42,7 +42,9 @@ def load_tokenizer(model: ModelRecipe, context: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ForgeError(f"base model {model.base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ForgeError(
+            f"base model {model.base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
     if not tokenizer.chat_template or "{% generation" not in tokenizer.chat_template.replace("{%-", "{%"):
         raise ForgeError(
             f"base model {model.base}: its chat template marks no {{% generation %}} block, so the assistant's tokens "
@@ -93,5 +95,7 @@ def _encode_batch(rows: list[Row], tokenizer: Any) -> Iterator[Document]:
         for start, end in assistant:
             trained |= (starts >= start) & (ends <= end) & (ends > start)
         if not trained.any() or trained[0]:
-            raise ForgeError(f"data {row.where}: the chat template leaves no assistant token to train on; mend the template")
+            raise ForgeError(
+                f"data {row.where}: the chat template leaves no assistant token to train on; mend the template"
+            )
         yield Document(np.array(encoding.ids, dtype=np.uint32), trained, row)

@@ -59,9 +59,14 @@ def prepare(source: Source, data: DataRecipe, model: ModelRecipe, store: Directo
         f"{packed['train'][0]:,} rows of {data.context} tokens ({efficiency['train']:.1%} full)"  # type: ignore[index]
     )
     return Dataset(
-        uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started,
-        train_rows=len(train), heldout_rows=len(heldout),
-    )  # fmt: skip
+        uri=uri,
+        digest=digest,
+        store=store.identity,
+        started=started,
+        seconds=time.time() - started,
+        train_rows=len(train),
+        heldout_rows=len(heldout),
+    )
 
 
 def split(rows: list[Row], heldout_fraction: float) -> tuple[list[Row], list[Row]]:
@@ -79,7 +84,8 @@ def check_lengths(documents: list[Document], context: int) -> None:
     """Raise Problems if a document is longer than a packed row."""
     too_long = [document for document in documents if len(document.tokens) > context]
     refused = [
-        f"{document.row.where}: {len(document.tokens)} tokens, and data.context is {context}; shorten it or raise data.context"
+        f"{document.row.where}: {len(document.tokens)} tokens, and data.context is {context}; "
+        "shorten the row, or raise data.context"
         for document in sorted(too_long, key=lambda document: document.row.where)[:SHOWN]
     ]
     report(refused, len(too_long), f"{len(too_long)} of {len(documents)} rows")

@@ -105,7 +105,9 @@ def parse(line: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Invalid(f"not valid JSON ({error.msg} at column {error.colno}); each line must be one row: {EXAMPLE}") from None
+        raise Invalid(
+            f"not valid JSON ({error.msg} at column {error.colno}); each line must be one row: {EXAMPLE}"
+        ) from None
 
 
 def validate(value: Any, recipe: DataRecipe, where: str) -> Row:

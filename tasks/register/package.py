@@ -39,7 +39,9 @@ def verify_package(package: Path, digest: str) -> None:
     try:
         manifest = json.loads((package / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise ForgeError(f"package {package}: {MANIFEST} is missing or broken; delete the package and run again") from None
+        raise ForgeError(
+            f"package {package}: {MANIFEST} is missing or broken; delete the package and run again"
+        ) from None
     found, files = digest_directory(package, exclude={MANIFEST})
     expected = {file["path"]: file["sha256"] for file in manifest["files"]}
     for file in sorted(expected.keys() | files.keys()):

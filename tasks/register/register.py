@@ -45,9 +45,15 @@ def register(
         else:
             print(f"register: {recipe.name} version {found.version} is this model already")
     return Version(
-        uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started,
-        name=recipe.name, version=str(found.version), run_id=found.run_id or "",
-    )  # fmt: skip
+        uri=uri,
+        digest=digest,
+        store=store.identity,
+        started=started,
+        seconds=time.time() - started,
+        name=recipe.name,
+        version=str(found.version),
+        run_id=found.run_id or "",
+    )
 
 
 def find_version(client: Any, name: str, digest: str) -> Any:
@@ -57,7 +63,13 @@ def find_version(client: Any, name: str, digest: str) -> Any:
 
 
 def record_run(
-    client: Any, recipe: Recipe, dataset: Dataset, evaluation: Evaluation, training: dict[str, Any], digest: str, settings: Settings
+    client: Any,
+    recipe: Recipe,
+    dataset: Dataset,
+    evaluation: Evaluation,
+    training: dict[str, Any],
+    digest: str,
+    settings: Settings,
 ) -> str:
     """Write the run (parameters, metrics, loss curve, data set, report); returns its id.
 
@@ -76,7 +88,9 @@ def record_run(
         if run.info.status == "FINISHED":
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)
-    run_id = str(client.create_run(experiment_id, tags={DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}").info.run_id)
+    run_id = str(
+        client.create_run(experiment_id, tags={DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}").info.run_id
+    )
     now = int(time.time() * 1000)
     metrics = [Metric(name, value, now, 0) for name, value in metrics_of(evaluation).items()]
     metrics += [

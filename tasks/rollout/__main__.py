@@ -27,7 +27,9 @@ def ask(question: str, max_tokens: int) -> None:
         raise ForgeError("nothing is serving; start it with: make run")
     try:
         messages = [{"role": "user", "content": question}]
-        click.echo(ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages, max_tokens))
+        click.echo(
+            ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages, max_tokens)
+        )
     except OpenAIError as error:
         raise ForgeError(f"the server did not answer ({error}); see {running.log}") from None
 
@@ -41,7 +43,9 @@ def status() -> None:
     else:
         state = "healthy" if running.healthy() else "not healthy"
         spec = running.spec
-        click.echo(f"{spec.name} version {spec.version} ({spec.digest[:12]}) on port {spec.port}, {state}; log {running.log}")
+        click.echo(
+            f"{spec.name} version {spec.version} ({spec.digest[:12]}) on port {spec.port}, {state}; log {running.log}"
+        )
 
 
 @cli.command()

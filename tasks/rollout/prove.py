@@ -16,8 +16,11 @@ def client_of(endpoint: str) -> OpenAI:
 def ask(client: OpenAI, name: str, messages: list[dict[str, str]], max_tokens: int) -> str:
     """One greedy chat completion."""
     answer = client.chat.completions.create(
-        model=name, messages=messages, temperature=0, max_tokens=max_tokens  # type: ignore[arg-type]
-    )  # fmt: skip
+        model=name,
+        messages=messages,
+        temperature=0,
+        max_tokens=max_tokens,  # type: ignore[arg-type]
+    )
     return answer.choices[0].message.content or ""
 
 

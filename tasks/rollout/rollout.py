@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from types import FrameType
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
@@ -28,7 +27,9 @@ def rollout_lock(settings: Settings, timeout: float) -> Iterator[None]:
         with FileLock(settings.serving / "lock", timeout=timeout):
             yield
     except Timeout:
-        raise ForgeError(f"another rollout has held {settings.serving / 'lock'} for {timeout:.0f} s; see what it does") from None
+        raise ForgeError(
+            f"another rollout has held {settings.serving / 'lock'} for {timeout:.0f} s; see what it does"
+        ) from None
 
 
 def roll_out(
@@ -54,31 +55,44 @@ def roll_out(
         promote(open_registry(settings), version.name, version.version)
     print(f"roll_out: {version.name} version {version.version} {action}; {agreement} answers as in evaluation")
     return Deployment(
-        endpoint=settings.endpoint, name=version.name, version=version.version, digest=version.digest,
-        started=started, seconds=time.time() - started, action=action, agreement=agreement,
-    )  # fmt: skip
+        endpoint=settings.endpoint,
+        name=version.name,
+        version=version.version,
+        digest=version.digest,
+        started=started,
+        seconds=time.time() - started,
+        action=action,
+        agreement=agreement,
+    )
 
 
 def _replace(
-    server: LocalServer, before: Running | None, spec: Spec, evaluation: Evaluation, recipe: ServingRecipe,
-    settings: Settings, store: DirectoryStore,
-) -> str:  # fmt: skip
+    server: LocalServer,
+    before: Running | None,
+    spec: Spec,
+    evaluation: Evaluation,
+    recipe: ServingRecipe,
+    settings: Settings,
+    store: DirectoryStore,
+) -> str:
     """Stop what serves, start the new model and prove it; on any failure put back what served."""
     if before is None and not port_is_free(spec.port):
         raise ForgeError(f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT")
     try:
         server.stop()
         running = server.start(spec)
-        with Console().status(f"roll_out: vLLM is starting (log: {running.log})"):
-            server.wait_ready(running, recipe.startup_timeout)
+        print(f"roll_out: vLLM is starting, which takes up to a minute; its log is {running.log}", flush=True)
+        server.wait_ready(running, recipe.startup_timeout)
         return _prove(spec, evaluation, recipe, settings, store)
     except BaseException as error:
-        server.stop()
+        server.stop(grace=0)  # nobody uses it yet
         if before is not None:
             again = server.start(before.spec)
             if isinstance(error, ForgeError):
                 server.wait_ready(again, recipe.startup_timeout)
-                raise ForgeError(f"{error.message}\n{_describe(before)} serves again; the champion is unchanged") from None
+                raise ForgeError(
+                    f"{error.message}\n{_describe(before)} serves again; the champion is unchanged"
+                ) from None
         raise
 
 

@@ -62,7 +62,7 @@ class Running:
     def healthy(self) -> bool:
         """Whether the server answers that it is healthy."""
         try:
-            with urlopen(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:  # noqa: S310
+            with urlopen(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (URLError, OSError):
             return False
@@ -89,17 +89,32 @@ class LocalServer:
         self.settings.serving.mkdir(parents=True, exist_ok=True)
         log = self.settings.serving / f"vllm-{spec.digest[:12]}.log"
         command = [
-            str(self.settings.serving_python), "-m", VLLM,
-            "--host", "127.0.0.1", "--port", str(spec.port),
-            "--model", spec.path, "--served-model-name", spec.name,
-            "--dtype", spec.dtype, "--enforce-eager",
-        ]  # fmt: skip
+            str(self.settings.serving_python),
+            "-m",
+            VLLM,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(spec.port),
+            "--model",
+            spec.path,
+            "--served-model-name",
+            spec.name,
+            "--dtype",
+            spec.dtype,
+            "--enforce-eager",
+        ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
         with signals_deferred(), log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment, cwd=self.settings.serving, start_new_session=True,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.settings.serving,
+                start_new_session=True,
+            )
             running = Running(spec, process.pid, psutil.Process(process.pid).create_time(), str(log))
             write_atomically(self.record, json.dumps(asdict(running), indent=2))
         return running
@@ -109,21 +124,23 @@ class LocalServer:
         deadline = time.monotonic() + timeout
         while not running.healthy():
             if running.process() is None:
-                raise ForgeError(f"vLLM ended while it started:\n{_last_lines(running.log)}\nThe whole log is {running.log}")
+                raise ForgeError(
+                    f"vLLM ended while it started:\n{_last_lines(running.log)}\nThe whole log is {running.log}"
+                )
             if time.monotonic() > deadline:
                 raise ForgeError(
                     f"vLLM was not ready after {timeout:.0f} s; raise serving.startup_timeout, or see {running.log}"
                 )
             time.sleep(0.25)
 
-    def stop(self) -> Running | None:
-        """Stop the recorded server and all its processes; returns what was running."""
+    def stop(self, grace: float = STOP_GRACE) -> Running | None:
+        """Stop the recorded server and all its processes, after `grace` seconds by force; returns what was running."""
         running = self.running()
         with signals_deferred():
             if running is not None and (process := running.process()) is not None:
                 processes = [process, *process.children(recursive=True)]
                 process.terminate()
-                _, alive = psutil.wait_procs(processes, timeout=STOP_GRACE)
+                _, alive = psutil.wait_procs(processes, timeout=grace)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(running.pid, signal.SIGKILL)
                 psutil.wait_procs(alive, timeout=STOP_GRACE)

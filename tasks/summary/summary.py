@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tasks.contracts import Artifact, Deployment, Evaluation
 from tasks.settings import Settings
@@ -14,9 +13,7 @@ from tasks.settings import Settings
 
 def seconds_by_stage(stages: Mapping[str, Artifact | Deployment], started: float) -> dict[str, float | None]:
     """Seconds that each stage took in this run; None where an earlier run's result was taken from the cache."""
-    return {
-        name: round(stage.seconds, 1) if stage.started >= started else None for name, stage in stages.items()
-    }  # fmt: skip
+    return {name: round(stage.seconds, 1) if stage.started >= started else None for name, stage in stages.items()}
 
 
 def facts_of(
@@ -51,28 +48,32 @@ def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
     staged.replace(settings.home / "last-run.json")
 
 
-def show(facts: Mapping[str, Any], stages: Mapping[str, Artifact | Deployment], started: float, console: Console) -> None:
+def show(
+    facts: Mapping[str, Any], stages: Mapping[str, Artifact | Deployment], started: float, console: Console
+) -> None:
     """Print the summary."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"
 
-    scores = f"{percent(facts['exact_match_before'])} → [bold]{percent(facts['exact_match'])}[/] on {facts['items']} held-out prompts"
-    table.add_row("exact match", scores)
-    table.add_row("NLL", f"{facts['nll_before']:.4f} → {facts['nll']:.4f} nats a token")
-    if facts["json_validity"] is not None:
-        table.add_row("valid JSON", percent(facts["json_validity"]))
-    table.add_row("model", f"{facts['name']} version {facts['version']}, sha256 {facts['digest'][:16]}…, champion")
-    table.add_row("serves at", f"{facts['endpoint']} ({facts['answers_as_in_evaluation']} answers as in evaluation)")
-    table.add_row("report", facts["report"])
     seconds = seconds_by_stage(stages, started)
     times = "  ".join(f"{name} {'cached' if value is None else f'{value:.0f} s'}" for name, value in seconds.items())
-    table.add_row("time", f"{facts['seconds']:.0f} s: {times}")
-    table.add_row("ask it", 'make ask Q="…"')
-    table.add_row("registry", "make ui")
-    table.add_row("stop it", "make stop")
+    valid = [("valid JSON", percent(facts["json_validity"]))] if facts["json_validity"] is not None else []
+    lines = [
+        (
+            "exact match",
+            f"{percent(facts['exact_match_before'])} → [bold]{percent(facts['exact_match'])}[/] on {facts['items']} held-out prompts",
+        ),
+        ("NLL", f"{facts['nll_before']:.4f} → {facts['nll']:.4f} nats a token"),
+        *valid,
+        ("model", f"{facts['name']} version {facts['version']}, champion, sha256 {facts['digest']}"),
+        ("serves at", f"{facts['endpoint']} ({facts['answers_as_in_evaluation']} answers as in evaluation)"),
+        ("report", facts["report"]),
+        ("time", f"{facts['seconds']:.0f} s: {times}"),
+        ("ask it", 'make ask Q="..."'),
+        ("registry", "make ui"),
+        ("stop it", "make stop"),
+    ]
     console.print()
-    console.print(table)
+    for label, text in lines:
+        console.print(f"[dim]{label:<12}[/] {text}", soft_wrap=True, highlight=False)

@@ -14,9 +14,12 @@ def summarise(
 ) -> str:
     """Print what the run came to, keep it in .forge/last-run.json, and return the endpoint."""
     stages = {
-        "preprocess_data": dataset, "train_model": model, "evaluate_model": evaluation,
-        "register_model": version, "roll_out": deployment,
-    }  # fmt: skip
+        "preprocess_data": dataset,
+        "train_model": model,
+        "evaluate_model": evaluation,
+        "register_model": version,
+        "roll_out": deployment,
+    }
     facts = facts_of(evaluation, deployment, stages, started)
     write_facts(facts, load_settings())
     show(facts, stages, started, Console())
