@@ -109,7 +109,8 @@ def check_base_model(recipe: ModelRecipe) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ForgeError(
             f"base model {recipe.base}: neither a directory here nor to be had from the hub ({reason}); give "
-            "model.base the path of a directory in Hugging Face format, or make the hub reachable (a gated model needs HF_TOKEN)"
+            "model.base the path of a directory in Hugging Face format, or make the hub reachable "
+            "(a gated model needs HF_TOKEN)"
         ) from None
 
 

@@ -11,6 +11,8 @@ from tasks.recipe import Recipe
 
 
 class Plan(NamedTuple):
+    """What the run will do, with which rows, and when it started (Unix time)."""
+
     recipe: Recipe
     source: Annotated[Source, HashMethod(cache_key)]
     started: float

@@ -17,9 +17,9 @@ def ask(client: OpenAI, name: str, messages: list[dict[str, str]], max_tokens: i
     """One greedy chat completion."""
     answer = client.chat.completions.create(
         model=name,
-        messages=messages,
+        messages=messages,  # type: ignore[arg-type]
         temperature=0,
-        max_tokens=max_tokens,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
     )
     return answer.choices[0].message.content or ""
 

@@ -61,7 +61,6 @@ def roll_out(
         digest=version.digest,
         started=started,
         seconds=time.time() - started,
-        action=action,
         agreement=agreement,
     )
 

@@ -7,17 +7,17 @@ from typing import Any
 
 from rich.console import Console
 
-from tasks.contracts import Artifact, Deployment, Evaluation
+from tasks.contracts import Deployment, Evaluation, Result
 from tasks.settings import Settings
 
 
-def seconds_by_stage(stages: Mapping[str, Artifact | Deployment], started: float) -> dict[str, float | None]:
+def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, float | None]:
     """Seconds that each stage took in this run; None where an earlier run's result was taken from the cache."""
     return {name: round(stage.seconds, 1) if stage.started >= started else None for name, stage in stages.items()}
 
 
 def facts_of(
-    evaluation: Evaluation, deployment: Deployment, stages: Mapping[str, Artifact | Deployment], started: float
+    evaluation: Evaluation, deployment: Deployment, stages: Mapping[str, Result], started: float
 ) -> dict[str, Any]:
     """The run's facts as one flat mapping."""
     seconds = seconds_by_stage(stages, started)
@@ -48,9 +48,7 @@ def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
     staged.replace(settings.home / "last-run.json")
 
 
-def show(
-    facts: Mapping[str, Any], stages: Mapping[str, Artifact | Deployment], started: float, console: Console
-) -> None:
+def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:
     """Print the summary."""
 
     def percent(value: float | None) -> str:
@@ -59,11 +57,9 @@ def show(
     seconds = seconds_by_stage(stages, started)
     times = "  ".join(f"{name} {'cached' if value is None else f'{value:.0f} s'}" for name, value in seconds.items())
     valid = [("valid JSON", percent(facts["json_validity"]))] if facts["json_validity"] is not None else []
+    before, after = percent(facts["exact_match_before"]), percent(facts["exact_match"])
     lines = [
-        (
-            "exact match",
-            f"{percent(facts['exact_match_before'])} → [bold]{percent(facts['exact_match'])}[/] on {facts['items']} held-out prompts",
-        ),
+        ("exact match", f"{before} → [bold]{after}[/] on {facts['items']} held-out prompts"),
         ("NLL", f"{facts['nll_before']:.4f} → {facts['nll']:.4f} nats a token"),
         *valid,
         ("model", f"{facts['name']} version {facts['version']}, champion, sha256 {facts['digest']}"),

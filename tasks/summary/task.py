@@ -3,7 +3,7 @@
 from flytekit import task
 from rich.console import Console
 
-from tasks.contracts import Dataset, Deployment, Evaluation, Model, Version
+from tasks.contracts import Dataset, Deployment, Evaluation, Model, Result, Version
 from tasks.settings import load_settings
 from tasks.summary.summary import facts_of, show, write_facts
 
@@ -13,7 +13,7 @@ def summarise(
     started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version, deployment: Deployment
 ) -> str:
     """Print what the run came to, keep it in .forge/last-run.json, and return the endpoint."""
-    stages = {
+    stages: dict[str, Result] = {
         "preprocess_data": dataset,
         "train_model": model,
         "evaluate_model": evaluation,
