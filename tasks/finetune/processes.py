@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch import distributed
 
 from tasks.errors import ForgeError
 
+ROOT_CAUSE_WAIT = 1.0  # seconds
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 PR_SET_PDEATHSIG = 1  # prctl(2)
+_PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ def joined(failure: Path) -> Iterator[Rank]:
     """Join the group that torchrun's environment variables describe; leave it at the end.
 
     Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first
-    one has gone in the middle of a collective) raises the first one's instead.
+    one has gone in the middle of a collective) raises the first one's instead. An error that may be such a
+    consequence waits a moment before it is written, in which a killed rank's launcher ends this one too.
     """
     _end_with_parent()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACES)
@@ -55,14 +59,13 @@ def joined(failure: Path) -> Iterator[Rank]:
             distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
         yield Rank(rank, world, device)
     except Exception as error:
+        if world > 1 and isinstance(error, RuntimeError):  # what collectives raise
+            time.sleep(ROOT_CAUSE_WAIT)
         first = _record_first(failure, rank, error)
         raise ForgeError(describe_failure(first)) from error
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-_PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def read_failure(failure: Path) -> dict[str, str] | None:

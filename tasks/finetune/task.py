@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 from flytekit import Cache, FlyteContextManager, HashMethod, task
 from flytekit.core.base_task import IgnoreOutputs
+from flytekit.exceptions.user import FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tasks.contracts import Dataset, Model, cache_key
 from tasks.errors import ForgeError
@@ -44,18 +46,24 @@ class TrainingTask(PytorchElasticFunctionTask):
             if FlyteContextManager.current_context().execution_state.is_local_execution():
                 raise KeyboardInterrupt from None  # the elastic agent was interrupted and has ended the processes
             raise
-        except Exception as error:
+        except FlyteUserRuntimeException as error:
             from tasks.finetune.processes import describe_failure, read_failure
 
             found = read_failure(failure)
-            if found is None:
-                raise ForgeError(
-                    f"training: a process ended without a word; was it killed for its memory? ({error})"
-                ) from None
-            raise ForgeError(describe_failure(found)) from None
+            raise ForgeError(describe_failure(found) if found else describe_exit(error.value)) from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def describe_exit(error: ChildFailedError) -> str:
+    """What the user reads of a process that ended without saying why: most often the kernel wanted its memory."""
+    rank, failed = error.get_first_failure()
+    how = signal.Signals(-failed.exitcode).name if failed.exitcode < 0 else f"exit status {failed.exitcode}"
+    return (
+        f"training: rank {rank} ended without a word ({how}); if the machine ran out of memory, lower "
+        "training.rows_per_step or data.context"
+    )
 
 
 TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)

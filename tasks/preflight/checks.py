@@ -101,9 +101,9 @@ def check_base_model(recipe: ModelRecipe) -> None:
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str):
+            return
         HfApi().model_info(recipe.base, revision=recipe.revision, timeout=5)
     except Exception as error:  # the client raises its HTTP library's errors as well as its own
         reason = str(error).strip().splitlines()[0]

@@ -79,7 +79,7 @@ class LocalServer:
         """The recorded server, if its process lives."""
         try:
             value = json.loads(self.record.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         found = Running(Spec(**value.pop("spec")), **value)
         return found if found.process() else None

@@ -1,0 +1,50 @@
+"""Packed rows: positions restart, attention stays within documents, and the order is a function of the seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.finetune.data import IGNORED, Order, PackedRows, block_mask, positions
+
+DOCUMENT = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0]])
+
+
+def test_positions_restart_with_each_document() -> None:
+    assert positions(DOCUMENT).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+
+
+def test_attention_is_causal_and_stays_within_documents() -> None:
+    mask = block_mask(DOCUMENT)
+    assert mask.shape == (1, 1, 8, 8)
+    number = DOCUMENT[0].tolist()
+    for here in range(8):
+        for there in range(8):
+            assert mask[0, 0, here, there] == (there <= here and number[there] == number[here])
+    assert mask.any(dim=-1).all(), "a place that attends to nothing gives NaN"
+
+
+def test_targets_are_the_next_trained_tokens(tmp_path) -> None:
+    np.save(tmp_path / "tokens.npy", np.array([[5, 6, 7, 8, 9, 0]], dtype=np.uint32))
+    np.save(tmp_path / "trained.npy", np.array([[0, 0, 1, 0, 1, 0]], dtype=bool))
+    np.save(tmp_path / "document.npy", np.array([[1, 1, 1, 2, 2, 0]], dtype=np.uint16))
+    rows = PackedRows(tmp_path)
+    batch = rows.batch(np.array([0]))
+    assert batch.targets.tolist() == [[IGNORED, 7, IGNORED, 9, IGNORED, IGNORED]]
+    assert rows.trained_tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize(("rows", "per_step", "epochs"), [(10, 4, 2), (7, 7, 1), (3, 8, 3), (100, 8, 0.5)])
+def test_each_epoch_has_each_row_once(rows: int, per_step: int, epochs: float) -> None:
+    order = Order(rows, per_step, epochs, seed=1)
+    seen = np.concatenate([order.step(step) for step in range(order.steps)])
+    assert order.steps * per_step >= rows * epochs > (order.steps - 1) * per_step
+    for epoch in range(len(seen) // rows):
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_a_step_s_rows_do_not_depend_on_the_steps_before() -> None:
+    order = Order(10, 4, 5, seed=1)
+    forward = [order.step(step).tolist() for step in range(order.steps)]
+    backward = [Order(10, 4, 5, seed=1).step(step).tolist() for step in reversed(range(order.steps))]
+    assert forward == backward[::-1]
+    assert forward != [Order(10, 4, 5, seed=2).step(step).tolist() for step in range(order.steps)]

@@ -1,0 +1,156 @@
+"""Training: packing, the number of processes and the base model change nothing that they should not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks.contracts import Model
+from tasks.errors import ForgeError
+from tasks.finetune.data import PackedRows
+from tasks.finetune.model import TrainedTokenLoss, build_model
+from tasks.finetune.processes import Rank
+from tasks.finetune.train import train, warmup_cosine
+from tasks.recipe import ModelRecipe, Recipe
+from tasks.storage import DirectoryStore
+from tests.conftest import Trained
+
+ONE = Rank(0, 1, torch.device("cpu"))
+
+
+def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: object) -> tuple[Model, dict]:
+    """Train on the shared data set with some fields changed; returns the model and its card."""
+    training = recipe.training.model_copy(update={"epochs": 0.3, **changes})
+    model = train(ONE, trained.dataset, recipe.model, training, store)
+    assert model is not None
+    return model, json.loads((store.path(model.uri) / "training.json").read_text())
+
+
+def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> None:
+    data = trained.store.path(trained.dataset.uri)
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    model = build_model(recipe.model, tokenizer, recipe.data.context, seed=3)
+    rows = PackedRows(data / "train")
+    chosen = torch.arange(4).numpy()
+    packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
+    alone = 0.0
+    for row in chosen:
+        for number in range(1, int(rows.document[row].max()) + 1):
+            of = rows.document[row] == number
+            tokens = torch.from_numpy(rows.tokens[row][of].astype("int64"))[None]
+            labels = tokens.masked_fill(~torch.from_numpy(rows.trained[row][of])[None], -100)
+            loss = model(input_ids=tokens, labels=labels).loss  # transformers' own mean over trained tokens
+            alone += loss.item() * int(rows.trained[row][of].sum())
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_loss_falls_and_the_card_says_how(trained: Trained) -> None:
+    directory = trained.store.path(trained.model.uri)
+    card = json.loads((directory / "training.json").read_text())
+    assert card["digest"] == trained.model.digest
+    assert card["curve"][-1]["loss"] < 0.5 * card["curve"][0]["loss"]
+    assert card["curve"][-1]["heldout_loss"] < card["curve"][0]["loss"]
+    assert card["tokens_per_second"] > 0
+    assert {path.name for path in (directory / "model").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert not list(directory.rglob("*.bin"))
+
+
+def test_training_again_gives_the_same_weights(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+    first, _ = retrain(trained, recipe, store)
+    again, _ = retrain(trained, recipe, DirectoryStore(store.root.parent / "again"))
+    other, _ = retrain(trained, recipe, store, seed=1)
+    assert first.digest == again.digest != other.digest
+
+
+def test_two_processes_train_as_one_does(
+    trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path
+) -> None:
+    one, card = retrain(trained, recipe, store)
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    job = {
+        "dataset": trained.dataset.model_dump(),
+        "model": recipe.model.model_dump(),
+        "training": recipe.training.model_copy(update={"epochs": 0.3, "processes": 2}).model_dump(),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    project = str(Path(__file__).parents[2])
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"})
+    two = next((tmp_path / "two" / "trained").iterdir())
+    other = json.loads((two / "training.json").read_text())
+    for point, same in zip(card["curve"], other["curve"], strict=True):
+        assert point["loss"] == pytest.approx(same["loss"], rel=1e-4)
+    weights, same_weights = (
+        load_file(store.path(one.uri) / "model" / "model.safetensors"),
+        load_file(two / "model" / "model.safetensors"),
+    )
+    for name, weight in weights.items():
+        assert torch.allclose(weight, same_weights[name], atol=1e-3), name
+
+
+_TWO = """
+import json, sys
+from pathlib import Path
+from tasks.contracts import Dataset
+from tasks.finetune.processes import joined
+from tasks.finetune.train import train
+from tasks.recipe import ModelRecipe, TrainingRecipe
+from tasks.storage import DirectoryStore
+
+here = Path(sys.argv[1])
+job = json.loads((here / "job.json").read_text())
+with joined(here / "failure.json") as rank:
+    dataset, model, training = Dataset(**job["dataset"]), ModelRecipe(**job["model"]), TrainingRecipe(**job["training"])
+    train(rank, dataset, model, training, DirectoryStore(here / "two"))
+"""
+
+
+def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+    base = trained.store.path(trained.model.uri) / "model"
+    training = recipe.training.model_copy(update={"epochs": 0.2, "learning_rate": 1e-4})
+    model = train(ONE, trained.dataset, ModelRecipe(base=str(base)), training, store)
+    assert model is not None
+    assert model.base == str(base)
+    card = json.loads((store.path(model.uri) / "training.json").read_text())
+    before = json.loads((trained.store.path(trained.model.uri) / "training.json").read_text())["curve"]
+    assert card["curve"][-1]["heldout_loss"] < 1.1 * before[-1]["heldout_loss"], "it starts from the base's weights"
+    AutoModelForCausalLM.from_pretrained(store.path(model.uri) / "model")
+
+
+def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path) -> None:
+    base = trained.store.path(trained.model.uri) / "model"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    torch.save(load_file(base / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ForgeError, match=str(tmp_path)):
+        train(ONE, trained.dataset, ModelRecipe(base=str(tmp_path)), recipe.training, store)
+
+
+def test_a_mad_learning_rate_is_told_with_its_step(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+    with pytest.raises(ForgeError, match=r"step \d+: the (loss|gradient) is not finite; lower training.learning_rate"):
+        retrain(trained, recipe, store, learning_rate=1e30, epochs=1)
+    assert list((store.root / ".staging").iterdir()) == []
+    assert not (store.root / "trained").exists()
+
+
+def test_bf16_learns_too(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+    _, card = retrain(trained, recipe, store, precision="bf16")
+    assert card["curve"][-1]["loss"] < 0.8 * card["curve"][0]["loss"]
+
+
+def test_the_schedule_warms_up_and_ends_near_zero() -> None:
+    share = warmup_cosine(100, 0.1)
+    assert [share(0), share(9), share(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert share(99) < 0.001
+    assert all(share(step) >= share(step + 1) for step in range(10, 99))

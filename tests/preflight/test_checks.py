@@ -1,0 +1,102 @@
+"""Preflight says all that is wrong, at once, and what to do about it."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.errors import ForgeError, Problems
+from tasks.preflight import checks
+from tasks.preflight.checks import check_all, check_base_model, check_vllm
+from tasks.recipe import ModelRecipe
+from tasks.settings import Settings
+from tests.conftest import SMALL, Trained, chat, write_jsonl
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.fixture
+def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("FORGE_SERVING_PORT", str(port))
+    return port
+
+
+def test_what_is_in_order_passes(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    recipe, source = check_all(str(rows), str(recipe_file))
+    assert recipe.data.source == source.uri == str(rows)
+    again, same = check_all(rows.as_uri(), str(recipe_file))
+    assert (again, same) == (recipe, source)
+    assert check_all("", str(recipe_file))[1].uri == "demonstration"
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(SMALL).replace("learning_rate", "learning_rat"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("no json\n")
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("FORGE_SERVING_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("FORGE_HOME", str(tmp_path / "file" / "home"))
+        monkeypatch.setenv("FORGE_SERVING_PYTHON", "/nowhere/python")
+        with pytest.raises(Problems) as caught:
+            check_all(str(rows), str(recipe))
+    for part in (
+        "did you mean learning_rate?", "rows.jsonl:1: not valid JSON", "cannot be written",
+        "vLLM is not installed for /nowhere/python: run make setup", "is in use by another program",
+    ):  # fmt: skip
+        assert part in caught.value.message
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"training": {**SMALL["training"], "method": "lora", "lora": {}}}, "training.method lora"),
+        ({"training": {**SMALL["training"], "nodes": 2}}, "training.nodes 2"),
+        ({"data": {"context": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
+        ({"model": {"base": "/nowhere/model"}}, "base model /nowhere/model"),
+    ],
+)
+def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path, free_port: int) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **change}))
+    with pytest.raises(Problems) as caught:
+        check_all("", str(path))
+    assert says in caught.value.message
+
+
+def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> None:
+    check_base_model(ModelRecipe(base=str(trained.store.path(trained.model.uri) / "model")))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(ForgeError, match="pickled weights are not loaded"):
+        check_base_model(ModelRecipe(base=str(tmp_path)))
+
+
+def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ForgeError, match="vLLM is not installed"):
+        check_vllm(Settings(home=tmp_path, serving_python=Path(sys.executable)))
+
+
+def test_only_the_first_lines_are_read(recipe_file: Path, free_port: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checks, "SAMPLE", 2)
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")])
+    path.write_text(path.read_text() + "no json\n")
+    check_all(str(path), str(recipe_file))
+    monkeypatch.setattr(checks, "SAMPLE", 3)
+    with pytest.raises(Problems, match=r"rows.jsonl:3"):
+        check_all(str(path), str(recipe_file))

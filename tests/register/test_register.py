@@ -1,0 +1,150 @@
+"""Registration on a real MLflow (SQLite): one model is one package, one run, one version, if tried again."""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks.contracts import Version
+from tasks.errors import ForgeError
+from tasks.recipe import Recipe
+from tasks.register import register as module
+from tasks.register.package import verify_package
+from tasks.register.register import register
+from tasks.registry import champion_version, open_registry, promote
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+from tests.conftest import Trained
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "registry")
+
+
+def register_once(trained: Trained, recipe: Recipe, settings: Settings, name: str = "dates") -> Version:
+    named = recipe.model_copy(update={"name": name})
+    return register(named, trained.dataset, trained.model, trained.evaluation, settings, trained.store)
+
+
+def test_a_version_leads_to_everything_it_was_made_from(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    version = register_once(trained, recipe, settings)
+    client = open_registry(settings)
+    found = client.get_model_version("dates", version.version)
+    assert found.source == version.uri
+    assert found.tags["package_digest"] == version.digest
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.learning_rate"] == "0.004"
+    assert run.data.metrics["exact_match"] == trained.evaluation.exact_match
+    assert len(client.get_metric_history(version.run_id, "loss")) > 1
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == trained.dataset.digest[:36]
+    assert [artifact.path for artifact in client.list_artifacts(version.run_id)] == ["report.html"]
+    assert Path(trained.evaluation.report).read_text() in [p.read_text() for p in settings.home.rglob("report.html")]
+    manifest = json.loads((trained.store.path(version.uri) / "manifest.json").read_text())
+    assert manifest["dataset"] == trained.dataset.digest
+    assert {file["path"] for file in manifest["files"]} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_again_is_the_same_version(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    first, again = register_once(trained, recipe, settings), register_once(trained, recipe, settings)
+    assert (first.version, first.digest, first.run_id) == (again.version, again.digest, again.run_id)
+    client = open_registry(settings)
+    assert len(client.search_model_versions("name = 'dates'")) == 1
+    assert len(client.search_runs([run_experiment(client)])) == 1
+
+
+def run_experiment(client) -> str:
+    return client.get_experiment_by_name("dates").experiment_id
+
+
+@pytest.mark.parametrize("dies_in", ["log_batch", "set_terminated", "create_registered_model", "create_model_version"])
+def test_a_registration_that_was_cut_off_is_finished(
+    dies_in: str, trained: Trained, recipe: Recipe, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    def cut(settings: Settings):
+        client = open_registry(settings)
+
+        def die(*arguments: object, **options: object) -> None:
+            raise PowerCut
+
+        setattr(client, dies_in, die)
+        return client
+
+    monkeypatch.setattr(module, "open_registry", cut)
+    with pytest.raises(PowerCut):
+        register_once(trained, recipe, settings)
+    monkeypatch.undo()
+    monkeypatch.setenv("FORGE_HOME", str(settings.home))
+    register_once(trained, recipe, settings)
+    client = open_registry(settings)
+    assert len(client.search_model_versions("name = 'dates'")) == 1
+    (run,) = client.search_runs([run_experiment(client)])
+    assert run.info.status == "FINISHED"
+
+
+def test_another_model_is_another_version(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
+    first = register_once(trained, recipe, settings)
+    store = DirectoryStore(tmp_path / "store")
+    changed = tmp_path / "changed"
+    shutil.copytree(trained.store.path(trained.model.uri), changed)
+    (changed / "model" / "generation_config.json").write_text("{}")
+    model = trained.model.model_copy(update={"uri": changed.as_uri()})
+    second = register(recipe, trained.dataset, model, trained.evaluation, settings, store)
+    assert (first.version, second.version) == ("1", "2")
+    assert first.digest != second.digest
+
+
+@pytest.mark.parametrize("damage", ["damaged", "missing", "not in the manifest"])
+def test_a_damaged_package_is_refused_by_name(
+    damage: str, trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    version = register_once(trained, recipe, settings)
+    package = tmp_path / "package"
+    shutil.copytree(trained.store.path(version.uri), package)
+    verify_package(package, version.digest)
+    file = package / ("extra.json" if damage == "not in the manifest" else "config.json")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_text("{}")
+    with pytest.raises(ForgeError, match=f"{file.name} is {damage}"):
+        verify_package(package, version.digest)
+
+
+def test_a_package_of_another_model_is_refused(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    version = register_once(trained, recipe, settings)
+    with pytest.raises(ForgeError, match="its digest is"):
+        verify_package(trained.store.path(version.uri), "0" * 64)
+
+
+def test_the_champion_moves_and_remembers(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    register_once(trained, recipe, settings)
+    client = open_registry(settings)
+    client.create_model_version("dates", source="file:///elsewhere")
+    assert champion_version(client, "dates") is None
+    for version in ("1", "2", "2"):
+        promote(client, "dates", version)
+        assert champion_version(client, "dates") == version
+    assert client.get_model_version("dates", "2").tags["previous_champion"] == "1"
+
+
+def _open(home: str) -> bool:
+    return open_registry(Settings(home=Path(home))) is not None
+
+
+def test_processes_may_make_the_registry_together(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.map(_open, [str(tmp_path / "fresh")] * 3) == [True] * 3
+
+
+def test_a_server_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ForgeError, match=r"MLflow http://127\.0\.0\.1:9: cannot be used"):
+        open_registry(Settings(home=tmp_path, mlflow_uri="http://127.0.0.1:9"))

@@ -1,0 +1,101 @@
+"""The local server's bookkeeping, without vLLM: a process that only sleeps stands where it would."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.errors import ForgeError
+from tasks.rollout.rollout import rollout_lock
+from tasks.rollout.server import LocalServer, Spec, port_is_free, signals_deferred
+from tasks.settings import Settings
+
+SPEC = Spec(name="dates", version="1", digest="d" * 64, path="/nowhere", port=59_999, dtype="float32")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> LocalServer:
+    """A server whose program starts a child and ignores SIGTERM."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('up', flush=True)\ntime.sleep(600)\n"
+    )
+    program.chmod(0o755)
+    return LocalServer(Settings(home=tmp_path / "home", serving_python=program))
+
+
+def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer) -> None:
+    running = server.start(SPEC)
+    while "up" not in Path(running.log).read_text():
+        time.sleep(0.02)
+    assert server.running() == running
+    family = [psutil.Process(running.pid), *psutil.Process(running.pid).children()]
+    assert len(family) == 2
+    assert not running.healthy()
+    assert server.stop(grace=0.2) == running
+    assert server.running() is None
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    assert server.stop() is None
+
+
+def test_another_process_of_the_same_number_is_not_ours(server: LocalServer) -> None:
+    running = server.start(SPEC)
+    server.record.write_text(server.record.read_text().replace(str(running.created), str(running.created - 60)))
+    assert server.running() is None
+    os.killpg(running.pid, signal.SIGKILL)
+
+
+def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer) -> None:
+    server.settings.serving_python.write_text(f"#!{sys.executable}\nprint('no such model')\n")
+    with pytest.raises(ForgeError, match="no such model"):
+        server.wait_ready(server.start(SPEC), timeout=30)
+
+
+def test_a_server_that_is_never_ready_is_told(server: LocalServer) -> None:
+    running = server.start(SPEC)
+    with pytest.raises(ForgeError, match="not ready after 0 s"):
+        server.wait_ready(running, timeout=0)
+    server.stop(grace=0)
+
+
+def test_a_taken_port_is_not_free() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not port_is_free(port)
+    assert port_is_free(port)
+
+
+def test_one_rollout_at_a_time(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    with rollout_lock(settings, 1), pytest.raises(ForgeError, match="another rollout"), rollout_lock(settings, 0.1):
+        pass
+
+
+def test_a_lock_does_not_outlive_its_holder(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom pathlib import Path\n"
+        "from tasks.rollout.rollout import rollout_lock\nfrom tasks.settings import Settings\n"
+        f"with rollout_lock(Settings(home=Path({str(tmp_path)!r})), 1):\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    with rollout_lock(Settings(home=tmp_path), 1):
+        pass
+
+
+def test_a_signal_waits_for_the_moment_to_pass() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), signals_deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        done = True
+    assert done

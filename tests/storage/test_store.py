@@ -1,0 +1,91 @@
+"""The store: complete or absent, and the same content is the same digest."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import ForgeError
+from tasks.storage import DirectoryStore, digest_directory, digest_json
+
+
+def test_identity_is_kept_and_is_the_store_s_own(tmp_path: Path) -> None:
+    first = DirectoryStore(tmp_path / "a")
+    assert DirectoryStore(tmp_path / "a").identity == first.identity
+    assert DirectoryStore(tmp_path / "b").identity != first.identity
+
+
+def test_publish_moves_a_directory_whole(store: DirectoryStore) -> None:
+    with store.stage() as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub" / "file").write_text("content")
+        uri = store.publish(staged, "things/one")
+    assert (store.path(uri) / "sub" / "file").read_text() == "content"
+    assert list((store.root / ".staging").iterdir()) == []
+
+
+def test_what_was_published_first_stays(store: DirectoryStore) -> None:
+    for text in ("first", "second"):
+        with store.stage() as staged:
+            (staged / "file").write_text(text)
+            uri = store.publish(staged, "things/one")
+    assert (store.path(uri) / "file").read_text() == "first"
+    assert list((store.root / ".staging").iterdir()) == []
+
+
+def test_an_error_while_staging_leaves_nothing(store: DirectoryStore) -> None:
+    with pytest.raises(RuntimeError), store.stage() as staged:
+        (staged / "file").write_text("half")
+        raise RuntimeError
+    assert list((store.root / ".staging").iterdir()) == []
+
+
+def test_of_many_who_put_if_absent_one_wins(store: DirectoryStore) -> None:
+    won = []
+    barrier = threading.Barrier(16)
+
+    def put(number: int) -> None:
+        barrier.wait()
+        if store.put_if_absent("key", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert (store.root / "key").read_text() == str(won[0])
+
+
+def test_what_is_gone_is_named(store: DirectoryStore) -> None:
+    with pytest.raises(ForgeError, match="nothing-here is gone"):
+        store.path(store.uri("nothing-here"))
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ForgeError, match="cannot be written"):
+        DirectoryStore(tmp_path / "file" / "store")
+
+
+def test_digest_of_a_directory_depends_on_names_and_contents_alone(tmp_path: Path) -> None:
+    def make(name: str, files: dict[str, str]) -> str:
+        for path, text in files.items():
+            target = tmp_path / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        return digest_directory(tmp_path / name)[0]
+
+    same = make("one", {"a": "1", "b/c": "2"})
+    assert make("two", {"b/c": "2", "a": "1"}) == same
+    assert make("three", {"a": "1", "b/c": "3"}) != same
+    assert make("four", {"a": "1", "b/d": "2"}) != same
+    assert digest_directory(tmp_path / "one", exclude={"b/c"})[0] == make("five", {"a": "1"})
+
+
+@given(st.dictionaries(st.text(), st.integers()))
+def test_digest_of_a_value_does_not_depend_on_its_order(value: dict) -> None:
+    assert digest_json(dict(reversed(value.items()))) == digest_json(value)

@@ -1,0 +1,61 @@
+"""The summary says what was run and what came from the cache."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from tasks.contracts import Deployment, Evaluation, Result
+from tasks.settings import Settings
+from tasks.summary.summary import facts_of, show, write_facts
+
+EVALUATION = Evaluation(
+    uri="file:///e",
+    digest="e",
+    store="s",
+    items=500,
+    exact_match=0.912,
+    exact_match_before=0.0,
+    nll=0.01,
+    nll_before=5.5,
+    json_validity=None,
+    report="/somewhere/report.html",
+)
+DEPLOYMENT = Deployment(
+    endpoint="http://127.0.0.1:8000/v1",
+    name="dates",
+    version="3",
+    digest="abc",
+    agreement="16 of 16",
+    started=120,
+    seconds=30,
+)
+STAGES: dict[str, Result] = {"train_model": Result(started=50, seconds=70.04), "roll_out": DEPLOYMENT}
+
+
+def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
+    write_facts(facts_of(EVALUATION, DEPLOYMENT, STAGES, started=100), Settings(home=tmp_path))
+    facts = json.loads((tmp_path / "last-run.json").read_text())
+    assert all(not isinstance(value, dict | list) for value in facts.values())
+    assert facts["exact_match"] == 0.912
+    assert facts["exact_match_before"] == 0.0
+    assert (facts["version"], facts["digest"], facts["report"]) == ("3", "abc", "/somewhere/report.html")
+    assert facts["endpoint"] == "http://127.0.0.1:8000/v1"
+    assert (facts["seconds_train_model"], facts["seconds_roll_out"], facts["cached"]) == (0.0, 30.0, "train_model")
+
+
+def test_the_terminal_shows_them() -> None:
+    output = io.StringIO()
+    facts = facts_of(EVALUATION, DEPLOYMENT, STAGES, started=100)
+    show(facts, STAGES, 100, Console(file=output, width=40))
+    text = output.getvalue()
+    for part in (
+        "0.0% → 91.2% on 500",
+        "dates version 3",
+        "/somewhere/report.html\n",
+        "train_model cached",
+        "roll_out 30 s",
+        "make ui",
+    ):
+        assert part in text

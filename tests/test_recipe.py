@@ -1,0 +1,88 @@
+"""Recipes: what is shipped is valid, and what is wrong is told with file, line and mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.errors import ForgeError
+from tasks.recipe import RECIPES, load_recipe
+from tests.conftest import SMALL
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def test_the_design_s_recipes_are_shipped() -> None:
+    assert {"tiny-cpu", "llama-3.1-8b-lora", "llama-3.1-8b-full", "llama-3.1-70b-qlora"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.model.base is None or recipe.model.revision, "a base model of the hub is pinned to a commit"
+
+
+def test_a_path_and_a_uri_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    assert load_recipe(str(path)) == load_recipe(path.as_uri())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("learning_rate", "learning_rat", 12, "did you mean learning_rate?"),
+        ("context: 256", "context: ten", 5, "data.context"),
+        ("items: 512", "items: 0", 15, "greater than or equal to 1"),
+        ("name: dates", "name: My Model", 2, "name"),
+        ("rows_per_step: 8", "rows_per_step: 9", 8, "multiple of nodes x processes"),
+        (
+            "source: demonstration",
+            "source: demonstration\n  source: other",
+            5,
+            "source is given twice (first in line 4)",
+        ),
+        ("heads: 4", "heads: 3", 7, "multiple of 32"),
+        ("name: dates", "name: [dates", 3, "not valid YAML"),
+        ("serving:", "servin:", 17, "did you mean serving?"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(old: str, new: str, line: int, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    text = (RECIPES / "tiny-cpu.yaml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(str(path))
+    assert f"{path}:{line}: " in caught.value.message
+    assert says in caught.value.message
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(
+        (RECIPES / "tiny-cpu.yaml").read_text().replace("epochs: 1", "epochs: -1").replace("layers: 3", "layer: 3")
+    )
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(str(path))
+    for part in ("training.epochs", "model.architecture.layer: unknown key; did you mean layers?", "layers is missing"):
+        assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("tiny-cp", "Did you mean tiny-cpu?"), ("/nowhere.yaml", "Shipped are"), ("s3://b/r.yaml", "file://")],
+)
+def test_a_recipe_that_is_not_there(name: str, says: str) -> None:
+    with pytest.raises(ForgeError, match="recipe") as caught:
+        load_recipe(name)
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"- a list\n", b"\xff\xfe"])
+def test_a_file_that_is_no_recipe(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(str(path))
+    assert str(path) in caught.value.message

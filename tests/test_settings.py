@@ -1,0 +1,33 @@
+"""Settings come from FORGE_* variables, and wrong ones are told by name."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import Problems
+from tasks.settings import PROJECT, load_settings
+
+
+def test_defaults_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORGE_HOME")
+    settings = load_settings()
+    assert settings.home == PROJECT / ".forge"
+    assert settings.endpoint == "http://127.0.0.1:8000/v1"
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_HOME", "somewhere")
+    monkeypatch.setenv("FORGE_SERVING_PORT", "9001")
+    settings = load_settings()
+    assert settings.home == Path.cwd() / "somewhere"
+    assert settings.serving_port == 9001
+
+
+def test_wrong_and_unknown_variables_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_SERVING_PORT", "99999")
+    monkeypatch.setenv("FORGE_SERVNG_PORT", "8000")
+    with pytest.raises(Problems) as caught:
+        load_settings()
+    assert len(caught.value.problems) == 2
+    assert "FORGE_SERVING_PORT=99999" in caught.value.message
+    assert "FORGE_SERVNG_PORT: no such setting; did you mean FORGE_SERVING_PORT?" in caught.value.message
