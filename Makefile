@@ -4,30 +4,35 @@ SHELL := bash
 # Extra arguments of the pipeline: make run ARGS="--data_path rows.jsonl --recipe my.yaml"
 ARGS ?=
 Q ?= NL: 20 juni 1969
+export Q
 BIN := .venv/bin
+NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup run ask ui stop test test-long lint lock clean
+.PHONY: help setup .venv .venv-serving run ask ui stop test test-long lint lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is done twice)
-	@images/install .venv pipeline & pipeline=$$!; \
-	 trap 'kill $$pipeline $$serving 2>/dev/null; wait' INT TERM; \
-	 images/install .venv-serving serving & serving=$$!; \
-	 wait $$pipeline; a=$$?; wait $$serving; b=$$?; exit $$((a | b))
+	@$(MAKE) --no-print-directory -j2 .venv .venv-serving
+
+.venv:
+	@images/install .venv pipeline
+
+.venv-serving:
+	@images/install .venv-serving serving
 
 run: setup ## Preprocess, train, evaluate, register and serve: the whole pipeline, ARGS="..." for its inputs
 	@exec $(BIN)/pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
 
-ask: setup ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
-	@$(BIN)/python -m tasks.rollout ask "$(Q)"
+ask: ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
+	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout ask "$$Q"
 
 ui: setup ## Open MLflow's UI on the embedded registry
 	@exec $(BIN)/python -m tasks.register ui
 
-stop: setup ## Stop the server that `make run` left serving
-	@$(BIN)/python -m tasks.rollout stop
+stop: ## Stop the server that `make run` left serving
+	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout stop
 
 test: setup ## The tests that one runs before every commit
 	$(BIN)/pytest -m "not long"
@@ -50,5 +55,5 @@ lock: setup ## Resolve the requirements under images/ again
 	done
 
 clean: ## Stop serving and remove what runs and set-up left (environments, models, registry)
-	@[ ! -x .venv/bin/python ] || .venv/bin/python -m tasks.rollout stop
+	@[ ! -f .venv/.installed ] || $(BIN)/python -m tasks.rollout stop
 	rm -rf .forge .venv .venv-serving .pytest_cache .mypy_cache .ruff_cache

@@ -42,6 +42,17 @@ class Source(Artifact):
     """The raw rows: a file, a directory of files, or the built-in demonstration. Found by preflight."""
 
 
+class Base(Contract):
+    """The weights that training starts from, found by preflight: a directory, its URI, or a model id of the hub.
+
+    `revision` pins the contents: a commit of the hub, or a digest of the directory. Both are empty for training from
+    scratch, until training has made the random weights that it starts from.
+    """
+
+    location: str = ""
+    revision: str = ""
+
+
 class Dataset(Artifact):
     """Validated, split, tokenised and packed rows, and the held-out conversations."""
 
@@ -50,16 +61,16 @@ class Dataset(Artifact):
 
 
 class Model(Artifact):
-    """What training left: `model/` in Hugging Face format, and `base`, where the weights it started from are."""
+    """What training left: `model/` in Hugging Face format, and `base`, the weights it started from."""
 
-    base: str
+    base: Base
 
 
 class Evaluation(Artifact):
     """Scores of a model on the held-out rows, before (the base model) and after; `report` is an HTML page.
 
-    Scores are shares in [0, 1]; `nll` is nats a trained token. `json_validity` is None when no expected answer is
-    JSON.
+    Scores are shares in [0, 1]; `nll` is the mean over items of nats a token of the expected answer;
+    `json_validity` is None when no expected answer is JSON.
     """
 
     items: int

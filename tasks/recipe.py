@@ -62,7 +62,7 @@ class ModelRecipe(Section):
     """What training starts from: a base model, or an architecture with random weights."""
 
     base: str | None = Field(None, description="a local directory in Hugging Face format, or a model id of the hub")
-    revision: str | None = Field(None, description="commit of the base model on the hub")
+    revision: str | None = Field(None, description="commit of the hub, or digest of the local directory")
     architecture: Architecture | None = None
 
     @model_validator(mode="after")
@@ -117,7 +117,6 @@ class EvaluationRecipe(Section):
 class ServingRecipe(Section):
     """How the model is served, and what it must show before it becomes the champion."""
 
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     startup_timeout: int = Field(600, ge=10, description="seconds until the server must be healthy")
     replay: int = Field(16, ge=1, description="evaluated prompts that are asked again over the API")
     min_agreement: float = Field(0.9, gt=0, le=1, description="share of them that must be answered as in evaluation")
@@ -132,6 +131,12 @@ class Recipe(Section):
     training: TrainingRecipe
     evaluation: EvaluationRecipe
     serving: ServingRecipe = ServingRecipe()
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> "Recipe":
+        if self.evaluation.max_new_tokens >= self.data.context:
+            raise ValueError(f"evaluation.max_new_tokens must be less than data.context ({self.data.context})")
+        return self
 
 
 def find_recipe(name_or_path: str) -> Path:

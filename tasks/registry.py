@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
-TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def tracking_uri(settings: Settings) -> str:
@@ -40,6 +40,7 @@ def open_registry(settings: Settings) -> "MlflowClient":
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(settings)
     lock = settings.home / "mlflow" / "lock"
@@ -49,7 +50,7 @@ def open_registry(settings: Settings) -> "MlflowClient":
             client = MlflowClient(uri, registry_uri=uri)
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ForgeError(f"MLflow {uri}: cannot be used ({reason}); start it, or mend FORGE_MLFLOW_URI") from None
     return client
@@ -57,19 +58,18 @@ def open_registry(settings: Settings) -> "MlflowClient":
 
 def champion_version(client: "MlflowClient", name: str) -> str | None:
     """The version that the alias champion names, or None."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found: str = client.get_model_version_by_alias(name, CHAMPION).version
-    except MlflowException:
-        return None
-    return str(found)
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if version is None else str(version)
 
 
 def promote(client: "MlflowClient", name: str, version: str) -> None:
     """Move the alias champion to a version, and note on it which version it was before."""
-    previous = champion_version(client, name)
-    if previous == version:
-        return
-    client.set_model_version_tag(name, version, "previous_champion", previous or "")
-    client.set_registered_model_alias(name, CHAMPION, version)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        previous = champion_version(client, name)
+        if previous != version:
+            client.set_model_version_tag(name, version, "previous_champion", previous or "")
+            client.set_registered_model_alias(name, CHAMPION, version)
+    except MlflowException as error:
+        raise ForgeError(f"MLflow: {name} version {version} could not be made the champion ({error})") from None

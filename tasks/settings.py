@@ -35,7 +35,7 @@ class Settings(BaseSettings):
 
     @property
     def work(self) -> Path:
-        """Scratch space on the store's file system, so that publishing is a rename."""
+        """What failed training ranks had to say."""
         return self.home / "work"
 
     @property

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from tasks.storage.digest import digest_directory, digest_json
+from tasks.storage.digest import digest_file, digest_json
 
 TASKS = Path(__file__).parent
+SHARED = ("contracts.py", "storage")  # what decides how any stage's results are kept
 
 
 def code_version(stage: str) -> str:
-    """Digest (16 hexadecimal digits) of the files of a stage's room."""
-    _, files = digest_directory(TASKS / stage)
-    return digest_json({name: digest for name, digest in files.items() if "__pycache__" not in name})[:16]
+    """Digest (16 hexadecimal digits) of the code of a stage's room, and of what all rooms share."""
+    parts = [TASKS / part for part in (stage, *SHARED)]
+    files = [path for part in parts for path in (part.iterdir() if part.is_dir() else [part]) if path.is_file()]
+    return digest_json({path.relative_to(TASKS).as_posix(): digest_file(path) for path in files})[:16]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.contracts import Dataset, Evaluation, Model, Source
+from tasks.contracts import Base, Dataset, Evaluation, Model, Source
 from tasks.evaluate.evaluate import evaluate
 from tasks.finetune.processes import Rank
 from tasks.finetune.train import train
 from tasks.preprocess.prepare import prepare
+from tasks.preprocess.rows import digest_source
 from tasks.recipe import Recipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
@@ -22,7 +23,6 @@ SMALL = {
     "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
     "training": {"rows_per_step": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 32, "max_new_tokens": 32},
-    "serving": {"dtype": "float32"},
 }
 
 
@@ -78,9 +78,9 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
     """The small recipe's data set, model and evaluation, made once."""
     settings = Settings(home=tmp_path_factory.mktemp("trained"))
     store = DirectoryStore(settings.store_root)
-    source = Source(uri="demonstration", digest="demonstration", store=store.identity)
-    dataset = prepare(source, recipe.data, recipe.model, store)
+    source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
+    dataset = prepare(source, recipe.data, Base(), store)
     rank = Rank(0, 1, torch.device("cpu"))
-    model = train(rank, dataset, recipe.model, recipe.training, store)
+    model = train(rank, dataset, Base(), recipe.model, recipe.training, store)
     assert model is not None
     return Trained(settings, store, dataset, model, evaluate(dataset, model, recipe.evaluation, store))

@@ -44,7 +44,7 @@ def test_a_path_and_a_uri_are_read(tmp_path: Path) -> None:
         ),
         ("heads: 4", "heads: 3", 7, "multiple of 32"),
         ("name: dates", "name: [dates", 3, "not valid YAML"),
-        ("serving:", "servin:", 17, "did you mean serving?"),
+        ("evaluation:", "evaluatio:", 14, "did you mean evaluation?"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(old: str, new: str, line: int, says: str, tmp_path: Path) -> None:
@@ -56,6 +56,13 @@ def test_what_is_wrong_is_told_with_its_line(old: str, new: str, line: int, says
         load_recipe(str(path))
     assert f"{path}:{line}: " in caught.value.message
     assert says in caught.value.message
+
+
+def test_answers_must_fit_the_context(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text((RECIPES / "tiny-cpu.yaml").read_text().replace("max_new_tokens: 48", "max_new_tokens: 256"))
+    with pytest.raises(ForgeError, match=r"max_new_tokens must be less than data\.context \(256\)"):
+        load_recipe(str(path))
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def training_pipeline(data_path: str = "", recipe: str = "tiny-cpu") -> str:
     """
     plan = preflight(data_path=data_path, recipe=recipe)
     settled = plan.recipe
-    dataset = preprocess_data(source=plan.source, data=settled.data, model=settled.model)
-    model = train_model(dataset=dataset, model=settled.model, training=settled.training)
+    dataset = preprocess_data(source=plan.source, data=settled.data, base=plan.base)
+    model = train_model(dataset=dataset, base=plan.base, model=settled.model, training=settled.training)
     evaluation = evaluate_model(dataset=dataset, model=model, evaluation=settled.evaluation)
     version = register_model(recipe=settled, dataset=dataset, model=model, evaluation=evaluation)
     deployment = roll_out(version=version, evaluation=evaluation, serving=settled.serving)

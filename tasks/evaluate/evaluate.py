@@ -6,7 +6,7 @@ import time
 
 from rich.progress import Progress
 
-from tasks.contracts import Dataset, Evaluation, Model
+from tasks.contracts import Base, Dataset, Evaluation, Model
 from tasks.errors import ForgeError
 from tasks.evaluate.report import render_report
 from tasks.evaluate.score import Answer, answer_all, by_slice, read_items, summarise
@@ -28,19 +28,21 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
     items = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items)
     if not items:
         raise ForgeError(f"evaluation: the data set {dataset.uri} has no held-out rows; raise data.heldout_fraction")
-    base = str(store.path(model.base)) if model.base.startswith("file://") else model.base
+    base = model.base
+    if base.location.startswith("file://"):
+        base = Base(location=str(store.path(base.location)))
 
-    def answers(name: str, model_directory: str) -> list[Answer]:
+    def answers(name: str, of: Base) -> list[Answer]:
         with Progress() as progress:
             bar = progress.add_task(f"evaluate {name} training", total=len(items))
 
             def tell(done: int) -> None:
                 progress.update(bar, completed=done)
 
-            return answer_all(model_directory, items, recipe.max_new_tokens, recipe.batch_size, tell)
+            return answer_all(of, items, recipe.max_new_tokens, recipe.batch_size, tell)
 
     before = answers("before", base)
-    after = answers("after", str(directory / "model"))
+    after = answers("after", Base(location=str(directory / "model")))
     scores, scores_before = summarise(items, after), summarise(items, before)
     with store.stage() as staged:
         with (staged / "items.jsonl").open("w", encoding="utf-8") as file:
@@ -57,13 +59,11 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
         training = json.loads((directory / "training.json").read_text())
         slices = {"after": by_slice(items, after), "before": by_slice(items, before)}
-        facts = {"Model": model.digest, "Data set": dataset.digest, "Trained from": training["base"]["model"]}
+        facts = {"Model": model.digest, "Data set": dataset.digest, "Trained from": " ".join(training["base"].values())}
         page = render_report(items, before, after, slices, training, facts)
         (staged / REPORT).write_text(page, encoding="utf-8")
-        digest, _ = digest_directory(staged, exclude={REPORT})
         card = {
             "kind": "evaluation",
-            "digest": digest,
             "model": {"uri": model.uri, "digest": model.digest},
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
             "recipe": recipe.model_dump(mode="json"),
@@ -72,7 +72,8 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
             "slices": {name: {k: dataclasses.asdict(v) for k, v in part.items()} for name, part in slices.items()},
         }
         (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        uri = store.publish(staged, f"evaluations/sha256-{digest}")
+        digest, _ = digest_directory(staged)
+        uri = store.publish(staged, "evaluations")
     print(
         f"evaluate: exact match {scores_before.exact_match:.1%} -> {scores.exact_match:.1%} "
         f"on {len(items)} held-out prompts"

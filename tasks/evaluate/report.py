@@ -19,6 +19,7 @@ STYLE: Any = {
     "svg.hashsalt": "forge",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 
 transformers_logging.disable_progress_bar()
@@ -57,13 +58,16 @@ def read_items(path: Path, most: int) -> list[Item]:
 
 
 def answer_all(
-    directory: str, items: Sequence[Item], max_new_tokens: int, batch_size: int, tell: Callable[[int], None]
+    of: Base, items: Sequence[Item], max_new_tokens: int, batch_size: int, tell: Callable[[int], None]
 ) -> list[Answer]:
-    """Answer every item with the model of a directory in Hugging Face format; `tell` hears how many are done."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", trust_remote_code=False)
+    """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done."""
+    options: Any = {"revision": of.revision or None, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(of.location, padding_side="left", **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        of.location, dtype="auto", attn_implementation="sdpa", use_safetensors=True, **options
     )
     model = model.to(device).eval()
     prompts = [tokens_of(tokenizer, item.messages, add_generation_prompt=True) for item in items]
@@ -113,7 +117,12 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
     output = model.generate(
         **padded, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
-    texts: list[str] = tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+    room = model.config.max_position_embeddings
+    answers = [
+        row[: room - len(prompt)]
+        for row, prompt in zip(output[:, padded["input_ids"].shape[1] :], prompts, strict=True)
+    ]  # as far as the server goes, which ends an answer where the context ends
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return texts
 
 

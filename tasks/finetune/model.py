@@ -7,12 +7,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.data import IGNORED, Batch
 from tasks.recipe import ModelRecipe
 
 
-def build_model(recipe: ModelRecipe, tokenizer: Any, context: int, seed: int) -> Any:
+def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, seed: int) -> Any:
     """A causal language model in fp32: new weights for an architecture (the same for a seed), else the base's."""
     torch.manual_seed(seed)
     if recipe.architecture is not None:
@@ -32,15 +33,15 @@ def build_model(recipe: ModelRecipe, tokenizer: Any, context: int, seed: int) ->
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            recipe.base,
-            revision=recipe.revision,
+            base.location,
+            revision=base.revision,
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
-        raise ForgeError(f"base model {recipe.base}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 class TrainedTokenLoss(nn.Module):

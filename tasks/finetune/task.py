@@ -14,7 +14,7 @@ from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from tasks.contracts import Dataset, Model, cache_key
+from tasks.contracts import Base, Dataset, Model, cache_key
 from tasks.errors import ForgeError
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import load_settings
@@ -59,7 +59,9 @@ class TrainingTask(PytorchElasticFunctionTask):
 def describe_exit(error: ChildFailedError) -> str:
     """What the user reads of a process that ended without saying why: most often the kernel wanted its memory."""
     rank, failed = error.get_first_failure()
-    how = signal.Signals(-failed.exitcode).name if failed.exitcode < 0 else f"exit status {failed.exitcode}"
+    if failed.exitcode > 0:  # it raised before it had joined the others
+        return f"training failed on rank {rank}: {failed.message}"
+    how = signal.Signals(-failed.exitcode).name
     return (
         f"training: rank {rank} ended without a word ({how}); if the machine ran out of memory, lower "
         "training.rows_per_step or data.context"
@@ -79,13 +81,13 @@ def failure_file(launcher: int) -> Path:
     cache=Cache(version=code_version("finetune"), serialize=True),
 )
 def train_model(
-    dataset: Dataset, model: ModelRecipe, training: TrainingRecipe
+    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
 ) -> Annotated[Model, HashMethod(cache_key)]:
     """Packed rows and a base model (or an architecture) to a trained model in the store."""
     from tasks.finetune.processes import joined
     from tasks.finetune.train import train
 
     with joined(failure_file(os.getppid())) as rank:
-        trained = train(rank, dataset, model, training, open_store(load_settings()))
+        trained = train(rank, dataset, base, model, training, open_store(load_settings()))
     # Flyte takes the first rank's value; the others have none, and any will do.
-    return trained or Model(uri="", digest="", store="", base="")
+    return trained or Model(uri="", digest="", store="", base=Base())

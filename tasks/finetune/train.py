@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tasks.contracts import Dataset, Model
+from tasks.contracts import Base, Dataset, Model
 from tasks.errors import ForgeError
 from tasks.finetune.data import Order, PackedRows
 from tasks.finetune.model import TrainedTokenLoss, build_model
@@ -26,13 +26,14 @@ from tasks.storage import DirectoryStore, digest_directory
 
 transformers_logging.disable_progress_bar()
 CARD = "training.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which the weights are saved, evaluated and served
 POINTS = 100  # of the loss curve
 HELDOUT_POINTS = 10
 HELDOUT_ROWS = 64  # of the held-out rows, for the curve; evaluation scores the rest
 
 
 def train(
-    rank: Rank, dataset: Dataset, model: ModelRecipe, recipe: TrainingRecipe, store: DirectoryStore
+    rank: Rank, dataset: Dataset, base: Base, model: ModelRecipe, recipe: TrainingRecipe, store: DirectoryStore
 ) -> Model | None:
     """Train on a data set and publish the model; the first rank returns it.
 
@@ -45,7 +46,7 @@ def train(
     data = store.path(dataset.uri)
     context = json.loads((data / "dataset.json").read_text())["context"]
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
-    causal = build_model(model, tokenizer, context, recipe.seed).to(rank.device)
+    causal = build_model(model, base, tokenizer, context, recipe.seed).to(rank.device)
     if not rank.first:
         fit(rank, causal, data, recipe)
         return None
@@ -53,14 +54,14 @@ def train(
         if model.architecture is not None:
             save(causal, tokenizer, staged / "base")
         curve, tokens_per_second = fit(rank, causal, data, recipe)
-        save(causal, tokenizer, staged / "model")
+        save(causal.to(DTYPES[recipe.precision]), tokenizer, staged / "model")
         digest, _ = digest_directory(staged)
-        uri = store.uri(f"trained/sha256-{digest}")
-        base = f"{uri}/base" if model.architecture is not None else str(model.base)
         card = {
             "kind": "model",
             "digest": digest,
-            "base": {"model": base, "revision": model.revision},
+            "base": base.model_dump()
+            if base.location
+            else {"location": "random weights", "revision": str(recipe.seed)},
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
             "parameters": sum(parameter.numel() for parameter in causal.parameters()),
             "recipe": {"model": model.model_dump(mode="json"), "training": recipe.model_dump(mode="json")},
@@ -74,7 +75,9 @@ def train(
             },
         }
         (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        store.publish(staged, f"trained/sha256-{digest}")
+        uri = store.publish(staged, "trained")
+    if not base.location:
+        base = Base(location=f"{uri}/base")
     return Model(
         uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tasks.contracts import Source
+from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.preprocess import demonstration
 from tasks.preprocess.rows import DEMONSTRATION, digest_source, read_rows
@@ -13,14 +13,14 @@ from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_r
 from tasks.registry import open_registry
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
-from tasks.storage import open_store
+from tasks.storage import digest_directory, open_store
 
 T = TypeVar("T")
 SAMPLE = 1000  # lines of each file that preflight reads; preprocessing reads them all
 
 
-def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source]:
-    """Run every check; returns the recipe and the identified source, or raises Problems with all that is wrong."""
+def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
+    """Run every check; returns the recipe, the source and the base model, or raises Problems with all that is wrong."""
     problems: list[str] = []
 
     def attempt(check: Callable[[], T]) -> T | None:
@@ -36,12 +36,12 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source]:
     data = loaded.data if loaded else DataRecipe(context=16)  # rows are checked even where the recipe is wrong
     if data_path:
         data = data.model_copy(update={"source": absolute(data_path)})
-    attempt(lambda: check_data(data))
+    digest = attempt(lambda: check_data(data))
+    base = None
     if loaded is not None:
-        loaded = loaded.model_copy(update={"data": data})
         training, model = loaded.training, loaded.model
         attempt(lambda: check_training(training))
-        attempt(lambda: check_base_model(model))
+        base = attempt(lambda: find_base(model))
     store = None
     settings = attempt(load_settings)
     if settings is not None:
@@ -51,10 +51,12 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source]:
             attempt(lambda: open_registry(places))
         attempt(lambda: check_vllm(places))
         attempt(lambda: check_port(places))
-    if problems or loaded is None or store is None:
+    if problems or loaded is None or store is None or digest is None or base is None:
         raise Problems("Nothing was started, because:", problems)
-    digest = digest_source(loaded.data)
-    return loaded, Source(uri=loaded.data.source, digest=digest, store=store.identity)
+    # From here on the recipe names the rows themselves, so that the same rows at another path are the same run.
+    named = data.model_copy(update={"source": f"sha256-{digest}"})
+    source = Source(uri=data.source, digest=digest, store=store.identity)
+    return loaded.model_copy(update={"data": named}), source, base
 
 
 def absolute(data_path: str) -> str:
@@ -64,17 +66,23 @@ def absolute(data_path: str) -> str:
     return str(Path(data_path.removeprefix("file://")).expanduser().absolute())
 
 
-def check_data(recipe: DataRecipe) -> None:
-    """The rows are there, and the first of each file are conversations."""
+def check_data(recipe: DataRecipe) -> str:
+    """The rows are there, and the first of each file are conversations; returns their digest."""
     if recipe.source == DEMONSTRATION:
         unknown = demonstration.unknown_locales(recipe.demonstration)
         if unknown:
             raise ForgeError(
                 f"data.demonstration.locales: Babel knows no {', '.join(unknown)}; use codes such as en, de, pt"
             )
-        return
-    for _ in read_rows(recipe, limit=SAMPLE):
-        pass
+        most = demonstration.most_rows(recipe.demonstration)
+        if recipe.demonstration.rows > most:
+            raise ForgeError(
+                f"data.demonstration.rows: there are {most} in so few locales; ask for fewer, or add locales"
+            )
+    else:
+        for _ in read_rows(recipe, limit=SAMPLE):
+            pass
+    return digest_source(recipe)
 
 
 def check_training(recipe: TrainingRecipe) -> None:
@@ -87,24 +95,29 @@ def check_training(recipe: TrainingRecipe) -> None:
         raise ForgeError(f"training.nodes {recipe.nodes}: this version of Forge trains on one node only; set it to 1")
 
 
-def check_base_model(recipe: ModelRecipe) -> None:
-    """A base model is there, as safetensors."""
+def find_base(recipe: ModelRecipe) -> Base:
+    """The base model, which must be there as safetensors, with a revision that pins its contents."""
     if recipe.base is None:
-        return
-    directory = Path(recipe.base).expanduser()
+        return Base()
+    directory = Path(recipe.base).expanduser().absolute()
     if directory.is_dir():
         if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
             raise ForgeError(
                 f"base model {directory}: needs config.json and *.safetensors; save it with save_pretrained "
                 "(pickled weights are not loaded)"
             )
-        return
+        digest, _ = digest_directory(directory)
+        if recipe.revision not in (None, digest):
+            raise ForgeError(f"base model {directory}: its digest is {digest}, and model.revision is {recipe.revision}")
+        return Base(location=str(directory), revision=digest)
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        if isinstance(try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str):
-            return
-        HfApi().model_info(recipe.base, revision=recipe.revision, timeout=5)
+        if recipe.revision and isinstance(
+            try_to_load_from_cache(recipe.base, "config.json", revision=recipe.revision), str
+        ):
+            return Base(location=recipe.base, revision=recipe.revision)
+        found = HfApi().model_info(recipe.base, revision=recipe.revision, timeout=5)
     except Exception as error:  # the client raises its HTTP library's errors as well as its own
         reason = str(error).strip().splitlines()[0]
         raise ForgeError(
@@ -112,6 +125,7 @@ def check_base_model(recipe: ModelRecipe) -> None:
             "model.base the path of a directory in Hugging Face format, or make the hub reachable "
             "(a gated model needs HF_TOKEN)"
         ) from None
+    return Base(location=recipe.base, revision=str(found.sha))
 
 
 def check_vllm(settings: Settings) -> None:

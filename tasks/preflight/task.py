@@ -5,16 +5,17 @@ from typing import Annotated, NamedTuple
 
 from flytekit import HashMethod, task
 
-from tasks.contracts import Source, cache_key
+from tasks.contracts import Base, Source, cache_key
 from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
 
 class Plan(NamedTuple):
-    """What the run will do, with which rows, and when it started (Unix time)."""
+    """What the run will do, with which rows and base model, and when it started (Unix time)."""
 
     recipe: Recipe
     source: Annotated[Source, HashMethod(cache_key)]
+    base: Base
     started: float
 
 
@@ -22,5 +23,5 @@ class Plan(NamedTuple):
 def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
     started = time.time()
-    loaded, source = check_all(data_path, recipe)
-    return Plan(loaded, source, started)
+    loaded, source, base = check_all(data_path, recipe)
+    return Plan(loaded, source, base, started)

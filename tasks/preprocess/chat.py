@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.preprocess.rows import Row
-from tasks.recipe import ModelRecipe
 
 BATCH = 1024
 # The whole assistant turn, its end included, stands in the generation block, and so is trained.
@@ -35,20 +35,20 @@ class Document:
     row: Row
 
 
-def load_tokenizer(model: ModelRecipe, context: int) -> Any:
+def load_tokenizer(base: Base, context: int) -> Any:
     """The base model's tokenizer, or a byte-level one for a model that is trained from scratch."""
-    if model.base is None:
+    if not base.location:
         return byte_tokenizer(context)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base.location, revision=base.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ForgeError(
-            f"base model {model.base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+            f"base model {base.location}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
     if not tokenizer.chat_template or "{% generation" not in tokenizer.chat_template.replace("{%-", "{%"):
         raise ForgeError(
-            f"base model {model.base}: its chat template marks no {{% generation %}} block, so the assistant's tokens "
-            "cannot be told from the others; add the block around the assistant's turn in its chat_template.jinja"
+            f"base model {base.location}: its chat template marks no {{% generation %}} block, so the assistant's "
+            "tokens cannot be told from the others; put the assistant's turn into one in its chat_template.jinja"
         )
     return tokenizer
 

@@ -24,6 +24,11 @@ def unknown_locales(recipe: Demonstration) -> list[str]:
     return [locale for locale in recipe.locales if not babel.localedata.exists(locale)]
 
 
+def most_rows(recipe: Demonstration) -> int:
+    """How many rows there are to draw from."""
+    return DAYS * len(recipe.locales) * len(FORMATS)
+
+
 def digest(recipe: Demonstration) -> str:
     """Identity of the rows that `rows` yields."""
     return digest_json(["demonstration", FORM, babel.__version__, recipe.model_dump(mode="json")])
@@ -33,7 +38,7 @@ def rows(recipe: Demonstration) -> Iterator[dict[str, Any]]:
     """Chat rows, always the same ones, grouped by date and sliced by locale; no prompt twice."""
     draw = random.Random(20)  # noqa: S311 (sampling, no secret)
     seen: set[str] = set()
-    for number in draw.sample(range(DAYS * len(recipe.locales) * len(FORMATS)), recipe.rows):
+    for number in draw.sample(range(most_rows(recipe)), recipe.rows):
         day, rest = divmod(number, len(recipe.locales) * len(FORMATS))
         locale, form = recipe.locales[rest // len(FORMATS)], FORMATS[rest % len(FORMATS)]
         date = FIRST + datetime.timedelta(days=day)

@@ -5,18 +5,18 @@ import json
 import time
 from pathlib import Path
 
-from tasks.contracts import Dataset, Source
+from tasks.contracts import Base, Dataset, Source
 from tasks.errors import ForgeError
 from tasks.preprocess.chat import Document, encode, load_tokenizer
 from tasks.preprocess.pack import write_packed
-from tasks.preprocess.rows import SHOWN, Row, count_slices, read_rows, report
-from tasks.recipe import DataRecipe, ModelRecipe
+from tasks.preprocess.rows import SHOWN, Row, count_slices, digest_source, read_rows, report
+from tasks.recipe import DataRecipe
 from tasks.storage import DirectoryStore, digest_directory, digest_json
 
 CARD = "dataset.json"
 
 
-def prepare(source: Source, data: DataRecipe, model: ModelRecipe, store: DirectoryStore) -> Dataset:
+def prepare(source: Source, data: DataRecipe, base: Base, store: DirectoryStore) -> Dataset:
     """Validate, split, tokenise and pack the source's rows, and publish the data set.
 
     The data set is a directory: `train/` and `heldout/` (packed arrays), `heldout.jsonl` (the held-out
@@ -25,14 +25,17 @@ def prepare(source: Source, data: DataRecipe, model: ModelRecipe, store: Directo
     Raises Problems naming the file and the line of each row that cannot be used.
     """
     started = time.time()
-    rows = sorted(read_rows(data.model_copy(update={"source": source.uri})), key=_row_digest)
+    data = data.model_copy(update={"source": source.uri})
+    rows = sorted(read_rows(data), key=_row_digest)
+    if digest_source(data) != source.digest:
+        raise ForgeError(f"data {source.uri}: the rows were changed while they were read; run again")
     train, heldout = split(rows, data.heldout_fraction)
     if not train or not heldout:
         raise ForgeError(
             f"data {source.uri}: {len(rows)} rows give {len(train)} to train on and {len(heldout)} held out, and "
             "neither may be empty; give more rows, or change data.heldout_fraction"
         )
-    tokenizer = load_tokenizer(model, data.context)
+    tokenizer = load_tokenizer(base, data.context)
     documents = {"train": list(encode(train, tokenizer)), "heldout": list(encode(heldout, tokenizer))}
     check_lengths([*documents["train"], *documents["heldout"]], data.context)
     with store.stage() as staged:
@@ -52,7 +55,7 @@ def prepare(source: Source, data: DataRecipe, model: ModelRecipe, store: Directo
             "slices": {"train": count_slices(train), "heldout": count_slices(heldout)},
         }
         (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        uri = store.publish(staged, f"datasets/sha256-{digest}")
+        uri = store.publish(staged, "datasets")
     efficiency = card["packing_efficiency"]
     print(
         f"preprocess: {len(train):,} conversations to train on, {len(heldout):,} held out, packed into "

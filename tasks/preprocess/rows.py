@@ -1,5 +1,6 @@
 """Where raw rows come from, and what a row must be. Every finding names the file, the line and the mend."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -96,6 +97,8 @@ def report(refused: list[str], count: int, what: str) -> None:
 
 def parse(line: bytes) -> Any:
     """A line's JSON value; Invalid says what is wrong with it."""
+    if line.startswith(codecs.BOM_UTF8):
+        raise Invalid("the file starts with a byte order mark; save it as UTF-8 without one")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -105,9 +108,10 @@ def parse(line: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Invalid(
-            f"not valid JSON ({error.msg} at column {error.colno}); each line must be one row: {EXAMPLE}"
-        ) from None
+        what = f"not valid JSON ({error.msg} at column {error.colno})"
+        raise Invalid(f"{what}; each line must be one row: {EXAMPLE}") from None
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"JSON that cannot be read ({error}); write the row more simply") from None
 
 
 def validate(value: Any, recipe: DataRecipe, where: str) -> Row:
@@ -133,6 +137,9 @@ def validate(value: Any, recipe: DataRecipe, where: str) -> Row:
     for name, column in ((recipe.group_column, group), (recipe.slice_column, part)):
         if not isinstance(column, str | int):
             raise Invalid(f"{name} must be a text or a whole number, not {type(column).__name__}")
+    for text in (*(message["content"] for message in messages), str(group), str(part)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise Invalid("a text holds half a character (a lone surrogate); mend the program that wrote the row")
     return Row(messages, str(group), str(part), where)
 
 

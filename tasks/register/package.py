@@ -18,6 +18,11 @@ def build_package(model: Path, name: str, lineage: dict[str, Any], store: Direct
     and compared with its manifest; ForgeError where they differ.
     """
     digest, files = digest_directory(model)
+    prefix = f"models/{name}"
+    if store.exists(f"{prefix}/sha256-{digest}"):
+        uri = store.uri(f"{prefix}/sha256-{digest}")
+        verify_package(store.path(uri), digest)
+        return uri, digest
     with store.stage() as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True)
         sizes = {file: (staged / file).stat().st_size for file in files}
@@ -29,7 +34,7 @@ def build_package(model: Path, name: str, lineage: dict[str, Any], store: Direct
             **lineage,
         }
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        uri = store.publish(staged, f"models/{name}/sha256-{digest}")
+        uri = store.publish(staged, prefix, digest)
     verify_package(store.path(uri), digest)
     return uri, digest
 

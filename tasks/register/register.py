@@ -14,6 +14,7 @@ from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_json
 
 DIGEST = "package_digest"
+EVALUATION = "evaluation_digest"
 
 
 def register(
@@ -39,11 +40,14 @@ def register(
             run_id = record_run(client, recipe, dataset, evaluation, training, digest, settings)
             if not client.search_registered_models(f"name = '{recipe.name}'"):
                 client.create_registered_model(recipe.name)
-            tags = {DIGEST: digest, "dataset_digest": dataset.digest, "evaluation_digest": evaluation.digest}
+            tags = {DIGEST: digest, "dataset_digest": dataset.digest, EVALUATION: evaluation.digest}
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
             print(f"register: {recipe.name} version {found.version} is {uri}")
         else:
             print(f"register: {recipe.name} version {found.version} is this model already")
+            if found.tags.get(EVALUATION) != evaluation.digest:
+                log_evaluation(client, found.run_id, evaluation)
+                client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
     return Version(
         uri=uri,
         digest=digest,
@@ -92,8 +96,7 @@ def record_run(
         client.create_run(experiment_id, tags={DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}").info.run_id
     )
     now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, 0) for name, value in metrics_of(evaluation).items()]
-    metrics += [
+    metrics = [
         Metric(name, point[name], now, int(point["step"]))
         for point in training["curve"]
         for name in ("loss", "heldout_loss")
@@ -103,9 +106,16 @@ def record_run(
     client.log_batch(run_id, metrics, [Param(*item) for item in flatten(recipe.model_dump(mode="json"))])
     source = json.dumps({"uri": dataset.uri})
     client.log_inputs(run_id, [DatasetInput(LoggedDataset(recipe.name, dataset.digest[:36], "local", source))])
-    client.log_artifact(run_id, evaluation.report)
+    log_evaluation(client, run_id, evaluation)
     client.set_terminated(run_id)
     return run_id
+
+
+def log_evaluation(client: Any, run_id: str, evaluation: Evaluation) -> None:
+    """Write scores and report to a run, in place of those of an evaluation before."""
+    for name, value in metrics_of(evaluation).items():
+        client.log_metric(run_id, name, value)
+    client.log_artifact(run_id, evaluation.report)
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:

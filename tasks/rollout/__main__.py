@@ -18,8 +18,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("question")
-@click.option("--max-tokens", default=128, show_default=True)
-def ask(question: str, max_tokens: int) -> None:
+def ask(question: str) -> None:
     """Ask the served model one question."""
     settings = load_settings()
     running = LocalServer(settings).running()
@@ -27,9 +26,7 @@ def ask(question: str, max_tokens: int) -> None:
         raise ForgeError("nothing is serving; start it with: make run")
     try:
         messages = [{"role": "user", "content": question}]
-        click.echo(
-            ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages, max_tokens)
-        )
+        click.echo(ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages))
     except OpenAIError as error:
         raise ForgeError(f"the server did not answer ({error}); see {running.log}") from None
 

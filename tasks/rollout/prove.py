@@ -3,18 +3,19 @@
 import json
 from pathlib import Path
 
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
 from tasks.errors import ForgeError
 
 
 def client_of(endpoint: str) -> OpenAI:
-    """A client of the local server, which asks for no key."""
-    return OpenAI(base_url=endpoint, api_key="EMPTY", max_retries=0, timeout=60)
+    """A client of the local server, which asks for no key, and to which no proxy leads."""
+    direct = DefaultHttpxClient(trust_env=False)
+    return OpenAI(base_url=endpoint, api_key="EMPTY", max_retries=0, timeout=60, http_client=direct)
 
 
-def ask(client: OpenAI, name: str, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """One greedy chat completion."""
+def ask(client: OpenAI, name: str, messages: list[dict[str, str]], max_tokens: int | None = None) -> str:
+    """One greedy chat completion, of as many tokens as the context has room for unless told."""
     answer = client.chat.completions.create(
         model=name,
         messages=messages,  # type: ignore[arg-type]

@@ -40,63 +40,58 @@ def roll_out(
     Raises ForgeError saying why the new model does not serve. The alias champion moves last.
     """
     started = time.time()
-    spec = Spec(
-        version.name, version.version, version.digest, str(store.path(version.uri)), settings.serving_port, recipe.dtype
-    )
+    spec = Spec(version.name, version.version, version.digest, str(store.path(version.uri)), settings.serving_port)
     server = LocalServer(settings)
+
+    def prove_and_promote() -> str:
+        evaluated = store.path(evaluation.uri)
+        agreement = prove(settings.endpoint, spec.name, evaluated, recipe.replay, recipe.min_agreement)
+        promote(open_registry(settings), version.name, version.version)
+        return agreement
+
     with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
         before = server.running()
         if before is not None and before.spec == spec and before.healthy():
             action = "was serving already"
-            agreement = _prove(spec, evaluation, recipe, settings, store)
+            agreement = prove_and_promote()
         else:
-            action = "serves in place of " + _describe(before) if before else "serves"
-            agreement = _replace(server, before, spec, evaluation, recipe, settings, store)
-        promote(open_registry(settings), version.name, version.version)
+            action = f"serves in place of {_describe(before)}" if before else "serves"
+            with _way_back(server, before, recipe.startup_timeout):
+                server.stop()
+                if not port_is_free(spec.port):
+                    raise ForgeError(
+                        f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT"
+                    )
+                running = server.start(spec)
+                print(f"roll_out: vLLM is starting, which takes up to a minute; its log is {running.log}", flush=True)
+                server.wait_ready(running, recipe.startup_timeout)
+                agreement = prove_and_promote()
     print(f"roll_out: {version.name} version {version.version} {action}; {agreement} answers as in evaluation")
     return Deployment(
         endpoint=settings.endpoint,
         name=version.name,
         version=version.version,
         digest=version.digest,
+        agreement=agreement,
         started=started,
         seconds=time.time() - started,
-        agreement=agreement,
     )
 
 
-def _replace(
-    server: LocalServer,
-    before: Running | None,
-    spec: Spec,
-    evaluation: Evaluation,
-    recipe: ServingRecipe,
-    settings: Settings,
-    store: DirectoryStore,
-) -> str:
-    """Stop what serves, start the new model and prove it; on any failure put back what served."""
-    if before is None and not port_is_free(spec.port):
-        raise ForgeError(f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT")
+@contextlib.contextmanager
+def _way_back(server: LocalServer, before: Running | None, startup_timeout: float) -> Iterator[None]:
+    """If anything goes wrong, start again what served before."""
     try:
-        server.stop()
-        running = server.start(spec)
-        print(f"roll_out: vLLM is starting, which takes up to a minute; its log is {running.log}", flush=True)
-        server.wait_ready(running, recipe.startup_timeout)
-        return _prove(spec, evaluation, recipe, settings, store)
+        yield
     except BaseException as error:
         server.stop(grace=0)  # nobody uses it yet
         if before is not None:
             again = server.start(before.spec)
             if isinstance(error, ForgeError):
-                server.wait_ready(again, recipe.startup_timeout)
-                raise ForgeError(
-                    f"{error.message}\n{_describe(before)} serves again; the champion is unchanged"
-                ) from None
+                server.wait_ready(again, startup_timeout)
+                serves = f"{_describe(before)} serves again; the champion is unchanged"
+                raise ForgeError(f"{error.message}\n{serves}") from None
         raise
-
-
-def _prove(spec: Spec, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: DirectoryStore) -> str:
-    return prove(settings.endpoint, spec.name, store.path(evaluation.uri), recipe.replay, recipe.min_agreement)
 
 
 def _describe(running: Running) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
@@ -21,6 +21,7 @@ from tasks.errors import ForgeError
 from tasks.settings import Settings
 
 STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
+DIRECT = build_opener(ProxyHandler({}))  # no proxy leads to this machine
 VLLM = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -32,37 +33,45 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a server serves: the package at `path`, under the model name `name`, on `port`."""
+    """What a server serves: the package at `path`, in its own dtype, under the model name `name`, on `port`."""
 
     name: str
     version: str
     digest: str
     path: str
     port: int
-    dtype: str
 
 
 @dataclass(frozen=True)
 class Running:
-    """A started server: its process (told from a later one of the same number by its creation time) and its log."""
+    """A started server: its log, and its process, told from a later one of the same number by its start.
+
+    The process leads a session, which its children share. `ticks` is the start in clock ticks since boot, which no
+    change of the clock moves.
+    """
 
     spec: Spec
     pid: int
-    created: float
+    ticks: int
     log: str
 
-    def process(self) -> psutil.Process | None:
-        """The server's process, or None if it has ended."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
+    def alive(self) -> bool:
+        """Whether the server's process lives."""
+        return start_ticks(self.pid) == self.ticks and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes of the server's session that live, whether or not the first of them does."""
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(pid) == self.pid and (start_ticks(pid) or 0) >= self.ticks:
+                    found.append(psutil.Process(pid))
+        return found
 
     def healthy(self) -> bool:
         """Whether the server answers that it is healthy."""
         try:
-            with urlopen(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:
+            with DIRECT.open(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (URLError, OSError):
             return False
@@ -77,12 +86,20 @@ class LocalServer:
 
     def running(self) -> Running | None:
         """The recorded server, if its process lives."""
+        recorded = self.recorded()
+        return recorded if recorded is not None and recorded.alive() else None
+
+    def recorded(self) -> Running | None:
+        """The server that was started last and not stopped, alive or not."""
         try:
             value = json.loads(self.record.read_text())
+            return Running(Spec(**value.pop("spec")), **value)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        found = Running(Spec(**value.pop("spec")), **value)
-        return found if found.process() else None
+        except (ValueError, TypeError, KeyError):
+            raise ForgeError(
+                f"{self.record} is broken; end vLLM by hand if it runs (pgrep -f {VLLM}), and delete the file"
+            ) from None
 
     def start(self, spec: Spec) -> Running:
         """Start a server and record it; returns at once, before it is ready."""
@@ -100,8 +117,6 @@ class LocalServer:
             spec.path,
             "--served-model-name",
             spec.name,
-            "--dtype",
-            spec.dtype,
             "--enforce-eager",
         ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
@@ -115,7 +130,7 @@ class LocalServer:
                 cwd=self.settings.serving,
                 start_new_session=True,
             )
-            running = Running(spec, process.pid, psutil.Process(process.pid).create_time(), str(log))
+            running = Running(spec, process.pid, start_ticks(process.pid) or 0, str(log))
             write_atomically(self.record, json.dumps(asdict(running), indent=2))
         return running
 
@@ -123,7 +138,7 @@ class LocalServer:
         """Wait until the server is healthy; ForgeError with the end of its log when it ends or takes too long."""
         deadline = time.monotonic() + timeout
         while not running.healthy():
-            if running.process() is None:
+            if not running.alive():
                 raise ForgeError(
                     f"vLLM ended while it started:\n{_last_lines(running.log)}\nThe whole log is {running.log}"
                 )
@@ -135,17 +150,27 @@ class LocalServer:
 
     def stop(self, grace: float = STOP_GRACE) -> Running | None:
         """Stop the recorded server and all its processes, after `grace` seconds by force; returns what was running."""
-        running = self.running()
+        running, recorded = self.running(), self.recorded()
         with signals_deferred():
-            if running is not None and (process := running.process()) is not None:
-                processes = [process, *process.children(recursive=True)]
-                process.terminate()
-                _, alive = psutil.wait_procs(processes, timeout=grace)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(running.pid, signal.SIGKILL)
+            if recorded is not None and (processes := recorded.processes()):
+                if running is not None:
+                    os.kill(running.pid, signal.SIGTERM)
+                _, alive = psutil.wait_procs(processes, timeout=grace if running else 0)
+                for process in alive:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
                 psutil.wait_procs(alive, timeout=STOP_GRACE)
             self.record.unlink(missing_ok=True)
         return running
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (proc(5), field 22 of stat); None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def port_is_free(port: int) -> bool:

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import psutil
+
 from tasks.errors import ForgeError
+from tasks.storage.digest import digest_directory
 
 
 class DirectoryStore:
@@ -28,6 +31,7 @@ class DirectoryStore:
                 f"store {root}: cannot be written ({error.strerror}); make it writable, or set FORGE_HOME"
             ) from None
         self.identity = (root / "identity").read_text()
+        self._sweep()
 
     @property
     def _staging(self) -> Path:
@@ -60,18 +64,30 @@ class DirectoryStore:
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
         """A new directory on the store's file system, to fill and publish; removed afterwards if it was not."""
-        staged = Path(tempfile.mkdtemp(dir=self._staging))
+        staged = Path(tempfile.mkdtemp(dir=self._staging, prefix=f"{os.getpid()}-"))
         try:
             yield staged
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def publish(self, staged: Path, key: str) -> str:
-        """Move a staged directory to `key`, whole, and return its URI.
+    def _sweep(self) -> None:
+        """Remove what processes that were killed left in staging."""
+        for staged in self._staging.iterdir():
+            owner = staged.name.split("-")[0]
+            if owner.isdigit() and not psutil.pid_exists(int(owner)):
+                shutil.rmtree(staged, ignore_errors=True)
 
-        Keys of directories name their content's digest, so where the key exists already, that copy stays.
+    def exists(self, key: str) -> bool:
+        """Whether there is an object or a directory of this key."""
+        return (self.root / key).exists()
+
+    def publish(self, staged: Path, prefix: str, digest: str = "") -> str:
+        """Move a staged directory to <prefix>/sha256-<digest>, whole, and return its URI.
+
+        The digest is that of all its files, unless another one is given. Where the key exists already, that copy
+        stays.
         """
-        target = self.root / key
+        target = self.root / prefix / f"sha256-{digest or digest_directory(staged)[0]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in [*staged.rglob("*"), staged]:
             _sync(path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tasks.contracts import Deployment, Evaluation, Result
+from tasks.contracts import Dataset, Deployment, Evaluation, Result
 from tasks.settings import Settings
 
 
@@ -17,7 +17,7 @@ def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, 
 
 
 def facts_of(
-    evaluation: Evaluation, deployment: Deployment, stages: Mapping[str, Result], started: float
+    dataset: Dataset, evaluation: Evaluation, deployment: Deployment, stages: Mapping[str, Result], started: float
 ) -> dict[str, Any]:
     """The run's facts as one flat mapping."""
     seconds = seconds_by_stage(stages, started)
@@ -26,6 +26,8 @@ def facts_of(
         "version": deployment.version,
         "digest": deployment.digest,
         "endpoint": deployment.endpoint,
+        "train_rows": dataset.train_rows,
+        "heldout_rows": dataset.heldout_rows,
         "items": evaluation.items,
         "exact_match": evaluation.exact_match,
         "exact_match_before": evaluation.exact_match_before,
@@ -59,6 +61,7 @@ def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float,
     valid = [("valid JSON", percent(facts["json_validity"]))] if facts["json_validity"] is not None else []
     before, after = percent(facts["exact_match_before"]), percent(facts["exact_match"])
     lines = [
+        ("data", f"{facts['train_rows']:,} conversations to train on, {facts['heldout_rows']:,} held out"),
         ("exact match", f"{before} → [bold]{after}[/] on {facts['items']} held-out prompts"),
         ("NLL", f"{facts['nll_before']:.4f} → {facts['nll']:.4f} nats a token"),
         *valid,

@@ -20,7 +20,7 @@ def summarise(
         "register_model": version,
         "roll_out": deployment,
     }
-    facts = facts_of(evaluation, deployment, stages, started)
+    facts = facts_of(dataset, evaluation, deployment, stages, started)
     write_facts(facts, load_settings())
     show(facts, stages, started, Console())
     return deployment.endpoint

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate.evaluate import evaluate
 from tasks.evaluate.score import Answer, Item, answer_all, batches, by_slice, is_json, read_items, summarise, tokens_of
@@ -26,7 +27,7 @@ def directory(trained: Trained) -> Path:
 
 
 def answers(directory: Path, items: list[Item], batch_size: int) -> list[Answer]:
-    return answer_all(str(directory), items, 32, batch_size, lambda done: None)
+    return answer_all(Base(location=str(directory)), items, 32, batch_size, lambda done: None)
 
 
 def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.contracts import Model
+from tasks.contracts import Base, Model
 from tasks.errors import ForgeError
 from tasks.finetune.data import PackedRows
 from tasks.finetune.model import TrainedTokenLoss, build_model
@@ -27,7 +27,7 @@ ONE = Rank(0, 1, torch.device("cpu"))
 def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: object) -> tuple[Model, dict]:
     """Train on the shared data set with some fields changed; returns the model and its card."""
     training = recipe.training.model_copy(update={"epochs": 0.3, **changes})
-    model = train(ONE, trained.dataset, recipe.model, training, store)
+    model = train(ONE, trained.dataset, Base(), recipe.model, training, store)
     assert model is not None
     return model, json.loads((store.path(model.uri) / "training.json").read_text())
 
@@ -35,7 +35,7 @@ def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: 
 def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> None:
     data = trained.store.path(trained.dataset.uri)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    model = build_model(recipe.model, tokenizer, recipe.data.context, seed=3)
+    model = build_model(recipe.model, Base(), tokenizer, recipe.data.context, seed=3)
     rows = PackedRows(data / "train")
     chosen = torch.arange(4).numpy()
     packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
@@ -102,7 +102,7 @@ def test_two_processes_train_as_one_does(
 _TWO = """
 import json, sys
 from pathlib import Path
-from tasks.contracts import Dataset
+from tasks.contracts import Base, Dataset
 from tasks.finetune.processes import joined
 from tasks.finetune.train import train
 from tasks.recipe import ModelRecipe, TrainingRecipe
@@ -112,16 +112,16 @@ here = Path(sys.argv[1])
 job = json.loads((here / "job.json").read_text())
 with joined(here / "failure.json") as rank:
     dataset, model, training = Dataset(**job["dataset"]), ModelRecipe(**job["model"]), TrainingRecipe(**job["training"])
-    train(rank, dataset, model, training, DirectoryStore(here / "two"))
+    train(rank, dataset, Base(), model, training, DirectoryStore(here / "two"))
 """
 
 
 def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
     base = trained.store.path(trained.model.uri) / "model"
     training = recipe.training.model_copy(update={"epochs": 0.2, "learning_rate": 1e-4})
-    model = train(ONE, trained.dataset, ModelRecipe(base=str(base)), training, store)
+    model = train(ONE, trained.dataset, Base(location=str(base)), ModelRecipe(base=str(base)), training, store)
     assert model is not None
-    assert model.base == str(base)
+    assert model.base == Base(location=str(base))
     card = json.loads((store.path(model.uri) / "training.json").read_text())
     before = json.loads((trained.store.path(trained.model.uri) / "training.json").read_text())["curve"]
     assert card["curve"][-1]["heldout_loss"] < 1.1 * before[-1]["heldout_loss"], "it starts from the base's weights"
@@ -134,7 +134,9 @@ def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: Di
         (tmp_path / name).write_bytes((base / name).read_bytes())
     torch.save(load_file(base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     with pytest.raises(ForgeError, match=str(tmp_path)):
-        train(ONE, trained.dataset, ModelRecipe(base=str(tmp_path)), recipe.training, store)
+        train(
+            ONE, trained.dataset, Base(location=str(tmp_path)), ModelRecipe(base=str(tmp_path)), recipe.training, store
+        )
 
 
 def test_a_mad_learning_rate_is_told_with_its_step(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
@@ -145,7 +147,9 @@ def test_a_mad_learning_rate_is_told_with_its_step(trained: Trained, recipe: Rec
 
 
 def test_bf16_learns_too(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
-    _, card = retrain(trained, recipe, store, precision="bf16")
+    model, card = retrain(trained, recipe, store, precision="bf16")
+    weights = load_file(store.path(model.uri) / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}, "saved as it was trained, and so served"
     assert card["curve"][-1]["loss"] < 0.8 * card["curve"][0]["loss"]
 
 

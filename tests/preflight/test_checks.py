@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
 from tasks.preflight import checks
-from tasks.preflight.checks import check_all, check_base_model, check_vllm
+from tasks.preflight.checks import check_all, check_vllm, find_base
 from tasks.recipe import ModelRecipe
 from tasks.settings import Settings
+from tasks.storage import digest_directory
 from tests.conftest import SMALL, Trained, chat, write_jsonl
 
 
@@ -33,10 +35,10 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_what_is_in_order_passes(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
-    recipe, source = check_all(str(rows), str(recipe_file))
-    assert recipe.data.source == source.uri == str(rows)
-    again, same = check_all(rows.as_uri(), str(recipe_file))
-    assert (again, same) == (recipe, source)
+    recipe, source, base = check_all(str(rows), str(recipe_file))
+    assert (source.uri, base) == (str(rows), Base())
+    assert recipe.data.source == f"sha256-{source.digest}"
+    assert check_all(rows.as_uri(), str(recipe_file)) == (recipe, source, base)
     assert check_all("", str(recipe_file))[1].uri == "demonstration"
 
 
@@ -68,6 +70,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
         ({"training": {**SMALL["training"], "method": "lora", "lora": {}}}, "training.method lora"),
         ({"training": {**SMALL["training"], "nodes": 2}}, "training.nodes 2"),
         ({"data": {"context": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
+        ({"data": {"context": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
         ({"model": {"base": "/nowhere/model"}}, "base model /nowhere/model"),
     ],
 )
@@ -80,11 +83,16 @@ def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path
 
 
 def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> None:
-    check_base_model(ModelRecipe(base=str(trained.store.path(trained.model.uri) / "model")))
+    directory = trained.store.path(trained.model.uri) / "model"
+    base = find_base(ModelRecipe(base=str(directory)))
+    assert base == Base(location=str(directory), revision=digest_directory(directory)[0])
+    assert find_base(ModelRecipe(base=str(directory), revision=base.revision)) == base
+    with pytest.raises(ForgeError, match="its digest is"):
+        find_base(ModelRecipe(base=str(directory), revision="another"))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(ForgeError, match="pickled weights are not loaded"):
-        check_base_model(ModelRecipe(base=str(tmp_path)))
+        find_base(ModelRecipe(base=str(tmp_path)))
 
 
 def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.preprocess.chat import byte_tokenizer, encode, load_tokenizer
 from tasks.preprocess.rows import Row
-from tasks.recipe import ModelRecipe
 
 
 def row(*contents: str, system: str = "") -> Row:
@@ -44,9 +44,9 @@ def test_a_template_without_a_generation_block_is_refused(tmp_path) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ForgeError, match="generation"):
-        load_tokenizer(ModelRecipe(base=str(tmp_path)), 128)
+        load_tokenizer(Base(location=str(tmp_path)), 128)
 
 
 def test_a_base_without_a_tokenizer_is_named(tmp_path) -> None:
     with pytest.raises(ForgeError, match=str(tmp_path)):
-        load_tokenizer(ModelRecipe(base=str(tmp_path)), 128)
+        load_tokenizer(Base(location=str(tmp_path)), 128)

@@ -7,22 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.contracts import Dataset, Source
+from tasks.contracts import Base, Dataset, Source
 from tasks.errors import ForgeError, Problems
 from tasks.preprocess import demonstration
 from tasks.preprocess.prepare import prepare
-from tasks.recipe import DataRecipe, Demonstration, ModelRecipe
+from tasks.preprocess.rows import digest_source
+from tasks.recipe import DataRecipe, Demonstration
 from tasks.storage import DirectoryStore
-from tests.conftest import SMALL, chat, write_jsonl
+from tests.conftest import chat, write_jsonl
 
-MODEL = ModelRecipe.model_validate(SMALL["model"])
 ROWS = [chat(f"question {number}", f"answer {number}", group=str(number // 3)) for number in range(300)]
 
 
 def prepare_rows(path: Path, rows: list, store: DirectoryStore, **options: object) -> Dataset:
     write_jsonl(path, rows)
     recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, **options})
-    return prepare(Source(uri=str(path), digest="", store=store.identity), recipe, MODEL, store)
+    source = Source(uri=str(path), digest=digest_source(recipe), store=store.identity)
+    return prepare(source, recipe, Base(), store)
 
 
 def heldout(dataset: Dataset, store: DirectoryStore) -> list[dict]:
@@ -58,6 +59,13 @@ def test_arrays_hold_every_document_whole(store: DirectoryStore, tmp_path: Path)
     assert sum(len(set(row[row > 0])) for row in np.asarray(document)) == dataset.train_rows
     assert not np.asarray(trained)[np.asarray(document) == 0].any()
     assert not np.asarray(tokens)[np.asarray(document) == 0].any()
+
+
+def test_rows_that_change_while_they_are_read_are_refused(store: DirectoryStore, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    source = Source(uri=str(path), digest="another", store=store.identity)
+    with pytest.raises(ForgeError, match="changed while they were read"):
+        prepare(source, DataRecipe(source=str(path), context=128), Base(), store)
 
 
 def test_a_row_over_the_context_is_named(store: DirectoryStore, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -13,10 +16,10 @@ import pytest
 
 from tasks.errors import ForgeError
 from tasks.rollout.rollout import rollout_lock
-from tasks.rollout.server import LocalServer, Spec, port_is_free, signals_deferred
+from tasks.rollout.server import LocalServer, Running, Spec, port_is_free, signals_deferred
 from tasks.settings import Settings
 
-SPEC = Spec(name="dates", version="1", digest="d" * 64, path="/nowhere", port=59_999, dtype="float32")
+SPEC = Spec(name="dates", version="1", digest="d" * 64, path="/nowhere", port=59_999)
 
 
 @pytest.fixture
@@ -46,9 +49,45 @@ def test_a_started_server_is_recorded_and_stopped_with_its_children(server: Loca
     assert server.stop() is None
 
 
+def test_what_a_dead_server_left_is_stopped_too(server: LocalServer) -> None:
+    running = server.start(SPEC)
+    while "up" not in Path(running.log).read_text():
+        time.sleep(0.02)
+    (child,) = psutil.Process(running.pid).children()
+    os.kill(running.pid, signal.SIGKILL)
+    os.waitpid(running.pid, 0)
+    assert server.running() is None
+    assert child.is_running()
+    assert server.stop() is None
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_broken_record_is_named(server: LocalServer) -> None:
+    server.record.parent.mkdir(parents=True)
+    server.record.write_text('{"spec": {}}')
+    with pytest.raises(ForgeError, match=r"server\.json is broken"):
+        server.running()
+
+
+def test_health_is_asked_without_a_proxy(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Healthy) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        assert Running(replace(SPEC, port=http.server_port), 0, 0, "").healthy()
+        http.shutdown()
+
+
 def test_another_process_of_the_same_number_is_not_ours(server: LocalServer) -> None:
     running = server.start(SPEC)
-    server.record.write_text(server.record.read_text().replace(str(running.created), str(running.created - 60)))
+    server.record.write_text(server.record.read_text().replace(str(running.ticks), str(running.ticks - 60)))
     assert server.running() is None
     os.killpg(running.pid, signal.SIGKILL)
 

@@ -1,5 +1,8 @@
 """The store: complete or absent, and the same content is the same digest."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -21,7 +24,7 @@ def test_publish_moves_a_directory_whole(store: DirectoryStore) -> None:
     with store.stage() as staged:
         (staged / "sub").mkdir()
         (staged / "sub" / "file").write_text("content")
-        uri = store.publish(staged, "things/one")
+        uri = store.publish(staged, "things")
     assert (store.path(uri) / "sub" / "file").read_text() == "content"
     assert list((store.root / ".staging").iterdir()) == []
 
@@ -30,7 +33,7 @@ def test_what_was_published_first_stays(store: DirectoryStore) -> None:
     for text in ("first", "second"):
         with store.stage() as staged:
             (staged / "file").write_text(text)
-            uri = store.publish(staged, "things/one")
+            uri = store.publish(staged, "things", "one")
     assert (store.path(uri) / "file").read_text() == "first"
     assert list((store.root / ".staging").iterdir()) == []
 
@@ -40,6 +43,20 @@ def test_an_error_while_staging_leaves_nothing(store: DirectoryStore) -> None:
         (staged / "file").write_text("half")
         raise RuntimeError
     assert list((store.root / ".staging").iterdir()) == []
+
+
+def test_what_a_killed_process_left_in_staging_is_swept(store: DirectoryStore) -> None:
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom tasks.storage import DirectoryStore\n"
+        "with DirectoryStore(Path(sys.argv[1])).stage() as staged:\n"
+        "    (staged / 'half').write_text('x')\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(store.root)]).returncode == -9
+    assert len(list((store.root / ".staging").iterdir())) == 1
+    with store.stage():
+        DirectoryStore(store.root)
+        (left,) = (store.root / ".staging").iterdir()
+        assert left.name.startswith(f"{os.getpid()}-")
 
 
 def test_of_many_who_put_if_absent_one_wins(store: DirectoryStore) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tasks.contracts import Deployment, Evaluation, Result
+from tasks.contracts import Dataset, Deployment, Evaluation, Result
 from tasks.settings import Settings
 from tasks.summary.summary import facts_of, show, write_facts
 
+DATASET = Dataset(uri="file:///d", digest="d", store="s", train_rows=950, heldout_rows=50)
 EVALUATION = Evaluation(
     uri="file:///e",
     digest="e",
@@ -35,7 +36,7 @@ STAGES: dict[str, Result] = {"train_model": Result(started=50, seconds=70.04), "
 
 
 def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
-    write_facts(facts_of(EVALUATION, DEPLOYMENT, STAGES, started=100), Settings(home=tmp_path))
+    write_facts(facts_of(DATASET, EVALUATION, DEPLOYMENT, STAGES, started=100), Settings(home=tmp_path))
     facts = json.loads((tmp_path / "last-run.json").read_text())
     assert all(not isinstance(value, dict | list) for value in facts.values())
     assert facts["exact_match"] == 0.912
@@ -47,7 +48,7 @@ def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
 
 def test_the_terminal_shows_them() -> None:
     output = io.StringIO()
-    facts = facts_of(EVALUATION, DEPLOYMENT, STAGES, started=100)
+    facts = facts_of(DATASET, EVALUATION, DEPLOYMENT, STAGES, started=100)
     show(facts, STAGES, 100, Console(file=output, width=40))
     text = output.getvalue()
     for part in (

@@ -1,0 +1,132 @@
+"""Runs the pipeline as a user does, in a home of its own, and sees what it leaves behind."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from tasks.rollout.rollout import rollout_lock
+from tasks.rollout.server import LocalServer, Running
+from tasks.settings import Settings
+
+PROJECT = Path(__file__).parents[2]
+RECIPE = {
+    "name": "dates",
+    "data": {"source": "demonstration", "demonstration": {"rows": 6000}, "context": 128},
+    "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
+    "training": {"processes": 2, "rows_per_step": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
+    "evaluation": {"items": 64, "max_new_tokens": 32},
+    "serving": {"replay": 8},
+}
+
+
+@dataclass
+class Home:
+    """A directory with a .forge, a Flyte cache and a serving port of its own."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.settings = Settings(home=self.directory / "forge", serving_port=self.port)
+        self.write_recipe()
+
+    def write_recipe(self, **sections: dict) -> None:
+        """Write the recipe, with keys of some sections changed."""
+        recipe = {
+            name: {**value, **sections.get(name, {})} if isinstance(value, dict) else value
+            for name, value in RECIPE.items()
+        }
+        (self.directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a process use this home."""
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("FORGE_")},
+            "HOME": str(self.directory),
+            "FORGE_HOME": str(self.settings.home),
+            "FORGE_SERVING_PORT": str(self.port),
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Start `pyflyte run` on the pipeline, in a process group of its own, as a terminal would."""
+        command = [
+            str(Path(sys.executable).parent / "pyflyte"),
+            "run",
+            "workflows/training_pipeline.py",
+            "training_pipeline",
+        ]
+        return subprocess.Popen(
+            [*command, "--recipe", str(self.directory / "recipe.yaml"), *arguments],
+            cwd=PROJECT, env=self.environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run the pipeline to its end; returns its exit status and output."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+    def facts(self) -> dict:
+        """What the last run came to."""
+        return json.loads((self.settings.home / "last-run.json").read_text())
+
+    def served(self) -> Running | None:
+        """The server that lives."""
+        return LocalServer(self.settings).running()
+
+    def stop(self) -> None:
+        """Stop serving."""
+        with rollout_lock(self.settings, 30):
+            LocalServer(self.settings).stop()
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes that belong to this home, the server's included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                ours = process.environ().get("FORGE_HOME") == str(self.settings.home)
+                # vLLM's processes write their titles over their environment.
+                if ours or Path(process.cwd()).is_relative_to(self.settings.home):
+                    found.append(process)
+        return found
+
+    def interrupt(self, process: subprocess.Popen, number: int = signal.SIGINT) -> str:
+        """Press Ctrl-C; returns what was still printed."""
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=60)
+        return output
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Read a process's output up to the line that holds a text; returns what was read."""
+    output = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        output += line
+        if text in line:
+            return output
+    raise AssertionError(f"ended before it said {text!r}:\n{output}")
+
+
+def gone(processes: list[psutil.Process], within: float = 10.0) -> bool:
+    """Whether all of some processes end in time."""
+    deadline = time.monotonic() + within
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,81 @@
+"""What runs again when data or recipe change: Flyte's local cache, keyed by content."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from flytekit import HashMethod, task, workflow
+from flytekit.core.local_cache import LocalTaskCache
+
+from tasks.contracts import Base, Dataset, Source, cache_key
+from tasks.preprocess.rows import digest_source
+from tasks.preprocess.task import preprocess_data
+from tasks.recipe import DataRecipe, Recipe
+from tasks.settings import load_settings
+from tasks.storage import open_store
+from tests.conftest import chat, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(LocalTaskCache, "_initialized", False)
+
+
+def preprocess(recipe: Recipe, path: Path) -> Dataset:
+    """The door, with the source as preflight would name it."""
+    digest = digest_source(recipe.data.model_copy(update={"source": str(path)}))
+    source = Source(uri=str(path), digest=digest, store=open_store(load_settings()).identity)
+    data = recipe.data.model_copy(update={"source": digest})
+
+    @workflow
+    def of_rows(source: Source, data: DataRecipe) -> Dataset:
+        return preprocess_data(source=identified(source=source), data=data, base=Base())
+
+    return of_rows(source=source, data=data)
+
+
+@task
+def identified(source: Source) -> Annotated[Source, HashMethod(cache_key)]:
+    """The source as preflight hands it on."""
+    return source
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    for part in range(3):
+        write_jsonl(tmp_path / "rows" / f"{part}.jsonl", [chat(f"question {part} {n}", "answer") for n in range(100)])
+    return tmp_path / "rows"
+
+
+def test_the_same_rows_are_not_prepared_again(recipe: Recipe, rows: Path) -> None:
+    first = preprocess(recipe, rows)
+    os.utime(rows / "0.jsonl", (0, 0))
+    assert preprocess(recipe, rows) == first
+    moved = rows.rename(rows.with_name("moved"))
+    assert preprocess(recipe, moved) == first
+
+
+def test_a_changed_file_in_a_directory_is_changed_data(recipe: Recipe, rows: Path) -> None:
+    first = preprocess(recipe, rows)
+    write_jsonl(rows / "1.jsonl", [chat(f"question 1 {n}", "another answer") for n in range(100)])
+    second = preprocess(recipe, rows)
+    assert second.started > first.started
+    assert second.digest != first.digest
+
+
+def test_a_changed_section_runs_again(recipe: Recipe, rows: Path) -> None:
+    first = preprocess(recipe, rows)
+    wider = recipe.model_copy(update={"data": recipe.data.model_copy(update={"context": 256})})
+    assert preprocess(wider, rows).digest != first.digest
+
+
+def test_a_store_that_was_wiped_is_not_taken_for_the_old_one(recipe: Recipe, rows: Path) -> None:
+    first = preprocess(recipe, rows)
+    shutil.rmtree(load_settings().home)
+    second = preprocess(recipe, rows)
+    assert second.digest == first.digest
+    assert second.store != first.store
+    assert open_store(load_settings()).path(second.uri).is_dir()

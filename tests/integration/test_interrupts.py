@@ -1,0 +1,66 @@
+"""Ctrl-C, at any moment: no process and no lock stays, and the next run works."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.rollout.rollout import rollout_lock
+from tests.integration.harness import Home, gone, wait_for
+
+MOMENTS = random.Random(7)
+
+
+def interrupted_cleanly(home: Home, output: str) -> None:
+    """Nothing of the home lives, and no lock is held."""
+    left = home.processes()
+    try:
+        assert gone(left), f"{left}\n{output}"
+        with rollout_lock(home.settings, 0.1):
+            pass
+        assert "SignalException" not in output
+    finally:
+        for process in left:
+            process.kill()
+
+
+def test_in_the_middle_of_training(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.write_recipe(training={"epochs": 20})
+    process = home.start()
+    output = wait_for(process, "train: ")
+    time.sleep(1)
+    output += home.interrupt(process)
+    assert process.returncode != 0
+    interrupted_cleanly(home, output)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [
+        ("Running Execution", signal.SIGINT),
+        ("preprocess: ", signal.SIGINT),
+        ("train: ", signal.SIGTERM),
+        ("evaluate: ", signal.SIGINT),
+        ("vLLM is starting", signal.SIGINT),
+        ("vLLM is starting", signal.SIGTERM),
+    ],
+)
+def test_at_each_stage_and_then_the_next_run_works(after: str, number: int, tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    try:
+        process = home.start()
+        output = wait_for(process, after)
+        time.sleep(MOMENTS.uniform(0, 4))
+        output += home.interrupt(process, number)
+        assert process.returncode != 0
+        interrupted_cleanly(home, output)
+        status, output = home.run()
+        assert status == 0, output
+        assert home.facts()["version"] == "1"
+    finally:
+        home.stop()
+    assert gone(home.processes())

@@ -1,0 +1,101 @@
+"""The whole pipeline through `pyflyte run`, with real MLflow and real vLLM, told as one user's afternoon.
+
+The tests of this file go on from one another's home, so the ones that change it put it back.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tasks.registry import champion_version, open_registry
+from tests.conftest import chat, write_jsonl
+from tests.integration.harness import Home, gone
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """A home in which the pipeline has run once; nothing of it lives afterwards."""
+    home = Home(tmp_path_factory.mktemp("pipeline"))
+    try:
+        status, home.first_output = home.run()  # type: ignore[attr-defined]
+        assert status == 0, home.first_output  # type: ignore[attr-defined]
+        yield home
+    finally:
+        home.stop()
+        left = home.processes()
+        ended = gone(left)
+        for process in left:
+            process.kill()
+        assert ended, f"left running: {left}"
+
+
+def versions(home: Home) -> list[str]:
+    return sorted(
+        str(version.version) for version in open_registry(home.settings).search_model_versions("name = 'dates'")
+    )
+
+
+def test_a_model_is_trained_registered_and_serves(home: Home) -> None:
+    facts = home.facts()
+    assert facts["nll"] < facts["nll_before"] / 4
+    assert facts["items"] == 64
+    assert Path(facts["report"]).read_text().startswith("<!doctype html>")
+    assert versions(home) == [facts["version"]] == [champion_version(open_registry(home.settings), "dates")]
+    for part in ("exact match", "dates version 1", facts["digest"], facts["endpoint"], facts["report"], "make ui"):
+        assert part in home.first_output  # type: ignore[attr-defined]
+    served = home.served()
+    assert served is not None
+    assert served.spec.digest == facts["digest"]
+    client = OpenAI(base_url=facts["endpoint"], api_key="EMPTY")
+    assert [model.id for model in client.models.list()] == ["dates"]
+    answer = client.chat.completions.create(
+        model="dates", messages=[{"role": "user", "content": "NL: 20 juni 1969"}], temperature=0, max_tokens=32
+    )
+    assert answer.choices[0].message.content.startswith('{"date":')
+    # Of the run itself nothing lives but the server.
+    server = {process.pid for process in served.processes()}
+    assert served.pid in server
+    assert {process.pid for process in home.processes()} <= server
+
+
+def test_again_runs_nothing_again(home: Home) -> None:
+    before, server = home.facts(), home.served()
+    status, output = home.run()
+    assert status == 0, output
+    facts = home.facts()
+    assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
+    assert (facts["version"], facts["digest"], versions(home)) == (before["version"], before["digest"], ["1"])
+    assert home.served() == server, "the same process serves"
+
+
+def test_a_changed_recipe_runs_only_what_depends_on_it(home: Home) -> None:
+    server = home.served()
+    home.write_recipe(evaluation={"items": 48})
+    try:
+        status, output = home.run()
+    finally:
+        home.write_recipe()
+    assert status == 0, output
+    assert home.facts()["cached"] == "preprocess_data, train_model"
+    assert home.facts()["items"] == 48
+    assert versions(home) == ["1"]
+    assert home.served() == server
+
+
+def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
+    server = home.served()
+    rows = [chat(f"question {number}", "answer") for number in range(1500)]
+    path = write_jsonl(home.directory / "bad.jsonl", [*rows, {"text": "no conversation"}])
+    for arguments, says in (
+        (["--data_path", str(home.directory / "nowhere.jsonl")], "no such file"),
+        (["--data_path", str(path)], "1 of 1501 rows cannot be used"),
+        (["--recipe", "tiny-cp"], "Did you mean"),
+    ):
+        status, output = home.run(*arguments)
+        assert status == 1
+        assert says in " ".join(output.replace("│", " ").split())
+        assert "Traceback" not in output
+    assert versions(home) == ["1"]
+    assert home.served() == server
