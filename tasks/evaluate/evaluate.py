@@ -59,7 +59,11 @@ def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: Di
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
         training = json.loads((directory / "training.json").read_text())
         slices = {"after": by_slice(items, after), "before": by_slice(items, before)}
-        facts = {"Model": model.digest, "Data set": dataset.digest, "Trained from": " ".join(training["base"].values())}
+        facts = {
+            "Model": model.digest,
+            "Data set": dataset.digest,
+            "Trained from": " ".join(training["base"].values()).strip(),
+        }
         page = render_report(items, before, after, slices, training, facts)
         (staged / REPORT).write_text(page, encoding="utf-8")
         card = {

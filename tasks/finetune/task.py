@@ -37,8 +37,9 @@ class TrainingTask(PytorchElasticFunctionTask):
         self._task_config = replace(self.task_config, nproc_per_node=kwargs["training"].processes)
         failure = failure_file(os.getpid())
         failure.unlink(missing_ok=True)
-        # One thread a process, or torch and its peers on the same cores slow each other down.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # One thread a process until it has counted the cores; elsewhere in this process, as it was.
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = threads or "1"
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         try:
             return super().execute(**kwargs)
@@ -52,6 +53,8 @@ class TrainingTask(PytorchElasticFunctionTask):
             found = read_failure(failure)
             raise ForgeError(describe_failure(found) if found else describe_exit(error.value)) from None
         finally:
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

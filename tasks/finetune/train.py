@@ -59,9 +59,7 @@ def train(
         card = {
             "kind": "model",
             "digest": digest,
-            "base": base.model_dump()
-            if base.location
-            else {"location": "random weights", "revision": str(recipe.seed)},
+            "base": (base if base.location else Base(location="random weights")).model_dump(),
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
             "parameters": sum(parameter.numel() for parameter in causal.parameters()),
             "recipe": {"model": model.model_dump(mode="json"), "training": recipe.model_dump(mode="json")},

@@ -57,7 +57,7 @@ class Running:
 
     def alive(self) -> bool:
         """Whether the server's process lives."""
-        return start_ticks(self.pid) == self.ticks and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        return start_ticks(self.pid) == self.ticks
 
     def processes(self) -> list[psutil.Process]:
         """The processes of the server's session that live, whether or not the first of them does."""
@@ -117,6 +117,8 @@ class LocalServer:
             spec.path,
             "--served-model-name",
             spec.name,
+            "--dtype",
+            saved_dtype(Path(spec.path)),
             "--enforce-eager",
         ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
@@ -165,12 +167,18 @@ class LocalServer:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (proc(5), field 22 of stat); None if there is none."""
+    """When a process started, in clock ticks since boot; None if it has ended. See stat in proc(5)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[19])
+    return None if state in "ZX" else int(fields[18])
+
+
+def saved_dtype(model: Path) -> str:
+    """The precision that a model was saved and evaluated in; vLLM by itself would take fp32 down to bf16."""
+    config = json.loads((model / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def port_is_free(port: int) -> bool:

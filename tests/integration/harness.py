@@ -77,7 +77,11 @@ class Home:
     def run(self, *arguments: str) -> tuple[int, str]:
         """Run the pipeline to its end; returns its exit status and output."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=400)
+        try:
+            output, _ = process.communicate(timeout=400)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         return process.returncode, output
 
     def facts(self) -> dict:

@@ -10,8 +10,6 @@ import pytest
 from tasks.rollout.rollout import rollout_lock
 from tests.integration.harness import Home, gone, wait_for
 
-MOMENTS = random.Random(7)
-
 
 def interrupted_cleanly(home: Home, output: str) -> None:
     """Nothing of the home lives, and no lock is held."""
@@ -38,26 +36,25 @@ def test_in_the_middle_of_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("after", "number"),
-    [
-        ("Running Execution", signal.SIGINT),
-        ("preprocess: ", signal.SIGINT),
-        ("train: ", signal.SIGTERM),
-        ("evaluate: ", signal.SIGINT),
-        ("vLLM is starting", signal.SIGINT),
-        ("vLLM is starting", signal.SIGTERM),
-    ],
-)
-def test_at_each_stage_and_then_the_next_run_works(after: str, number: int, tmp_path: Path) -> None:
+def test_at_each_stage_one_after_another_and_then_the_run_works(tmp_path: Path) -> None:
     home = Home(tmp_path)
+    moments = random.Random(7)
     try:
-        process = home.start()
-        output = wait_for(process, after)
-        time.sleep(MOMENTS.uniform(0, 4))
-        output += home.interrupt(process, number)
-        assert process.returncode != 0
-        interrupted_cleanly(home, output)
+        for after, number in (
+            ("Running Execution", signal.SIGINT),
+            ("preprocess: ", signal.SIGINT),
+            ("train: ", signal.SIGTERM),
+            ("train: step", signal.SIGINT),
+            ("evaluate: ", signal.SIGINT),
+            ("vLLM is starting", signal.SIGINT),
+            ("vLLM is starting", signal.SIGTERM),
+        ):
+            process = home.start()
+            output = wait_for(process, after)
+            time.sleep(moments.uniform(0, 2 if "vLLM" not in after else 20))
+            output += home.interrupt(process, number)
+            assert process.returncode != 0, f"{after}\n{output}"
+            interrupted_cleanly(home, output)
         status, output = home.run()
         assert status == 0, output
         assert home.facts()["version"] == "1"

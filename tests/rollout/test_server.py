@@ -19,7 +19,12 @@ from tasks.rollout.rollout import rollout_lock
 from tasks.rollout.server import LocalServer, Running, Spec, port_is_free, signals_deferred
 from tasks.settings import Settings
 
-SPEC = Spec(name="dates", version="1", digest="d" * 64, path="/nowhere", port=59_999)
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Spec:
+    """What the server is to serve: a model of which there is only the configuration."""
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    return Spec(name="dates", version="1", digest="d" * 64, path=str(tmp_path), port=59_999)
 
 
 @pytest.fixture
@@ -35,8 +40,8 @@ def server(tmp_path: Path) -> LocalServer:
     return LocalServer(Settings(home=tmp_path / "home", serving_python=program))
 
 
-def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer) -> None:
-    running = server.start(SPEC)
+def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer, spec: Spec) -> None:
+    running = server.start(spec)
     while "up" not in Path(running.log).read_text():
         time.sleep(0.02)
     assert server.running() == running
@@ -49,8 +54,15 @@ def test_a_started_server_is_recorded_and_stopped_with_its_children(server: Loca
     assert server.stop() is None
 
 
-def test_what_a_dead_server_left_is_stopped_too(server: LocalServer) -> None:
-    running = server.start(SPEC)
+def test_the_model_s_own_precision_is_served(server: LocalServer, spec: Spec) -> None:
+    running = server.start(spec)
+    command = psutil.Process(running.pid).cmdline()
+    assert command[command.index("--dtype") + 1] == "float32"
+    server.stop(grace=0)
+
+
+def test_what_a_dead_server_left_is_stopped_too(server: LocalServer, spec: Spec) -> None:
+    running = server.start(spec)
     while "up" not in Path(running.log).read_text():
         time.sleep(0.02)
     (child,) = psutil.Process(running.pid).children()
@@ -69,7 +81,7 @@ def test_a_broken_record_is_named(server: LocalServer) -> None:
         server.running()
 
 
-def test_health_is_asked_without_a_proxy(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_asked_without_a_proxy(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     class Healthy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -81,25 +93,25 @@ def test_health_is_asked_without_a_proxy(server: LocalServer, monkeypatch: pytes
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with HTTPServer(("127.0.0.1", 0), Healthy) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        assert Running(replace(SPEC, port=http.server_port), 0, 0, "").healthy()
+        assert Running(replace(spec, port=http.server_port), 0, 0, "").healthy()
         http.shutdown()
 
 
-def test_another_process_of_the_same_number_is_not_ours(server: LocalServer) -> None:
-    running = server.start(SPEC)
+def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, spec: Spec) -> None:
+    running = server.start(spec)
     server.record.write_text(server.record.read_text().replace(str(running.ticks), str(running.ticks - 60)))
     assert server.running() is None
     os.killpg(running.pid, signal.SIGKILL)
 
 
-def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer) -> None:
+def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer, spec: Spec) -> None:
     server.settings.serving_python.write_text(f"#!{sys.executable}\nprint('no such model')\n")
     with pytest.raises(ForgeError, match="no such model"):
-        server.wait_ready(server.start(SPEC), timeout=30)
+        server.wait_ready(server.start(spec), timeout=30)
 
 
-def test_a_server_that_is_never_ready_is_told(server: LocalServer) -> None:
-    running = server.start(SPEC)
+def test_a_server_that_is_never_ready_is_told(server: LocalServer, spec: Spec) -> None:
+    running = server.start(spec)
     with pytest.raises(ForgeError, match="not ready after 0 s"):
         server.wait_ready(running, timeout=0)
     server.stop(grace=0)
