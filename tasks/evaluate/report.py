@@ -65,6 +65,7 @@ def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
         steps, losses = [p["step"] for p in heldout], [p["heldout_loss"] for p in heldout]
         axes.plot(steps, losses, color=AFTER, marker="o", label="held out")
         axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.legend()
         return _svg(figure)
 

@@ -22,9 +22,11 @@ def ui(port: int) -> None:
     if settings.mlflow_uri:
         raise click.ClickException(f"the registry is a server with a UI of its own: {settings.mlflow_uri}")
     open_registry(settings)
-    click.echo(f"MLflow's UI: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # its job runners are not needed, and outlive the UI
+    click.echo(f"MLflow's UI starts, which takes up to a minute: http://127.0.0.1:{port} (Ctrl-C ends it)")
     where = ["--backend-store-uri", tracking_uri(settings), "--default-artifact-root", artifact_root(settings) or ""]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), *where])  # noqa: S606
+    listen = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *listen, *where])  # noqa: S606
 
 
 if __name__ == "__main__":
