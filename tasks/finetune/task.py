@@ -12,6 +12,7 @@ from flytekit.exceptions.user import FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
+from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tasks.contracts import Base, Dataset, Model, cache_key
@@ -53,6 +54,7 @@ class TrainingTask(PytorchElasticFunctionTask):
             found = read_failure(failure)
             raise ForgeError(describe_failure(found) if found else describe_exit(error.value)) from None
         finally:
+            Console().show_cursor()  # the bar of a process that was ended could not
             if threads is None:
                 del os.environ["OMP_NUM_THREADS"]
             for number, handler in handlers.items():

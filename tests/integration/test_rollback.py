@@ -12,8 +12,9 @@ from tasks.errors import ForgeError
 from tasks.recipe import ServingRecipe
 from tasks.registry import champion_version, open_registry
 from tasks.rollout.rollout import roll_out
+from tasks.rollout.server import LocalServer
 from tasks.storage import open_store
-from tests.integration.harness import Home, gone
+from tests.integration.harness import Home, gone, wait_for
 
 SERVING = ServingRecipe(replay=8)
 
@@ -77,3 +78,24 @@ def test_what_served_before_serves_again(breakage: str, says: str, home: Home) -
     assert after.healthy()
     assert champion_version(open_registry(home.settings), "dates") == "1"
     assert json.loads((home.settings.serving / "server.json").read_text())["spec"]["version"] == "1"
+
+
+@pytest.mark.long
+def test_a_swap_that_is_broken_off_leaves_what_served_before(home: Home) -> None:
+    before = home.served()
+    assert before is not None
+    home.write_recipe(training={"seed": 1})
+    try:
+        process = home.start()
+        output = wait_for(process, "vLLM is starting")
+        output += home.interrupt(process)
+    finally:
+        home.write_recipe()
+    assert process.returncode != 0
+    after = home.served()
+    assert after is not None, output
+    assert after.spec == before.spec
+    LocalServer(home.settings).wait_ready(after, timeout=300)
+    assert champion_version(open_registry(home.settings), "dates") == "1"
+    server = {process.pid for process in after.processes()}
+    assert {process.pid for process in home.processes()} <= server, "nothing of the broken-off run lives"
