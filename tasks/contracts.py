@@ -39,7 +39,10 @@ def cache_key(artifact: Artifact) -> str:
 
 
 class Source(Artifact):
-    """The raw rows: a file, a directory of files, or the built-in demonstration. Found by preflight."""
+    """The raw rows, found by preflight: a file, a directory of files or the built-in demonstration, outside the store.
+
+    `store` is the one that their results go to.
+    """
 
 
 class Base(Contract):

@@ -6,7 +6,6 @@ side by side break the database for good.
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
@@ -45,7 +44,7 @@ def open_registry(settings: Settings) -> "MlflowClient":
     uri = tracking_uri(settings)
     lock = settings.home / "mlflow" / "lock"
     try:
-        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             client = MlflowClient(uri, registry_uri=uri)
             client.search_experiments(max_results=1)

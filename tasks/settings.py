@@ -34,9 +34,9 @@ class Settings(BaseSettings):
         return self.home / "store"
 
     @property
-    def work(self) -> Path:
-        """What failed training ranks had to say."""
-        return self.home / "work"
+    def failures(self) -> Path:
+        """What training ranks that failed had to say."""
+        return self.home / "failures"
 
     @property
     def serving(self) -> Path:

@@ -78,7 +78,7 @@ TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)
 
 def failure_file(launcher: int) -> Path:
     """Where the ranks that a process launched say which of them failed first."""
-    return load_settings().work / f"training-failure-{launcher}.json"
+    return load_settings().failures / f"training-{launcher}.json"
 
 
 @task(

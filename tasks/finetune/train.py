@@ -61,7 +61,7 @@ def train(
             "digest": digest,
             "base": (base if base.location else Base(location="random weights")).model_dump(),
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
-            "parameters": sum(parameter.numel() for parameter in causal.parameters()),
+            "parameters": causal.num_parameters(),
             "recipe": {"model": model.model_dump(mode="json"), "training": recipe.model_dump(mode="json")},
             "curve": curve,
             "tokens_per_second": round(tokens_per_second),
@@ -122,9 +122,8 @@ def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[li
     heldout_every = every * max(1, POINTS // HELDOUT_POINTS)
     total, trained_since, tokens, waited = torch.zeros((), device=rank.device), 0, 0, 0.0
     if rank.first:
-        parameters = sum(parameter.numel() for parameter in causal.parameters())
         print(
-            f"train: {parameters:,} parameters, {order.steps:,} steps of {recipe.rows_per_step} rows, "
+            f"train: {causal.num_parameters():,} parameters, {order.steps:,} steps of {recipe.rows_per_step} rows, "
             f"{rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}",
             flush=True,
         )

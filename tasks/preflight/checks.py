@@ -34,8 +34,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
 
     loaded = attempt(lambda: load_recipe(recipe))
     data = loaded.data if loaded else DataRecipe(context=16)  # rows are checked even where the recipe is wrong
-    if data_path:
-        data = data.model_copy(update={"source": absolute(data_path)})
+    data = data.model_copy(update={"source": absolute(data_path or data.source)})
     digest = attempt(lambda: check_data(data))
     base = None
     if loaded is not None:

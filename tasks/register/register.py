@@ -105,7 +105,9 @@ def record_run(
     metrics.append(Metric("tokens_per_second", training["tokens_per_second"], now, 0))
     client.log_batch(run_id, metrics, [Param(*item) for item in flatten(recipe.model_dump(mode="json"))])
     source = json.dumps({"uri": dataset.uri})
-    client.log_inputs(run_id, [DatasetInput(LoggedDataset(recipe.name, dataset.digest[:36], "local", source))])
+    client.log_inputs(
+        run_id, [DatasetInput(LoggedDataset(recipe.name, dataset.digest[:36], "local", source))]
+    )  # 36: MLflow's limit
     log_evaluation(client, run_id, evaluation)
     client.set_terminated(run_id)
     return run_id

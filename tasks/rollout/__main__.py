@@ -1,4 +1,4 @@
-"""`python -m tasks.rollout ask|status|stop`: the local server, by hand (what `make ask` and `make stop` run)."""
+"""`python -m tasks.rollout ask|stop`: the local server, by hand (what `make ask` and `make stop` run)."""
 
 import click
 from openai import OpenAIError
@@ -29,20 +29,6 @@ def ask(question: str) -> None:
         click.echo(ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages))
     except OpenAIError as error:
         raise ForgeError(f"the server did not answer ({error}); see {running.log}") from None
-
-
-@cli.command()
-def status() -> None:
-    """Say what serves."""
-    running = LocalServer(load_settings()).running()
-    if running is None:
-        click.echo("Nothing is serving.")
-    else:
-        state = "healthy" if running.healthy() else "not healthy"
-        spec = running.spec
-        click.echo(
-            f"{spec.name} version {spec.version} ({spec.digest[:12]}) on port {spec.port}, {state}; log {running.log}"
-        )
 
 
 @cli.command()

@@ -88,8 +88,11 @@ def _way_back(server: LocalServer, before: Running | None, startup_timeout: floa
         if before is not None:
             again = server.start(before.spec)
             if isinstance(error, ForgeError):
-                server.wait_ready(again, startup_timeout)
                 serves = f"{_describe(before)} serves again; the champion is unchanged"
+                try:
+                    server.wait_ready(again, startup_timeout)
+                except ForgeError as worse:
+                    serves = f"{_describe(before)} could not be started again: {worse.message}"
                 raise ForgeError(f"{error.message}\n{serves}") from None
         raise
 

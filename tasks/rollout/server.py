@@ -19,6 +19,7 @@ import psutil
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
+from tasks.storage import write_atomically
 
 STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
 DIRECT = build_opener(ProxyHandler({}))  # no proxy leads to this machine
@@ -190,13 +191,6 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that readers see the old or the new one whole."""
-    staged = path.with_suffix(f".{os.getpid()}")
-    staged.write_text(text)
-    staged.replace(path)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """The object store: where artifacts and packages are kept, complete or not at all."""
 
 from tasks.settings import Settings
-from tasks.storage.digest import digest_bytes, digest_directory, digest_file, digest_json
+from tasks.storage.digest import digest_directory, digest_file, digest_json
 from tasks.storage.directory import DirectoryStore
+from tasks.storage.files import write_atomically
 
-__all__ = ["DirectoryStore", "digest_bytes", "digest_directory", "digest_file", "digest_json", "open_store"]
+__all__ = ["DirectoryStore", "digest_directory", "digest_file", "digest_json", "open_store", "write_atomically"]
 
 
 def open_store(settings: Settings) -> DirectoryStore:

@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import Any
 
 
-def digest_bytes(data: bytes) -> str:
-    """SHA-256 of bytes."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's contents."""
     with path.open("rb") as file:
@@ -20,7 +15,8 @@ def digest_file(path: Path) -> str:
 
 def digest_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON (sorted keys, no white space)."""
-    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_directory(directory: Path, exclude: Collection[str] = ()) -> tuple[str, dict[str, str]]:

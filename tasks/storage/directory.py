@@ -13,6 +13,7 @@ import psutil
 
 from tasks.errors import ForgeError
 from tasks.storage.digest import digest_directory
+from tasks.storage.files import sync
 
 
 class DirectoryStore:
@@ -58,7 +59,7 @@ class DirectoryStore:
             return False
         finally:
             os.unlink(staged)
-        _sync(target.parent)
+        sync(target.parent)
         return True
 
     @contextlib.contextmanager
@@ -90,13 +91,13 @@ class DirectoryStore:
         target = self.root / prefix / f"sha256-{digest or digest_directory(staged)[0]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in [*staged.rglob("*"), staged]:
-            _sync(path)
+            sync(path)
         if not target.exists():
             with contextlib.suppress(OSError):  # lost a race: the directory is there now
                 os.rename(staged, target)
         if not target.is_dir():
             raise ForgeError(f"store: {target} could not be written; is there a file of that name?")
-        _sync(target.parent)
+        sync(target.parent)
         return target.as_uri()
 
     def path(self, uri: str) -> Path:
@@ -108,12 +109,3 @@ class DirectoryStore:
                 "(pyflyte run --overwrite-cache ...)"
             )
         return path
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's or directory's contents to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tasks.contracts import Dataset, Deployment, Evaluation, Result
 from tasks.settings import Settings
+from tasks.storage import write_atomically
 
 
 def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, float | None]:
@@ -44,10 +45,7 @@ def facts_of(
 
 def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
     """Replace .forge/last-run.json."""
-    settings.home.mkdir(parents=True, exist_ok=True)
-    staged = settings.home / "last-run.json.new"
-    staged.write_text(json.dumps(facts, indent=2) + "\n")
-    staged.replace(settings.home / "last-run.json")
+    write_atomically(settings.home / "last-run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:

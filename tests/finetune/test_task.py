@@ -19,6 +19,8 @@ TRAINING = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, processe
 @task(task_config=Processes(nnodes=1, monitor_interval=0.2))
 def fails(training: TrainingRecipe, how: str) -> str:
     """One rank fails in the way that `how` names while the other waits for it in a collective."""
+    if how == "early" and os.environ["RANK"] == "1":
+        raise ValueError("not even joined")
     with joined(failure_file(os.getppid())) as rank:
         distributed.barrier()
         if rank.rank == 1:
@@ -42,6 +44,7 @@ def workers() -> list[psutil.Process]:
     ("how", "says"),
     [
         ("raise", ["failed on rank 1: ValueError: the reason of rank one", "test_task.py"]),
+        ("early", ["failed on rank 1", "not even joined"]),
         ("user", ["failed on rank 1: rows are wrong: rows.jsonl:7"]),
     ],
 )

@@ -82,6 +82,13 @@ def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path
     assert says in caught.value.message
 
 
+def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "data": {"source": "rows.jsonl", "context": 64}}))
+    assert check_all("", "recipe.yaml")[1].uri == str(tmp_path / "rows.jsonl")
+
+
 def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> None:
     directory = trained.store.path(trained.model.uri) / "model"
     base = find_base(ModelRecipe(base=str(directory)))
