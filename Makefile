@@ -8,19 +8,22 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving run ask ui stop test test-long lint lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is done twice)
 	@$(MAKE) --no-print-directory -j2 .venv .venv-serving
 
 .venv:
-	@images/install .venv pipeline
+	@images/install .venv images/pipeline
 
 .venv-serving:
-	@images/install .venv-serving serving
+	@images/install .venv-serving images/serving
+
+.venv-trl:
+	@images/install .venv-trl benchmarks/trl
 
 run: setup ## Preprocess, train, evaluate, register and serve: the whole pipeline, ARGS="..." for its inputs
 	@exec $(BIN)/pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
@@ -45,15 +48,18 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lock: setup ## Resolve the requirements under images/ again
+bench-preprocess: .venv .venv-trl ## Measure preprocessing against TRL's; ARGS="--rows 20000" for a quick look
+	@exec $(BIN)/python -m benchmarks.preprocess $(ARGS)
+
+lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --custom-compile-command "make lock" images/uv.in -o images/uv.lock
-	for image in pipeline serving; do \
+	for folder in images/pipeline images/serving benchmarks/trl; do \
 	  $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
-	    --no-emit-index-url --custom-compile-command "make lock" --excludes images/$$image/excludes.txt \
-	    images/$$image/requirements.in -o images/$$image/requirements.lock || exit 1; \
+	    --no-emit-index-url --custom-compile-command "make lock" --excludes $$folder/excludes.txt \
+	    $$folder/requirements.in -o $$folder/requirements.lock || exit 1; \
 	done
 
 clean: ## Stop serving and remove what runs and set-up left (environments, models, registry)
 	@[ ! -f .venv/.installed ] || $(BIN)/python -m tasks.rollout stop
-	rm -rf .forge .venv .venv-serving .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .forge .venv .venv-serving .venv-trl .pytest_cache .mypy_cache .ruff_cache
