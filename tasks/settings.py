@@ -5,9 +5,10 @@ What a run does is the recipe's business; settings only say where it happens.
 
 import difflib
 import os
+import re
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import Problems
@@ -27,6 +28,17 @@ class Settings(BaseSettings):
         PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
     )
     serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
+    s3_endpoint: str = Field("", description="URL of the S3 server that s3:// sources are on, such as http://host:9000")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")
+    s3_region: str = Field("us-east-1", description="Region of that server")
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _url(cls, endpoint: str) -> str:
+        if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+/?", endpoint):
+            raise ValueError("must be http://host:port or https://host:port")
+        return endpoint
 
     @property
     def store_root(self) -> Path:

@@ -100,6 +100,12 @@ class DirectoryStore:
         sync(target.parent)
         return target.as_uri()
 
+    def remove(self, uri: str) -> None:
+        """Remove a published directory; nothing happens where it is gone already."""
+        target = Path(unquote(urlsplit(uri).path))
+        with self.stage() as staged, contextlib.suppress(FileNotFoundError):
+            target.rename(staged / target.name)
+
     def path(self, uri: str) -> Path:
         """The local path of an object or directory; ForgeError where it is not there."""
         path = Path(unquote(urlsplit(uri).path))
