@@ -39,10 +39,11 @@ def cache_key(artifact: Artifact) -> str:
 
 
 class Source(Artifact):
-    """The raw rows, found by preflight: a file, a directory of files or the built-in demonstration, outside the store.
-
-    `store` is the one that their results go to.
+    """The raw rows, found by preflight, outside the store: what DataRecipe.source names, and in `heldout` the rows of
+    the user's own to evaluate on, if there are any. The digest is of both; `store` is the one their results go to.
     """
+
+    heldout: str = ""
 
 
 class Base(Contract):
@@ -57,10 +58,11 @@ class Base(Contract):
 
 
 class Dataset(Artifact):
-    """Validated, split, tokenised and packed rows, and the held-out conversations."""
+    """Validated, deduplicated, split, tokenised and packed rows, and the held-out ones; `report` is an HTML page."""
 
     train_rows: int
     heldout_rows: int
+    report: str = ""
 
 
 class Model(Artifact):

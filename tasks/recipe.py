@@ -35,12 +35,31 @@ class Demonstration(Section):
 class DataRecipe(Section):
     """Raw rows to packed rows."""
 
-    source: str = Field("demonstration", description="'demonstration', or a JSONL file or a directory of them")
+    source: str = Field(
+        "demonstration",
+        description="'demonstration', or a file, directory or glob of JSONL, JSON, Parquet, CSV or TSV (text also as "
+        ".gz or .zst), s3://bucket/prefix, or hf://datasets/owner/name",
+    )
     demonstration: Demonstration = Demonstration()
+    shape: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="what a row looks like; auto tells it from the first row"
+    )
     context: int = Field(ge=16, le=131_072, description="tokens in a packed row; no document may be longer")
+    over_context: Literal["reject", "split", "truncate"] = Field(
+        "reject", description="what becomes of a longer row: refused, split between turns, or cut at its end"
+    )
+    max_reject_fraction: float = Field(
+        0.01, ge=0, lt=1, description="the stage fails if a larger share of the rows cannot be used"
+    )
+    secrets: Literal["reject", "allow"] = Field("reject", description="rows that hold credentials")
+    near_duplicates: float | None = Field(
+        None, gt=0, lt=1, description="remove training rows whose estimated Jaccard similarity is at least this"
+    )
+    heldout_source: str = Field("", description="rows of your own to evaluate on, in place of a share of the source")
     heldout_fraction: float = Field(0.05, gt=0, le=0.5, description="share of the groups kept from training")
     group_column: str = Field("group", description="rows with one value stay on one side of the split; else the prompt")
     slice_column: str = Field("slice", description="scores are also given by value of this column, where rows have it")
+    shards: int = Field(1, ge=1, le=1000, description="tasks that prepare the source side by side on the cluster")
 
 
 class Architecture(Section):

@@ -12,7 +12,7 @@ from tasks.evaluate.evaluate import evaluate
 from tasks.finetune.processes import Rank
 from tasks.finetune.train import train
 from tasks.preprocess.prepare import prepare
-from tasks.preprocess.rows import digest_source
+from tasks.preprocess.sources import digest_source
 from tasks.recipe import Recipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore

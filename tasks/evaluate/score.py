@@ -46,11 +46,18 @@ class Scores:
 
 
 def read_items(path: Path, most: int) -> list[Item]:
-    """The first held-out conversations (they are stored in the order of their digests, so this is a fair draw)."""
-    items = []
+    """The first held-out conversations (they are stored in the order of their digests, so this is a fair draw).
+
+    Plain texts and conversations with tools are passed over: exact match says nothing of them.
+    """
+    items: list[Item] = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
+            if "messages" not in row or any(
+                message["role"] == "tool" or len(message) > 2 for message in row["messages"]
+            ):
+                continue
             items.append(Item(row["messages"][:-1], row["messages"][-1]["content"], row["slice"]))
             if len(items) == most:
                 break

@@ -29,23 +29,32 @@ class Batch:
 
 
 class PackedRows:
-    """The rows of one split of a data set. Opened by every process; the pages are shared."""
+    """The rows of one split of a data set, in shards. Opened by every process; the pages are shared."""
 
     def __init__(self, directory: Path) -> None:
-        self.tokens, self.trained, self.document = (
-            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "document")
+        shards = sorted(path for path in directory.iterdir() if path.is_dir())
+        self._tokens, self._trained, self._document = (
+            [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
+            for name in ("tokens", "trained", "document")
         )
-        self.trained_tokens = self.trained.sum(axis=1)  # a row; a document's first token is never a target
+        self._first = np.cumsum([0, *map(len, self._tokens)])  # row of each shard
+        # Of each row; a document's first token is never a target.
+        self.trained_tokens = np.concatenate([trained.sum(axis=1) for trained in self._trained])
+        self.all_tokens = np.concatenate([(document > 0).sum(axis=1) for document in self._document])
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return int(self._first[-1])
+
+    def _rows(self, shards: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+        places = zip(rows, np.searchsorted(self._first, rows, side="right") - 1, strict=True)
+        return np.stack([shards[shard][row - self._first[shard]] for row, shard in places])
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The given rows, ready for the model."""
-        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
-        document = torch.from_numpy(self.document[rows].astype(np.int64))
+        tokens = torch.from_numpy(self._rows(self._tokens, rows).astype(np.int64))
+        document = torch.from_numpy(self._rows(self._document, rows).astype(np.int64))
         targets = torch.full_like(tokens, IGNORED)
-        trained = torch.from_numpy(self.trained[rows])[:, 1:]
+        trained = torch.from_numpy(self._rows(self._trained, rows))[:, 1:]
         targets[:, :-1][trained] = tokens[:, 1:][trained]
         return Batch(tokens, positions(document), targets, block_mask(document))
 

@@ -115,7 +115,7 @@ def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[li
             group["lr"] = recipe.learning_rate * schedule(step)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach(), trained, int((rows.document[chosen] > 0).sum())
+        return loss.detach(), trained, int(rows.all_tokens[chosen].sum())
 
     curve: list[dict[str, float]] = []
     every = max(1, order.steps // POINTS)

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
-from tasks.preprocess import demonstration
-from tasks.preprocess.rows import DEMONSTRATION, digest_source, read_rows
+from tasks.preprocess.sample import check_source
+from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
 from tasks.registry import open_registry
 from tasks.rollout.server import LocalServer, port_is_free
@@ -16,7 +16,6 @@ from tasks.settings import Settings, load_settings
 from tasks.storage import digest_directory, open_store
 
 T = TypeVar("T")
-SAMPLE = 1000  # lines of each file that preflight reads; preprocessing reads them all
 
 
 def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
@@ -34,8 +33,9 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
 
     loaded = attempt(lambda: load_recipe(recipe))
     data = loaded.data if loaded else DataRecipe(context=16)  # rows are checked even where the recipe is wrong
-    data = data.model_copy(update={"source": absolute(data_path or data.source)})
-    digest = attempt(lambda: check_data(data))
+    places_of_rows = {"source": absolute(data_path or data.source), "heldout_source": absolute(data.heldout_source)}
+    data = data.model_copy(update=places_of_rows)
+    found = attempt(lambda: check_data(data))
     base = None
     if loaded is not None:
         training, model = loaded.training, loaded.model
@@ -50,38 +50,40 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
             attempt(lambda: open_registry(places))
         attempt(lambda: check_vllm(places))
         attempt(lambda: check_port(places))
-    if problems or loaded is None or store is None or digest is None or base is None:
+    if problems or loaded is None or store is None or found is None or base is None:
         raise Problems("Nothing was started, because:", problems)
     # From here on the recipe names the rows themselves, so that the same rows at another path are the same run.
-    named = data.model_copy(update={"source": f"sha256-{digest}"})
-    source = Source(uri=data.source, digest=digest, store=store.identity)
+    data, digest = found
+    named = data.model_copy(
+        update={"source": f"sha256-{digest}", "heldout_source": "given" * bool(data.heldout_source)}
+    )
+    source = Source(uri=data.source, heldout=data.heldout_source, digest=digest, store=store.identity)
     return loaded.model_copy(update={"data": named}), source, base
 
 
 def absolute(data_path: str) -> str:
     """A data path that means the same in every directory; names that are no local paths stay as they are."""
-    if data_path == DEMONSTRATION or ("://" in data_path and not data_path.startswith("file://")):
+    if data_path in ("", DEMONSTRATION) or ("://" in data_path and not data_path.startswith("file://")):
         return data_path
     return str(Path(data_path.removeprefix("file://")).expanduser().absolute())
 
 
-def check_data(recipe: DataRecipe) -> str:
-    """The rows are there, and the first of each file are conversations; returns their digest."""
-    if recipe.source == DEMONSTRATION:
-        unknown = demonstration.unknown_locales(recipe.demonstration)
-        if unknown:
-            raise ForgeError(
-                f"data.demonstration.locales: Babel knows no {', '.join(unknown)}; use codes such as en, de, pt"
-            )
-        most = demonstration.most_rows(recipe.demonstration)
-        if recipe.demonstration.rows > most:
-            raise ForgeError(
-                f"data.demonstration.rows: there are {most} in so few locales; ask for fewer, or add locales"
-            )
-    else:
-        for _ in read_rows(recipe, limit=SAMPLE):
-            pass
-    return digest_source(recipe)
+def check_data(recipe: DataRecipe) -> tuple[DataRecipe, str]:
+    """The rows are there, and the first of each file can be used; returns the recipe, pinned, and their digest."""
+    shape = check_source(recipe, recipe.source)
+    judged = check_source(recipe, recipe.heldout_source) if recipe.heldout_source else shape
+    if judged == "text":
+        raise ForgeError(
+            f"data {recipe.heldout_source or recipe.source}: plain texts ask nothing that a model could be scored on; "
+            "give conversations in data.heldout_source"
+        )
+    pinned = {
+        name: pin(recipe, source)[0]
+        for name, source in (("source", recipe.source), ("heldout_source", recipe.heldout_source))
+        if source
+    }
+    recipe = recipe.model_copy(update=pinned)
+    return recipe, digest_source(recipe)
 
 
 def check_training(recipe: TrainingRecipe) -> None:

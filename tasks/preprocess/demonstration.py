@@ -11,6 +11,7 @@ from typing import Any
 import babel
 from babel.dates import format_date
 
+from tasks.errors import ForgeError
 from tasks.recipe import Demonstration
 from tasks.storage import digest_json
 
@@ -19,9 +20,17 @@ FORMATS = ("full", "long", "medium")
 FORM = 1  # raise it when the rows change
 
 
-def unknown_locales(recipe: Demonstration) -> list[str]:
-    """The recipe's locales that Babel has no data for."""
-    return [locale for locale in recipe.locales if not babel.localedata.exists(locale)]
+def check(recipe: Demonstration) -> None:
+    """Raise ForgeError where the recipe asks for what is not there."""
+    unknown = [locale for locale in recipe.locales if not babel.localedata.exists(locale)]
+    if unknown:
+        raise ForgeError(
+            f"data.demonstration.locales: Babel knows no {', '.join(unknown)}; use codes such as en, de, pt"
+        )
+    if recipe.rows > most_rows(recipe):
+        raise ForgeError(
+            f"data.demonstration.rows: there are {most_rows(recipe)} in so few locales; ask for fewer, or add locales"
+        )
 
 
 def most_rows(recipe: Demonstration) -> int:

@@ -1,63 +1,98 @@
 """Packing: documents of any length into rows of one length, with next to no padding and nothing cut."""
 
+import os
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from tasks.preprocess.chat import Document
+from tasks.preprocess.tokens import TRAINED
+
+SHARD_TOKENS = 16 << 20  # in one shard: 7 bytes each
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, int]:
     """Assign documents to rows: the longest first, each to the row that it fills best.
 
-    Returns, for each row, the positions in `lengths` of its documents, none longer than `capacity`.
+    Returns the row of each document (int64 [documents]) and the number of rows. No length may exceed `capacity`.
     https://en.wikipedia.org/wiki/Best-fit_bin_packing
     """
-    rows: list[list[int]] = []
+    row_of = [0] * len(lengths)
+    rows = 0
     open_rows: dict[int, list[int]] = {}  # free tokens -> rows that have as many
     spaces: list[int] = []  # keys of open_rows, sorted
     for document in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
         length = lengths[document]
         at = bisect_left(spaces, length)
         if at == len(spaces):
-            row, space = len(rows), capacity
-            rows.append([])
+            row, space = rows, capacity
+            rows += 1
         else:
             space = spaces[at]
             row = open_rows[space].pop()
             if not open_rows[space]:
                 del open_rows[space], spaces[at]
-        rows[row].append(document)
+        row_of[document] = row
         left = space - length
         if left:
             if left not in open_rows:
                 open_rows[left] = []
                 insort(spaces, left)
             open_rows[left].append(row)
+    return np.array(row_of, dtype=np.int64), rows
+
+
+def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, directory: Path) -> int:
+    """Pack documents (a table of DOCUMENT) and write the rows as memory-mappable arrays of shape [rows, context].
+
+    Each shard, 00000 and so on, is a directory of `tokens.npy` (uint32), `trained.npy` (bool: the token is a target)
+    and `document.npy` (uint16: 1, 2, ... within the row, 0 for padding). `spills` are the files of the documents'
+    tokens. Returns the number of rows.
+    """
+    row_of, rows = best_fit_decreasing(documents["length"].tolist(), context)
+    order = np.argsort(row_of, kind="stable")
+    row_of, documents = row_of[order], documents[order]
+    a_shard = max(1, SHARD_TOKENS // context)
+    files = [os.open(path, os.O_RDONLY) for path in spills]
+
+    def write(first: int) -> None:
+        last = min(first + a_shard, rows)
+        low, high = np.searchsorted(row_of, [first, last])
+        _write_shard(
+            documents[low:high], row_of[low:high] - first, files, (last - first, context), directory, first // a_shard
+        )
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(write, range(0, rows, a_shard)):
+                pass
+    finally:
+        for file in files:
+            os.close(file)
     return rows
 
 
-def write_packed(documents: Sequence[Document], context: int, directory: Path) -> tuple[int, float]:
-    """Pack documents and write them as memory-mappable arrays of shape [rows, context].
-
-    `tokens.npy` (uint32), `trained.npy` (bool: the token is a target) and `document.npy` (uint16: 1, 2, ... within
-    the row, 0 for padding). Returns the number of rows and the share of tokens that are no padding.
-    """
-    rows = best_fit_decreasing([len(document.tokens) for document in documents], context)
-    directory.mkdir(parents=True)
-    shape = (len(rows), context)
+def _write_shard(
+    documents: np.ndarray, row_of: np.ndarray, files: list[int], shape: tuple[int, int], directory: Path, shard: int
+) -> None:
     tokens = np.zeros(shape, dtype=np.uint32)
-    trained = np.zeros(shape, dtype=bool)
     number = np.zeros(shape, dtype=np.uint16)
-    for row, members in enumerate(rows):
-        at = 0
-        for order, member in enumerate(members, 1):
-            document = documents[member]
-            end = at + len(document.tokens)
-            tokens[row, at:end], trained[row, at:end], number[row, at:end] = document.tokens, document.trained, order
-            at = end
+    bytes_of = memoryview(tokens.data).cast("B")
+    row_before, at, count = -1, 0, 0
+    table = (row_of, documents["length"], documents["spill"], documents["tokens_at"])
+    for row, length, spill, start in zip(*(column.tolist() for column in table), strict=True):
+        if row != row_before:
+            row_before, at, count = row, row * shape[1], 0
+        count += 1
+        if os.preadv(files[spill], [bytes_of[4 * at : 4 * (at + length)]], start) != 4 * length:
+            raise OSError("the tokens of a document are not all there")
+        number[row, at - row * shape[1] : at - row * shape[1] + length] = count
+        at += length
+    trained = (tokens & TRAINED) > 0
+    tokens &= ~TRAINED
+    path = directory / f"{shard:05}"
+    path.mkdir(parents=True)
     for name, array in (("tokens", tokens), ("trained", trained), ("document", number)):
-        np.save(directory / f"{name}.npy", array)
-    return len(rows), float((number > 0).mean())
+        np.save(path / f"{name}.npy", array)

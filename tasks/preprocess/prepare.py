@@ -2,105 +2,277 @@
 
 import hashlib
 import json
+import os
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tasks.contracts import Base, Dataset, Source
-from tasks.errors import ForgeError
-from tasks.preprocess.chat import Document, encode, load_tokenizer
+import numpy as np
+
+from tasks.contracts import Artifact, Base, Dataset, Source
+from tasks.errors import ForgeError, Problems
+from tasks.preprocess.chat import ChatFormat, chat_format, load_tokenizer
 from tasks.preprocess.pack import write_packed
-from tasks.preprocess.rows import SHOWN, Row, count_slices, digest_source, read_rows, report
+from tasks.preprocess.read import REJECTS, Part, read_part, start_workers_early
+from tasks.preprocess.report import render_report
+from tasks.preprocess.rows import ROLES
+from tasks.preprocess.select import Selection, select
+from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe
 from tasks.storage import DirectoryStore, digest_directory, digest_json
 
 CARD = "dataset.json"
+REPORT = "report.html"
+SHOWN = 10  # refused rows printed; all are in rejects.jsonl
 
 
 def prepare(source: Source, data: DataRecipe, base: Base, store: DirectoryStore) -> Dataset:
-    """Validate, split, tokenise and pack the source's rows, and publish the data set.
+    """Validate, deduplicate, split, tokenise and pack the source's rows, and publish the data set.
 
-    The data set is a directory: `train/` and `heldout/` (packed arrays), `heldout.jsonl` (the held-out
-    conversations), `tokenizer/`, and the card `dataset.json`. Its digest depends on the rows, not on their order.
+    The data set is a directory: `train/` and `heldout/` (packed arrays), `heldout.jsonl` (the held-out rows),
+    `tokenizer/`, the card `dataset.json`, `report.html` and `rejects.jsonl` (the rows that were refused, and why). Its
+    digest depends on the rows, not on their order or the names of their files.
 
-    Raises Problems naming the file and the line of each row that cannot be used.
+    Raises Problems naming the rows that cannot be used where they are more than the recipe allows.
     """
     started = time.time()
-    data = data.model_copy(update={"source": source.uri})
-    rows = sorted(read_rows(data), key=_row_digest)
+    with store.stage() as directory:
+        part = _read(source, data, base, directory)
+        return assemble([part], source, data, base, store, started)
+
+
+def prepare_shard(source: Source, data: DataRecipe, base: Base, store: DirectoryStore, shard: int) -> Artifact:
+    """Read one of the recipe's shards of the source, and publish what it came to for `prepare_from_shards`."""
+    started = time.time()
+    with store.stage() as directory:
+        _read(source, data, base, directory, shard).save()
+        for copied in directory.glob("copied-*"):
+            shutil.rmtree(copied)
+        digest, _ = digest_directory(directory)
+        uri = store.publish(directory, "parts", digest)
+    return Artifact(uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started)
+
+
+def prepare_from_shards(
+    shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: DirectoryStore
+) -> Dataset:
+    """The data set of all shards: the same, to the byte, as `prepare` makes of the whole source. Removes the shards."""
+    parts = [Part.load(store.path(shard.uri)) for shard in shards]
+    dataset = assemble(parts, source, data, base, store, min(shard.started for shard in shards))
+    for shard in shards:
+        store.remove(shard.uri)
+    return dataset
+
+
+def _read(source: Source, data: DataRecipe, base: Base, directory: Path, shard: int = 0) -> Part:
+    data = data.model_copy(update={"source": source.uri, "heldout_source": source.heldout})
+    start_workers_early(data)
+    part = read_part(data, _format(base, data), _name(base), directory, shard, data.shards)
     if digest_source(data) != source.digest:
         raise ForgeError(f"data {source.uri}: the rows were changed while they were read; run again")
-    train, heldout = split(rows, data.heldout_fraction)
-    if not train or not heldout:
-        raise ForgeError(
-            f"data {source.uri}: {len(rows)} rows give {len(train)} to train on and {len(heldout)} held out, and "
-            "neither may be empty; give more rows, or change data.heldout_fraction"
-        )
+    return part
+
+
+def assemble(
+    parts: list[Part], source: Source, data: DataRecipe, base: Base, store: DirectoryStore, started: float
+) -> Dataset:
+    """Choose, pack and publish what was read."""
+    part = _merged(parts)
+    _check_rejected(parts, part, data, source, store)
+    chosen = select(part, data.near_duplicates)
+    _check_sides(chosen, data, source, part)
     tokenizer = load_tokenizer(base, data.context)
-    documents = {"train": list(encode(train, tokenizer)), "heldout": list(encode(heldout, tokenizer))}
-    check_lengths([*documents["train"], *documents["heldout"]], data.context)
+    spills = [part.directory / f"{name}.tokens" for name in part.spills]
     with store.stage() as staged:
-        packed = {name: write_packed(part, data.context, staged / name) for name, part in documents.items()}
-        write_conversations(heldout, staged / "heldout.jsonl")
-        tokenizer.save_pretrained(staged / "tokenizer")
-        digest, _ = digest_directory(staged)
-        card = {
-            "kind": "dataset",
-            "digest": digest,
-            "source": {"uri": source.uri, "digest": source.digest},
-            "context": data.context,
-            "documents": {name: len(part) for name, part in documents.items()},
-            "packed_rows": {name: rows for name, (rows, _) in packed.items()},
-            "packing_efficiency": {name: round(full, 5) for name, (_, full) in packed.items()},
-            "trained_tokens": {name: int(sum(d.trained.sum() for d in part)) for name, part in documents.items()},
-            "slices": {"train": count_slices(train), "heldout": count_slices(heldout)},
+        sides = {"train": chosen.train, "heldout": chosen.heldout}
+        packed = {
+            name: write_packed(documents, spills, data.context, staged / name) for name, documents in sides.items()
         }
-        (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        uri = store.publish(staged, "datasets")
-    efficiency = card["packing_efficiency"]
-    print(
-        f"preprocess: {len(train):,} conversations to train on, {len(heldout):,} held out, packed into "
-        f"{packed['train'][0]:,} rows of {data.context} tokens ({efficiency['train']:.1%} full)"  # type: ignore[index]
-    )
+        _write_rows(chosen.heldout, part, staged / "heldout.jsonl")
+        tokenizer.save_pretrained(staged / "tokenizer")
+        files = digest_directory(staged)[1]
+        facts = _facts(part, chosen, packed, data, _format(base, data))
+        digest = digest_json([files, facts])
+        read_from = {"uri": source.uri, "heldout": source.heldout, "digest": source.digest, "shapes": part.shapes}
+        card = {"kind": "dataset", "digest": digest, "source": read_from, **facts}
+        (staged / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        with (staged / REJECTS).open("wb") as all_rejects:
+            for one in parts:
+                all_rejects.write((one.directory / REJECTS).read_bytes())
+        page = render_report(card, staged, tokenizer)
+        (staged / REPORT).write_text(page, encoding="utf-8")
+        uri = store.publish(staged, "datasets", digest)
+    for line in told(card):
+        print(f"preprocess: {line}")
     return Dataset(
         uri=uri,
         digest=digest,
         store=store.identity,
         started=started,
         seconds=time.time() - started,
-        train_rows=len(train),
-        heldout_rows=len(heldout),
+        train_rows=len(chosen.train),
+        heldout_rows=len(chosen.heldout),
+        report=str(store.path(uri) / REPORT),
     )
 
 
-def split(rows: list[Row], heldout_fraction: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, by a hash of the group: a group never crosses, and adding rows moves none."""
-    threshold = int(heldout_fraction * 2**64)
-    train: list[Row] = []
-    heldout: list[Row] = []
-    for row in rows:
-        number = int.from_bytes(hashlib.sha256(row.group.encode()).digest()[:8], "big")
-        (heldout if number < threshold else train).append(row)
-    return train, heldout
+def _format(base: Base, data: DataRecipe) -> ChatFormat:
+    return chat_format(load_tokenizer(base, data.context), _name(base))
 
 
-def check_lengths(documents: list[Document], context: int) -> None:
-    """Raise Problems if a document is longer than a packed row."""
-    too_long = [document for document in documents if len(document.tokens) > context]
-    refused = [
-        f"{document.row.where}: {len(document.tokens)} tokens, and data.context is {context}; "
-        "shorten the row, or raise data.context"
-        for document in sorted(too_long, key=lambda document: document.row.where)[:SHOWN]
-    ]
-    report(refused, len(too_long), f"{len(too_long)} of {len(documents)} rows")
+def _name(base: Base) -> str:
+    return f"base model {base.location}" if base.location else "the byte-level tokenizer"
 
 
-def write_conversations(rows: list[Row], path: Path) -> None:
-    """Write rows as JSONL of messages, group and slice."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            value = {"messages": row.messages, "group": row.group, "slice": row.slice}
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+def _merged(parts: list[Part]) -> Part:
+    """Several parts' documents in one table; the files stay where they are."""
+    if len(parts) == 1:
+        return parts[0]
+    slices = sorted({name for part in parts for name in part.slices})
+    tables: list[np.ndarray] = []
+    spills: list[str] = []
+    rejected: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
+    for part in parts:
+        documents = part.documents
+        documents["spill"] += len(spills)
+        if len(documents):
+            numbers = np.array([slices.index(name) for name in part.slices], dtype=np.uint16)
+            documents["slice"] = numbers[documents["slice"]]
+        spills += [str(part.directory / name) for name in part.spills]
+        tables.append(documents)
+        rejected.update(part.rejected)
+        ignored.update(part.ignored)
+    return Part(
+        parts[0].directory,
+        np.concatenate(tables),
+        slices,
+        spills,
+        parts[0].shapes,
+        sum(part.rows for part in parts),
+        dict(sorted(rejected.items())),
+        dict(sorted(ignored.items())),
+    )
 
 
-def _row_digest(row: Row) -> str:
-    return digest_json([row.messages, row.group, row.slice])
+def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Source, store: DirectoryStore) -> None:
+    """Raise Problems where more rows were refused than the recipe allows; they are all kept in the store."""
+    count = sum(part.rejected.values())
+    if count <= data.max_reject_fraction * part.rows:
+        return
+    shown: list[str] = []
+    with store.stage() as staged:
+        with (staged / REJECTS).open("w", encoding="utf-8") as all_rejects:
+            for one in parts:
+                with (one.directory / REJECTS).open(encoding="utf-8") as rejects:
+                    for line in rejects:
+                        all_rejects.write(line)
+                        if len(shown) < SHOWN:
+                            refused = json.loads(line)
+                            shown.append(f"{refused['row']}: {refused['message']}")
+        kept = store.path(store.publish(staged, "rejects")) / REJECTS
+    by_reason = ", ".join(f"{times} {reason}" for reason, times in _largest_first(part.rejected))
+    more = [f"... and {count - len(shown)} more, all in {kept}"] if count > len(shown) else []
+    raise Problems(
+        f"data {source.uri}: {count} of {part.rows} rows cannot be used ({by_reason}), and data.max_reject_fraction is "
+        f"{data.max_reject_fraction:g}:",
+        [*shown, *more],
+    )
+
+
+def _check_sides(chosen: Selection, data: DataRecipe, source: Source, part: Part) -> None:
+    train, heldout = len(chosen.train), len(chosen.heldout)
+    if train and heldout:
+        return
+    left_out = "".join(f", {count} left out ({reason})" for reason, count in chosen.removed.items())
+    mend = "data.heldout_source" if data.heldout_source else "data.heldout_fraction"
+    raise ForgeError(
+        f"data {source.uri}: {part.rows} rows give {train} to train on and {heldout} held out{left_out}, and neither "
+        f"may be empty; give more rows, or change {mend}"
+    )
+
+
+def _write_rows(documents: np.ndarray, part: Part, path: Path) -> None:
+    """Write held-out rows as JSONL, in the order of the table."""
+    files = [os.open(part.directory / f"{name}.rows", os.O_RDONLY) for name in part.spills]
+    try:
+        with path.open("wb") as out:
+            for spill, at, size in documents[["spill", "rows_at", "rows_size"]].tolist():
+                out.write(os.pread(files[spill], size, at))
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def _facts(part: Part, chosen: Selection, packed: dict[str, int], data: DataRecipe, form: ChatFormat) -> dict[str, Any]:
+    """What the card says of the data set, and its digest depends on: nothing of where the rows came from."""
+    sides = {"train": chosen.train, "heldout": chosen.heldout}
+    tokens = {name: int(side["length"].sum(dtype=np.int64)) for name, side in sides.items()}
+    return {
+        "context": data.context,
+        "rows": part.rows,
+        "rejected": part.rejected,
+        "removed": chosen.removed,
+        "ignored_columns": part.ignored,
+        "documents": {name: len(side) for name, side in sides.items()},
+        "tokens": tokens,
+        "tokens_dropped": int(sum(side["cut"].sum(dtype=np.int64) for side in sides.values())),
+        "documents_cut": int(sum(np.count_nonzero(side["cut"]) for side in sides.values())),
+        "trained_tokens": {name: int(side["trained"].sum(dtype=np.int64)) for name, side in sides.items()},
+        "packed_rows": packed,
+        "packing_efficiency": {name: round(tokens[name] / (packed[name] * data.context), 5) for name in sides},
+        "lengths": {name: _histogram(side["length"], data.context) for name, side in sides.items()},
+        "roles": {
+            role: int(sum(side["roles"][:, at].sum() for side in sides.values())) for at, role in enumerate(ROLES)
+        },
+        "slices": {
+            name: dict(_largest_first(_counted(side["slice"], part.slices))) for name, side in sides.items()
+        },
+        "split": (
+            {"by": "a file of its own"}
+            if data.heldout_source
+            else {"by": f"hash of {data.group_column}, or of the prompt", "heldout_fraction": data.heldout_fraction}
+        ),
+        "template_digest": hashlib.sha256(form.template.encode()).hexdigest(),
+        "tokenizer_digest": hashlib.sha256(form.tokenizer.encode()).hexdigest(),
+    }  # fmt: skip
+
+
+def _counted(numbers: np.ndarray, names: list[str]) -> dict[str, int]:
+    counts = np.bincount(numbers, minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
+def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
+def _histogram(lengths: np.ndarray, context: int) -> list[dict[str, int]]:
+    """Documents and tokens by length, in bins that double: `to` is the longest in the bin."""
+    edges = [min(16 << bin, context) for bin in range(32) if bin == 0 or 16 << (bin - 1) < context]
+    bins = np.searchsorted(edges, lengths)
+    documents = np.bincount(bins, minlength=len(edges))
+    tokens = np.bincount(bins, weights=lengths, minlength=len(edges))
+    table = zip(edges, documents.tolist(), tokens.tolist(), strict=True)
+    return [{"to": to, "documents": count, "tokens": int(inside)} for to, count, inside in table]
+
+
+def told(card: dict[str, Any]) -> list[str]:
+    """What the user reads at the end: all that was used and all that was not."""
+    documents, efficiency = card["documents"], card["packing_efficiency"]
+    lines = [f"shape {shape}" for shape in card["source"]["shapes"]]
+    for what in ("rejected", "removed"):
+        if card[what]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in _largest_first(card[what]))
+            lines.append(f"{sum(card[what].values()):,} {what}: {reasons}")
+    if card["documents_cut"]:
+        lines.append(f"{card['documents_cut']:,} cut at the context: {card['tokens_dropped']:,} tokens dropped")
+    if card["ignored_columns"]:
+        lines.append(f"columns not used: {', '.join(card['ignored_columns'])}")
+    lines.append(
+        f"{documents['train']:,} documents to train on, {documents['heldout']:,} held out, packed into "
+        f"{card['packed_rows']['train']:,} rows of {card['context']} tokens ({efficiency['train']:.1%} full)"
+    )
+    return lines

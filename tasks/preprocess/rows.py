@@ -1,148 +1,231 @@
-"""Where raw rows come from, and what a row must be. Every finding names the file, the line and the mend."""
+"""What a row must be. Every refusal has a reason to count by, and a message with the mend."""
 
 import codecs
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tasks.errors import ForgeError, Problems
-from tasks.preprocess import demonstration
-from tasks.recipe import DataRecipe
-from tasks.storage import digest_file, digest_json
+import orjson
 
-DEMONSTRATION = "demonstration"
-SHOWN = 10  # findings printed; all are counted
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+KEPT = ("name", "tool_call_id", "reasoning_content")  # what a message may hold beside role, content and tool_calls
+
+
+class Invalid(Exception):
+    """Why a row is refused: `reason` is a word to count by, `message` says what to do about it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason, self.message = reason, message
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation; `where` is its file and line."""
+    """One conversation (`messages`, and the `tools` it may call) or one plain `text`."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    text: str | None
     group: str
     slice: str
-    where: str
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the model learns from, as JSON."""
+        if self.text is not None:
+            return {"text": self.text}
+        return {"messages": self.messages, **({"tools": self.tools} if self.tools else {})}
+
+    def texts(self) -> list[str]:
+        """All texts that people or tools wrote; tool calls and tools as JSON."""
+        if self.text is not None:
+            return [self.text]
+        texts = [message["content"] for message in self.messages]
+        for message in self.messages:
+            if len(message) > 2:
+                texts += [_as_text(value) for value in list(message.values())[2:]]
+        return texts + ([_as_text(self.tools)] if self.tools else [])
 
 
-class Invalid(Exception):
-    """Why a row is refused."""
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else canonical(value).decode()
 
 
-def find_files(source: str) -> list[Path]:
-    """The JSONL files of a path, sorted; ForgeError if there are none or they are empty."""
-    path = Path(source.removeprefix("file://"))
-    if "://" in str(source) and not source.startswith("file://"):
-        raise ForgeError(f"data {source}: only local paths can be read; copy the rows here and give their path")
-    if not path.exists():
-        raise ForgeError(f"data {path}: no such file or directory; give the path of a JSONL file of conversations")
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise ForgeError(f"data {path}: the directory holds no *.jsonl file; put the conversations there as JSONL")
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                empty = not opened.read(1)
-        except OSError as error:
-            raise ForgeError(f"data {file}: cannot be read ({error.strerror}); check its permissions") from None
-        if empty:
-            raise ForgeError(f"data {file}: the file is empty; it must hold one conversation a line, such as {EXAMPLE}")
-    return files
+def canonical(value: Any) -> bytes:
+    """A value's JSON, the same for equal values; Invalid where no file can hold it."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:
+        if "surrogate" in str(error):
+            what = "a text holds half a character (a lone surrogate)"
+            raise Invalid("lone surrogate", f"{what}; mend the program that wrote the row") from None
+        raise Invalid("not JSON", f"JSON that cannot be kept ({error}); write the row more simply") from None
 
 
-def digest_source(recipe: DataRecipe) -> str:
-    """Identity of the raw rows: of the files' contents, not of their paths or times."""
-    if recipe.source == DEMONSTRATION:
-        return demonstration.digest(recipe.demonstration)
-    return digest_json(sorted(digest_file(file) for file in find_files(recipe.source)))
+def digests(row: Row) -> tuple[bytes, bytes]:
+    """16 bytes each: of what the model learns from, and of that with group and slice (which rows are ordered by).
 
-
-def read_rows(recipe: DataRecipe, limit: int | None = None) -> Iterator[Row]:
-    """Yield the validated rows of the source (of each file the first `limit` lines, where given).
-
-    Raises Problems after the last line if any row was refused: nothing is dropped in silence.
+    Raises Invalid where no file can hold a text.
     """
-    if recipe.source == DEMONSTRATION:
-        for number, value in enumerate(demonstration.rows(recipe.demonstration), 1):
-            yield validate(value, recipe, f"demonstration:{number}")
-        return
-    refused: list[str] = []
-    count = total = 0
-    for file in find_files(recipe.source):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and number > limit:
-                    break
-                where = f"{file}:{number}"
-                total += 1
-                try:
-                    yield validate(parse(line), recipe, where)
-                except Invalid as reason:
-                    count += 1
-                    if len(refused) < SHOWN:
-                        refused.append(f"{where}: {reason}")
-    report(refused, count, f"{count} of {total} rows")
+    content = hashlib.blake2b(canonical(row.content), digest_size=16).digest()
+    return content, hashlib.blake2b(content + canonical([row.group, row.slice]), digest_size=16).digest()
 
 
-def report(refused: list[str], count: int, what: str) -> None:
-    """Raise Problems if any row was refused."""
-    if count:
-        more = [f"... and {count - len(refused)} more"] if count > len(refused) else []
-        raise Problems(f"data: {what} cannot be used:", [*refused, *more])
+def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Invalid("duplicate key", f"the key {twice!r} is there twice in one object; remove one")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise Invalid("not a number", f"{name} is no JSON; write a number or null")
 
 
 def parse(line: bytes) -> Any:
     """A line's JSON value; Invalid says what is wrong with it."""
     if line.startswith(codecs.BOM_UTF8):
-        raise Invalid("the file starts with a byte order mark; save it as UTF-8 without one")
+        raise Invalid("byte order mark", "the file starts with a byte order mark; save it as UTF-8 without one")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Invalid(f"not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8") from None
+        raise Invalid("not UTF-8", f"not UTF-8 text (byte {error.start + 1}); convert the file to UTF-8") from None
     if not text.strip():
-        raise Invalid("the line is empty; remove it")
+        raise Invalid("empty line", "the line is empty; remove it")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_no_duplicate_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         what = f"not valid JSON ({error.msg} at column {error.colno})"
-        raise Invalid(f"{what}; each line must be one row: {EXAMPLE}") from None
+        raise Invalid("not JSON", f"{what}; each line must be one whole row: {EXAMPLE}") from None
     except (ValueError, RecursionError) as error:
-        raise Invalid(f"JSON that cannot be read ({error}); write the row more simply") from None
+        raise Invalid("not JSON", f"JSON that cannot be read ({error}); write the row more simply") from None
 
 
-def validate(value: Any, recipe: DataRecipe, where: str) -> Row:
-    """The row that a JSON value holds; Invalid says why it is none, and the mend."""
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
-        raise Invalid(f"no conversation: a row must hold a list of messages: {EXAMPLE}")
-    messages = []
-    for number, message in enumerate(value["messages"], 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        content = message.get("content") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise Invalid(f"message {number}: role is {role!r}; it must be one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise Invalid(f"message {number} ({role}): content must be a text that is not empty")
-        messages.append({"role": role, "content": content})
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    if "system" in [message["role"] for message in messages[1:]]:
-        raise Invalid("a system message may only come first; move it there")
-    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        raise Invalid("user and assistant must take turns, the user first and the assistant last; mend the order")
-    group = value.get(recipe.group_column, " ".join(messages[-2]["content"].lower().split()))
-    part = value.get(recipe.slice_column, "all")
-    for name, column in ((recipe.group_column, group), (recipe.slice_column, part)):
-        if not isinstance(column, str | int):
-            raise Invalid(f"{name} must be a text or a whole number, not {type(column).__name__}")
-    for text in (*(message["content"] for message in messages), str(group), str(part)):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Invalid("a text holds half a character (a lone surrogate); mend the program that wrote the row")
-    return Row(messages, str(group), str(part), where)
+def check_text(value: Any, what: str) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str):
+        raise Invalid("wrong type", f"{what} must be a text, not {_kind(value)}")
+    if not value.strip():
+        raise Invalid("empty content", f"{what} must be a text that is not empty")
+    return value
 
 
-def count_slices(rows: list[Row]) -> dict[str, int]:
-    """Rows by slice, the largest first."""
-    return dict(Counter(row.slice for row in rows).most_common())
+def check_messages(values: Any) -> list[dict[str, Any]]:
+    """A conversation's messages, each with role, content and, for some, tool_calls; Invalid names the message."""
+    if not isinstance(values, list) or not values:
+        raise Invalid("no conversation", f"no conversation: a row must hold a list of messages: {EXAMPLE}")
+    messages = [_message(value, f"message {number}") for number, value in enumerate(values, 1)]
+    _check_order(messages)
+    return messages
+
+
+def _message(value: Any, what: str) -> dict[str, Any]:
+    if isinstance(value, dict) and len(value) == 2:  # as nearly all are
+        said = value.get("content")
+        if value.get("role") in ROLES and isinstance(said, str) and said and not said.isspace():
+            return value
+    role = value.get("role") if isinstance(value, dict) else None
+    if role not in ROLES:
+        raise Invalid("unknown role", f"{what}: role is {role!r}; it must be one of {', '.join(ROLES)}")
+    calls = value.get("tool_calls")
+    if calls and role != "assistant":
+        raise Invalid("tool calls", f"{what} ({role}): only an assistant may have tool_calls")
+    content = _content(value.get("content"), f"{what} ({role})")
+    if calls and not content:
+        content = ""
+    else:
+        check_text(content, f"{what} ({role}): content")
+    message = {"role": role, "content": content}
+    if calls:
+        message["tool_calls"] = check_calls(calls, what)
+    for name in KEPT:
+        if value.get(name) is not None:
+            message[name] = check_text(value[name], f"{what} ({role}): {name}")
+    return message
+
+
+def _content(value: Any, what: str) -> Any:
+    """A content as text; a list of text parts, as the OpenAI API has them, is joined."""
+    if not isinstance(value, list):
+        return value
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
+    if any(not isinstance(text, str) for text in texts):
+        raise Invalid("wrong type", f"{what}: content has a part that is no text; only texts can be trained on")
+    return "".join(texts)  # type: ignore[arg-type]
+
+
+def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
+    """An assistant's tool calls, their arguments as objects."""
+    checked = []
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise Invalid(
+                "tool calls", f'{what}: a tool call must be {{"function": {{"name": "...", "arguments": {{...}}}}}}'
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = parse(arguments.encode("utf-8", "surrogatepass"))
+        if not isinstance(arguments, dict):
+            raise Invalid("tool calls", f"{what}: the arguments of {name} must be a JSON object")
+        entry: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        if call.get("id") is not None:
+            entry["id"] = check_text(call["id"], f"{what}: tool_calls.id")
+        checked.append(entry)
+    return checked
+
+
+def check_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools that a conversation may call: JSON schemas, or their JSON text."""
+    if isinstance(value, str):
+        value = parse(value.encode("utf-8", "surrogatepass"))
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Invalid("tool calls", "tools must be a list of JSON schemas")
+    return value
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    """system?, then user and assistant in turn; after tool calls, the tools' answers; the assistant last."""
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    expected: Iterable[str] = ("user",)
+    for number, message in enumerate(turns, 1 + len(messages) - len(turns)):
+        role = message["role"]
+        if role == "system":
+            raise Invalid("roles out of order", "a system message may only come first; move it there")
+        if role not in expected:
+            raise Invalid(
+                "roles out of order",
+                f"message {number} ({role}): {' or '.join(expected)} should speak here; user and assistant must take "
+                "turns, the user first and the assistant last, and a tool answers a tool call; mend the order",
+            )
+        expected = {
+            "user": ("assistant",),
+            "tool": ("tool", "assistant"),
+            "assistant": ("tool",) if "tool_calls" in message else ("user",),
+        }[role]
+    if not any(message["role"] == "assistant" for message in turns):
+        raise Invalid("no assistant turn", "no assistant turn: there is nothing to learn; add the answer")
+    if turns[-1]["role"] != "assistant":
+        raise Invalid("roles out of order", "user and assistant must take turns, the assistant last; add the answer")
+
+
+def check_column(value: Any, name: str) -> str:
+    """The value of a group or slice column, as text."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise Invalid("wrong type", f"{name} must be a text or a whole number, not {_kind(value)}")
+    return str(value)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -24,13 +24,23 @@ def test_attention_is_causal_and_stays_within_documents() -> None:
 
 
 def test_targets_are_the_next_trained_tokens(tmp_path) -> None:
-    np.save(tmp_path / "tokens.npy", np.array([[5, 6, 7, 8, 9, 0]], dtype=np.uint32))
-    np.save(tmp_path / "trained.npy", np.array([[0, 0, 1, 0, 1, 0]], dtype=bool))
-    np.save(tmp_path / "document.npy", np.array([[1, 1, 1, 2, 2, 0]], dtype=np.uint16))
+    shards = (
+        ([[5, 6, 7, 8, 9, 0]], [[0, 0, 1, 0, 1, 0]], [[1, 1, 1, 2, 2, 0]]),
+        ([[1, 2, 3, 4, 0, 0], [6] * 6], [[0, 1, 1, 1, 0, 0], [0] * 6], [[1, 1, 1, 1, 0, 0], [1] * 6]),
+    )
+    for number, (tokens, trained, document) in enumerate(shards):
+        shard = tmp_path / f"{number:05}"
+        shard.mkdir()
+        np.save(shard / "tokens.npy", np.array(tokens, dtype=np.uint32))
+        np.save(shard / "trained.npy", np.array(trained, dtype=bool))
+        np.save(shard / "document.npy", np.array(document, dtype=np.uint16))
     rows = PackedRows(tmp_path)
-    batch = rows.batch(np.array([0]))
-    assert batch.targets.tolist() == [[IGNORED, 7, IGNORED, 9, IGNORED, IGNORED]]
-    assert rows.trained_tokens.tolist() == [2]
+    batch = rows.batch(np.array([1, 0]))
+    assert batch.targets.tolist() == [[2, 3, 4, *[IGNORED] * 3], [IGNORED, 7, IGNORED, 9, IGNORED, IGNORED]]
+    assert batch.tokens[0].tolist() == [1, 2, 3, 4, 0, 0]
+    assert len(rows) == 3
+    assert rows.trained_tokens.tolist() == [2, 3, 0]
+    assert rows.all_tokens.tolist() == [5, 4, 6]
 
 
 @pytest.mark.parametrize(("rows", "per_step", "epochs"), [(10, 4, 2), (7, 7, 1), (3, 8, 3), (100, 8, 0.5)])

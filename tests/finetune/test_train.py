@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,12 +42,16 @@ def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> N
     packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
     alone = 0.0
     for row in chosen:
-        for number in range(1, int(rows.document[row].max()) + 1):
-            of = rows.document[row] == number
-            tokens = torch.from_numpy(rows.tokens[row][of].astype("int64"))[None]
-            labels = tokens.masked_fill(~torch.from_numpy(rows.trained[row][of])[None], -100)
+        shard = data / "train" / "00000"
+        tokens_of_row, trained, document = (
+            np.load(shard / f"{name}.npy")[row] for name in ("tokens", "trained", "document")
+        )
+        for number in range(1, int(document.max()) + 1):
+            of = document == number
+            tokens = torch.from_numpy(tokens_of_row[of].astype("int64"))[None]
+            labels = tokens.masked_fill(~torch.from_numpy(trained[of])[None], -100)
             loss = model(input_ids=tokens, labels=labels).loss  # transformers' own mean over trained tokens
-            alone += loss.item() * int(rows.trained[row][of].sum())
+            alone += loss.item() * int(trained[of].sum())
     assert packed == pytest.approx(alone, rel=1e-5)
 
 

@@ -9,8 +9,8 @@ import yaml
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
-from tasks.preflight import checks
 from tasks.preflight.checks import check_all, check_vllm, find_base
+from tasks.preprocess import sample
 from tasks.recipe import ModelRecipe
 from tasks.settings import Settings
 from tasks.storage import digest_directory
@@ -108,10 +108,43 @@ def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_the_first_lines_are_read(recipe_file: Path, free_port: int, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checks, "SAMPLE", 2)
+    monkeypatch.setattr(sample, "SAMPLE", 2)
     path = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")])
     path.write_text(path.read_text() + "no json\n")
     check_all(str(path), str(recipe_file))
-    monkeypatch.setattr(checks, "SAMPLE", 3)
+    monkeypatch.setattr(sample, "SAMPLE", 3)
     with pytest.raises(Problems, match=r"rows.jsonl:3"):
         check_all(str(path), str(recipe_file))
+
+
+def test_as_many_bad_rows_as_the_recipe_allows_pass(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*[chat(f"{n}", "b") for n in range(200)], "no row"])
+    check_all(str(path), str(recipe_file))
+
+
+def test_rows_to_evaluate_on_are_checked_and_pinned_too(free_port: int, tmp_path: Path) -> None:
+    rows, own = tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
+    write_jsonl(rows, [{"text": "Once upon a time."}])
+    write_jsonl(own, [chat("a", "b")])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SMALL, "data": {"context": 64, "heldout_source": str(own)}}))
+    _, source, _ = check_all(str(rows), str(recipe))
+    assert source.heldout == str(own)
+    write_jsonl(own, [chat("a", "c")])
+    assert check_all(str(rows), str(recipe))[1].digest != source.digest
+    own.write_text("no json\n")
+    with pytest.raises(Problems, match=r"own.jsonl:1: not valid JSON"):
+        check_all(str(rows), str(recipe))
+
+
+def test_plain_texts_alone_cannot_be_evaluated(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "Once upon a time."}])
+    with pytest.raises(Problems, match=r"give conversations in data.heldout_source"):
+        check_all(str(rows), str(recipe_file))
+
+
+def test_two_shapes_are_found_before_anything_starts(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows" / "a.jsonl", [chat("a", "b")])
+    write_jsonl(tmp_path / "rows" / "b.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(Problems, match=r"b.jsonl:1 is prompt, and .*a.jsonl:1 is chat"):
+        check_all(str(tmp_path / "rows"), str(recipe_file))

@@ -1,50 +1,195 @@
 """The trained tokens are the assistants' words and their end of turn, and nothing else."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.preprocess.chat import byte_tokenizer, encode, load_tokenizer
-from tasks.preprocess.rows import Row
+from tasks.preprocess.chat import GENERATION, Renderer, byte_tokenizer, chat_format, load_tokenizer
+from tasks.preprocess.rows import Invalid, Row
+from tasks.preprocess.tokens import TRAINED, Encoder
+from tests.preprocess.tokenizers import CHATML, FAMILIES, LLAMA3, byte_level, chatml, llama3
+
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "mistral": "</s>", "gemma": "<end_of_turn>"}
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 
 
 def row(*contents: str, system: str = "") -> Row:
     """A conversation of the given turns, the user's first."""
     messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
-    return Row([{"role": "system", "content": system}, *messages] if system else messages, "g", "s", "rows.jsonl:1")
+    return Row([{"role": "system", "content": system}, *messages] if system else messages, None, None, "g", "s")
+
+
+def encode(tokenizer: Any, conversation: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a conversation, and which are trained; Invalid is raised."""
+    form = chat_format(tokenizer, "base model test")
+    (rendered,) = Renderer(form, "base model test").render([conversation])
+    if isinstance(rendered, Invalid):
+        raise rendered
+    (document,) = Encoder(form.tokenizer).encode([rendered[0]], [rendered[1]])
+    return document.tokens & ~TRAINED, (document.tokens & TRAINED) > 0
+
+
+def trained_text(tokenizer: Any, conversation: Row) -> str:
+    tokens, trained = encode(tokenizer, conversation)
+    return tokenizer.decode(tokens[trained])
+
+
+CONVERSATIONS = [
+    row("When does it leave?", "At 10:42."),
+    row("één ✓\n", "twee – 日本 🚆\n\nand a line"),
+    row("a", "b", "c", "it's d"),
+    row("the answer", "the answer", "the answer", "the answer"),  # the same words on both sides
+    row("x", "\n\nbegins with lines"),
+]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_tokens_are_the_assistants_words_and_their_end(family: str, conversation: Row) -> None:
+    tokenizer = FAMILIES[family]()
+    answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    if family in ("llama3", "gemma"):  # whose templates trim
+        answers = [answer.strip() for answer in answers]
+    if family == "mistral":  # whose template begins an answer with a space
+        answers = [f" {answer}" for answer in answers]
+    assert trained_text(tokenizer, conversation) == "".join(answer + ENDS[family] for answer in answers)
+    tokens, _ = encode(tokenizer, conversation)
+    assert tokens.tolist() == tokenizer.apply_chat_template(conversation.messages, return_dict=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_is_what_follows_the_prompt_of_a_server(family: str) -> None:
+    conversation = row("When does it leave?", "At 10:42.")
+    tokenizer = FAMILIES[family]()
+    tokens, trained = encode(tokenizer, conversation)
+    prompt = tokenizer.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert tokens[: int(trained.argmax())].tolist() == prompt
+
+
+@pytest.mark.parametrize("family", ["llama3", "chatml"])
+def test_a_system_message_is_read_and_not_trained(family: str) -> None:
+    tokenizer = FAMILIES[family]()
+    conversation = row("a", "b", system="be brief")
+    assert trained_text(tokenizer, conversation) == f"b{ENDS[family]}"
+    assert "be brief" in tokenizer.decode(encode(tokenizer, conversation)[0])
+
+
+@pytest.mark.parametrize(("family", "says"), [("mistral", "Only user and assistant"), ("gemma", "System role not")])
+def test_what_a_template_refuses_is_said_in_its_words(family: str, says: str) -> None:
+    with pytest.raises(Invalid, match=says):
+        encode(FAMILIES[family](), row("a", "b", system="be brief"))
+
+
+def with_block(inside: str, after: str = "") -> str:
+    """Llama 3's template with the assistant's turn in a generation block."""
+    return (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ "
+        + inside
+        + " }}{% endgeneration %}{{ "
+        + after
+        + " }}"
+        "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    )
 
 
 @pytest.mark.parametrize(
-    ("conversation", "trained"),
+    "template",
     [
-        (row("hello", "good day"), "good day<|end|>"),
-        (row("één ✓", "twee – 日本"), "twee – 日本<|end|>"),
-        (row("a", "b", "c", "d", system="be brief"), "b<|end|>d<|end|>"),
+        with_block("message['content'] | trim + '<|eot_id|>'", "''"),
+        with_block("message['content'] | trim", "'<|eot_id|>'"),  # the end of turn outside the block
+        with_block("message['content'] | trim + '<|eot_id|>\n'", "''"),
     ],
 )
-def test_trained_tokens_are_the_assistants_words(conversation: Row, trained: str) -> None:
-    tokenizer = byte_tokenizer(128)
-    (document,) = encode([conversation], tokenizer)
-    assert tokenizer.decode(document.tokens[document.trained]) == trained
-    assert tokenizer.decode(document.tokens) == "".join(
-        f"<|{message['role']}|>{message['content']}<|end|>" for message in conversation.messages
+def test_generation_blocks_are_trained_with_their_end_of_turn(template: str) -> None:
+    tokenizer = byte_level(LLAMA3_SPECIALS, template)
+    assert GENERATION.search(template)
+    for conversation in CONVERSATIONS:
+        answers = [m["content"].strip() for m in conversation.messages if m["role"] == "assistant"]
+        assert trained_text(tokenizer, conversation) == "".join(f"{answer}<|eot_id|>" for answer in answers)
+
+
+def test_a_block_that_begins_at_token_0_trains_its_own_tokens_alone() -> None:
+    """transformers#47325: there, a span that ends at token 0 masks the whole sequence."""
+    template = "{% generation %}{{ 'x' }}{% endgeneration %}{{ '<|eot_id|>' + messages[0]['content'] }}"
+    tokens, trained = encode(byte_level(LLAMA3_SPECIALS, template), row("words that are only read", "b"))
+    # Nothing comes before the first token, so it cannot be a target.
+    assert trained.tolist() == [False, True] + [False] * (len(tokens) - 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("", "no chat template"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "never stop"),
+        ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ raise_exception('no') }}", "no"),
+        (with_block("message['content'] | trim", "'\n'"), "never stop"),
+        ("{% generation %}{{ messages[0].content + eos_token }}{% endgeneration %}", "marks 'ask<|eot_id|>'"),
+        ("{{ bos_token if add_generation_prompt else '' }}" + CHATML, "in another way"),
+        ("{% if %}", "cannot be used"),
+    ],
+)
+def test_a_template_that_cannot_be_masked_is_a_clear_error(template: str, says: str) -> None:
+    form = chat_format(byte_level(LLAMA3_SPECIALS, template), "base model test")
+    with pytest.raises(ForgeError) as caught:
+        Renderer(form, "base model test").probe()
+    assert caught.value.message.startswith("base model test: ")
+    assert says in caught.value.message
+
+
+def test_a_template_that_renders_earlier_turns_otherwise_is_masked_right() -> None:
+    """As Qwen 3's, which drops the reasoning of all turns but the last."""
+    think = "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
+    thinking = LLAMA3.replace("+ message['content'] | trim", f"+ {think} + message['content'] | trim")
+    tokenizer = byte_level(LLAMA3_SPECIALS, thinking)
+    assert trained_text(tokenizer, row("a", "b", "c", "d")) == "b<|eot_id|><think>\n\n</think>\n\nd<|eot_id|>"
+
+
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+
+
+def test_tool_calls_are_trained_and_the_tools_answers_are_not() -> None:
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "10:42"},
+        {"role": "assistant", "content": "It is 10:42."},
+    ]
+    learnt = trained_text(chatml(), Row(messages, [{"name": "clock"}], None, "g", "s"))
+    call = '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
+    assert learnt == f"{call}<|im_end|>It is 10:42.<|im_end|>"
+
+
+def test_a_plain_text_is_trained_but_for_its_beginning() -> None:
+    tokenizer = llama3()
+    tokens, trained = encode(tokenizer, Row([], None, "Once upon a time.", "g", "s"))
+    assert tokenizer.decode(tokens) == "<|begin_of_text|>Once upon a time.<|eot_id|>"
+    assert trained.tolist() == [False] + [True] * (len(tokens) - 1)
+
+
+def test_one_bad_row_does_not_spoil_its_batch() -> None:
+    tokenizer = byte_level(
+        LLAMA3_SPECIALS,
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('a bad row') }}{% endif %}"
+        + with_block("message['content'] | trim + '<|eot_id|>'", "''"),
     )
-    assert document.tokens.dtype == np.uint32
+    renderer = Renderer(chat_format(tokenizer, "test"), "test")
+    good, bad, other = renderer.render([row("a", "b"), row("bad", "b"), row("c", "d")])
+    assert isinstance(bad, Invalid)
+    assert "a bad row" in bad.message
+    assert not isinstance(good, Invalid)
+    assert not isinstance(other, Invalid)
 
 
-def test_batches_keep_the_order() -> None:
-    rows = [row(f"question {number}", f"answer {number}") for number in range(2500)]
-    documents = list(encode(rows, byte_tokenizer(128)))
-    assert [document.row for document in documents] == rows
-
-
-def test_a_template_without_a_generation_block_is_refused(tmp_path) -> None:
+def test_the_byte_tokenizer_reads_what_it_wrote() -> None:
     tokenizer = byte_tokenizer(128)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ForgeError, match="generation"):
-        load_tokenizer(Base(location=str(tmp_path)), 128)
+    for conversation in CONVERSATIONS:
+        answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
+        assert trained_text(tokenizer, conversation) == "".join(f"{answer}<|end|>" for answer in answers)
 
 
 def test_a_base_without_a_tokenizer_is_named(tmp_path) -> None:

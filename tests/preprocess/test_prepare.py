@@ -1,41 +1,69 @@
-"""The data set: the same for the same rows, split by group, and nothing cut."""
+"""The data set: the same for the same rows, split by group, nothing cut or left out in silence."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tasks.contracts import Base, Dataset, Source
 from tasks.errors import ForgeError, Problems
-from tasks.preprocess import demonstration
-from tasks.preprocess.prepare import prepare
-from tasks.preprocess.rows import digest_source
+from tasks.preprocess import demonstration, formats, worker
+from tasks.preprocess.prepare import prepare, prepare_from_shards, prepare_shard
+from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe, Demonstration
-from tasks.storage import DirectoryStore
+from tasks.storage import DirectoryStore, digest_directory
 from tests.conftest import chat, write_jsonl
+from tests.preprocess.tokenizers import llama3
 
 ROWS = [chat(f"question {number}", f"answer {number}", group=str(number // 3)) for number in range(300)]
+DRAW = random.Random(2)
+
+
+def source_of(recipe: DataRecipe, store: DirectoryStore) -> Source:
+    digest = digest_source(recipe)
+    return Source(uri=recipe.source, heldout=recipe.heldout_source, digest=digest, store=store.identity)
+
+
+def prepare_from(path: Path, store: DirectoryStore, base: Base | None = None, **options: object) -> Dataset:
+    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, **options})
+    return prepare(source_of(recipe, store), recipe, base or Base(), store)
 
 
 def prepare_rows(path: Path, rows: list, store: DirectoryStore, **options: object) -> Dataset:
-    write_jsonl(path, rows)
-    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, **options})
-    source = Source(uri=str(path), digest=digest_source(recipe), store=store.identity)
-    return prepare(source, recipe, Base(), store)
+    return prepare_from(write_jsonl(path, rows), store, **options)
+
+
+def card_of(dataset: Dataset, store: DirectoryStore) -> dict:
+    return json.loads((store.path(dataset.uri) / "dataset.json").read_text())
 
 
 def heldout(dataset: Dataset, store: DirectoryStore) -> list[dict]:
     return [json.loads(line) for line in (store.path(dataset.uri) / "heldout.jsonl").read_text().splitlines()]
 
 
-def test_the_order_of_rows_changes_nothing(store: DirectoryStore, tmp_path: Path) -> None:
-    shuffled = random.Random(1).sample(ROWS, len(ROWS))
-    one, other = (prepare_rows(tmp_path / f"{n}.jsonl", rows, store) for n, rows in enumerate((ROWS, shuffled)))
-    assert one.digest == other.digest
+def sentence(words: int) -> str:
+    return " ".join(f"w{DRAW.randrange(10**6)}" for _ in range(words))
+
+
+def test_the_order_of_rows_and_files_changes_nothing(store: DirectoryStore, tmp_path: Path) -> None:
+    bad = ["not a row", {"messages": []}]
+    rows = [*ROWS, *bad, *ROWS[:7], chat("question 4", "answer 4", group="another")]
+    digests = set()
+    for number in range(4):
+        shuffled = random.Random(number).sample(rows, len(rows))
+        directory, cut = tmp_path / str(number), 100 * number
+        write_jsonl(directory / "a.jsonl", shuffled[cut:])
+        if cut:
+            write_jsonl(directory / f"{number}.jsonl", shuffled[:cut])
+        digests.add(prepare_from(directory, store).digest)
+    assert len(digests) == 1
     changed = [*ROWS[:-1], chat("question 299", "another", group="99")]
-    assert prepare_rows(tmp_path / "c.jsonl", changed, store).digest != one.digest
+    assert prepare_rows(tmp_path / "c.jsonl", changed, store).digest not in digests
 
 
 def test_groups_never_cross_and_new_rows_move_no_old_one(store: DirectoryStore, tmp_path: Path) -> None:
@@ -49,16 +77,193 @@ def test_groups_never_cross_and_new_rows_move_no_old_one(store: DirectoryStore, 
     assert [row for row in after if not row["group"].startswith("new")] == held
 
 
-def test_arrays_hold_every_document_whole(store: DirectoryStore, tmp_path: Path) -> None:
-    dataset = prepare_rows(tmp_path / "a.jsonl", ROWS, store)
-    train = store.path(dataset.uri) / "train"
-    tokens, trained, document = (
-        np.load(train / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "document")
+def test_conversations_that_begin_alike_stay_on_one_side(store: DirectoryStore, tmp_path: Path) -> None:
+    rows = [chat(question, f"answer {n}") for n in range(100) for question in (f"Question {n}", f"question  {n}")]
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store)
+    questions = [row["messages"][0]["content"].lower().split() for row in heldout(dataset, store)]
+    assert len(questions) == dataset.heldout_rows > 0
+    assert all(questions.count(question) == 2 for question in questions)
+
+
+def test_rows_of_ones_own_to_evaluate_on(store: DirectoryStore, tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [chat("mine", "m"), chat("question 5", "answer 5")])
+    dataset = prepare_rows(tmp_path / "a.jsonl", ROWS, store, heldout_source=str(own))
+    assert sorted(row["messages"][0]["content"] for row in heldout(dataset, store)) == ["mine", "question 5"]
+    assert dataset.train_rows == 299
+    assert card_of(dataset, store)["removed"] == {"in evaluation": 1}
+    assert card_of(dataset, store)["split"] == {"by": "a file of its own"}
+
+
+def test_duplicates_are_counted(store: DirectoryStore, tmp_path: Path) -> None:
+    dataset = prepare_rows(tmp_path / "a.jsonl", [*ROWS, *ROWS[:10], *ROWS[:10]], store)
+    assert dataset.train_rows + dataset.heldout_rows == 300
+    assert card_of(dataset, store)["removed"] == {"duplicate": 20}
+    assert card_of(dataset, store)["rows"] == 320
+
+
+def test_training_rows_near_evaluation_are_removed_and_boilerplate_is_no_leak(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    instruction = sentence(40)
+    rows = [chat(f"{instruction} {sentence(20)}", sentence(20), group=str(n)) for n in range(400)]
+    clean = prepare_rows(tmp_path / "a.jsonl", rows, store, context=2048)
+    assert card_of(clean, store)["removed"] == {}
+    # A held-out question's words again, in another row, of another group.
+    leaked = [row["messages"][0]["content"].removeprefix(instruction) for row in heldout(clean, store)[:5]]
+    leaks = [chat(f"Now, {text.upper()}!", "something else", group="0") for text in leaked]
+    assert "0" not in {row["group"] for row in heldout(clean, store)}
+    dataset = prepare_rows(tmp_path / "b.jsonl", [*rows, *leaks], store, context=2048)
+    assert card_of(dataset, store)["removed"] == {"near evaluation": 5}
+    assert dataset.train_rows == clean.train_rows
+
+
+def test_near_duplicates_are_removed_if_asked(store: DirectoryStore, tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
+    rows = [chat(sentence(30), sentence(30)) for n in range(200)]
+    near = [chat(row["messages"][0]["content"] + " Indeed.", row["messages"][1]["content"]) for row in rows[:20]]
+    options = {"context": 2048, "heldout_source": str(own)}
+    kept = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options)
+    thinned = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options, near_duplicates=0.8)
+    assert card_of(kept, store)["removed"] == {}
+    assert card_of(thinned, store)["removed"] == {"near duplicate": 20}
+
+
+def test_rejected_rows_are_listed_and_counted(store: DirectoryStore, tmp_path: Path) -> None:
+    rows = [*ROWS, "no row", {"messages": []}, {"messages": []}]
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store)
+    listed = [json.loads(line) for line in (store.path(dataset.uri) / "rejects.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in listed] == [f"{tmp_path / 'a.jsonl'}:{number}" for number in (301, 302, 303)]
+    assert {row["reason"] for row in listed} == {"no conversation"}
+    assert card_of(dataset, store)["rejected"] == {"no conversation": 3}
+
+
+def test_too_many_rejected_rows_are_an_error_that_keeps_them_all(store: DirectoryStore, tmp_path: Path) -> None:
+    with pytest.raises(Problems) as caught:
+        prepare_rows(tmp_path / "a.jsonl", [*ROWS, *["x"] * 25], store)
+    message = caught.value.message
+    assert "25 of 325 rows cannot be used (25 no conversation), and data.max_reject_fraction is 0.01" in message
+    assert "... and 15 more, all in " in message
+    kept = Path(message.rpartition("all in ")[2])
+    assert len(kept.read_text().splitlines()) == 25
+    assert prepare_rows(tmp_path / "a.jsonl", [*ROWS, *["x"] * 25], store, max_reject_fraction=0.1).train_rows > 0
+
+
+LONG = {
+    "messages": [
+        {"role": "system", "content": "be brief"},
+        *({"role": role, "content": f"{role} {n} " + "x" * 20} for n in range(6) for role in ("user", "assistant")),
+    ],
+    "group": "long",
+}
+
+
+def test_long_rows_are_split_between_turns(store: DirectoryStore, tmp_path: Path) -> None:
+    whole = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, context=1024)
+    split = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, over_context="split")
+    assert split.train_rows == whole.train_rows + 5
+    one, other = card_of(whole, store), card_of(split, store)
+    assert one["roles"]["assistant"] == other["roles"]["assistant"]
+    assert one["trained_tokens"] == other["trained_tokens"]
+    assert other["roles"]["system"] == 6, "each piece keeps the system's words"
+    assert other["rejected"] == {}
+    assert other["tokens_dropped"] == 0
+
+
+def test_a_turn_that_is_too_long_by_itself_is_not_split(store: DirectoryStore, tmp_path: Path) -> None:
+    with pytest.raises(Problems, match="one turn alone is 211 tokens long"):
+        prepare_rows(tmp_path / "a.jsonl", [*ROWS[:30], chat("x" * 200, "seven c")], store, over_context="split")
+
+
+def test_long_rows_are_truncated_and_counted(store: DirectoryStore, tmp_path: Path) -> None:
+    dataset = prepare_rows(
+        tmp_path / "a.jsonl", [*ROWS, chat("a", "b" * 200, group="long")], store, over_context="truncate"
     )
-    assert tokens.dtype == np.uint32
-    assert sum(len(set(row[row > 0])) for row in np.asarray(document)) == dataset.train_rows
-    assert not np.asarray(trained)[np.asarray(document) == 0].any()
-    assert not np.asarray(tokens)[np.asarray(document) == 0].any()
+    card = card_of(dataset, store)
+    assert (card["documents_cut"], card["tokens_dropped"]) == (1, 77)
+    with pytest.raises(Problems, match="no token of an assistant's is left to train on"):
+        prepare_rows(tmp_path / "b.jsonl", [*ROWS[:30], chat("a" * 200, "b")], store, over_context="truncate")
+
+
+def test_plain_texts_are_packed_and_split(store: DirectoryStore, tmp_path: Path) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
+    rows = [{"text": sentence(4)} for _ in range(20)] + [{"text": sentence(100)}]
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store, over_context="split", heldout_source=str(own))
+    card = card_of(dataset, store)
+    assert card["documents"]["train"] > 25
+    assert card["rejected"] == {}
+    # All is trained but each document's first token.
+    assert card["trained_tokens"]["train"] == card["tokens"]["train"] - card["documents"]["train"]
+
+
+def test_the_card_says_what_the_data_set_is(store: DirectoryStore, tmp_path: Path) -> None:
+    rows = [{**row, "slice": "ab"[n % 2]} for n, row in enumerate(ROWS)]
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store)
+    card = card_of(dataset, store)
+    assert card["digest"] == dataset.digest
+    assert card["source"]["shapes"] == [f"chat: {tmp_path / 'a.jsonl'}:1 is chat (it has messages)"]
+    assert card["documents"] == {"train": dataset.train_rows, "heldout": dataset.heldout_rows}
+    for side, documents in card["documents"].items():
+        assert sum(bin["documents"] for bin in card["lengths"][side]) == documents
+        assert sum(bin["tokens"] for bin in card["lengths"][side]) == card["tokens"][side]
+        assert sum(card["slices"][side].values()) == documents
+        number = np.concatenate(
+            [np.load(shard / "document.npy") for shard in (store.path(dataset.uri) / side).iterdir()]
+        )
+        assert np.count_nonzero(number) == card["tokens"][side]
+        assert card["packing_efficiency"][side] == round(card["tokens"][side] / number.size, 5)
+    page = Path(dataset.report).read_text()
+    assert "<mark>answer" in page
+    assert dataset.digest in page
+
+
+def test_many_blocks_are_read_by_many_processes_to_the_same_end(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    llama3().save_pretrained(tokenizer)
+    base = Base(location=str(tokenizer))
+    alone = prepare_rows(tmp_path / "a.jsonl", [*ROWS, "x"], store, base=base, near_duplicates=0.9)
+    monkeypatch.setattr(formats, "BLOCK", 1500)
+    pids = set()
+    read = worker.Worker.read
+    monkeypatch.setattr(worker.Worker, "read", lambda *args: pids.add(os.getpid()) or read(*args))
+    together = prepare_rows(tmp_path / "a.jsonl", [*ROWS, "x"], store, base=base, near_duplicates=0.9)
+    assert together.digest == alone.digest
+    assert pids == {os.getpid()}, "this process reads the first blocks only, the others' calls are not seen here"
+    assert not [child for child in psutil.Process().children() if "tasks.preprocess" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_is_a_clear_error(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "BLOCK", 1500)
+    monkeypatch.setattr(worker, "read", kill_yourself)
+    with pytest.raises(ForgeError, match="a worker process was killed"):
+        prepare_rows(tmp_path / "a.jsonl", ROWS, store)
+    assert list((store.root / ".staging").iterdir()) == []
+
+
+def kill_yourself(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shards", [2, 5])
+def test_shards_come_to_the_same_bytes(
+    shards: int, store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "BLOCK", 4000)
+    rows = [{**row, "slice": f"s{n % 7}"} for n, row in enumerate([*ROWS, *ROWS[:20]])] + ["x"]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    whole = prepare_from(path, store)
+    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, "shards": shards})
+    other = DirectoryStore(tmp_path / "other")
+    source = source_of(recipe, other)
+    parts = [prepare_shard(source, recipe, Base(), other, shard) for shard in reversed(range(shards))]
+    dataset = prepare_from_shards(parts, source, recipe, Base(), other)
+    assert dataset.digest == whole.digest
+    apart = ("dataset.json", "report.html", "rejects.jsonl")  # which name the source
+    assert digest_directory(other.path(dataset.uri), apart) == digest_directory(store.path(whole.uri), apart)
+    assert not list((other.root / "parts").iterdir()), "the shards are gone"
 
 
 def test_rows_that_change_while_they_are_read_are_refused(store: DirectoryStore, tmp_path: Path) -> None:
@@ -68,17 +273,15 @@ def test_rows_that_change_while_they_are_read_are_refused(store: DirectoryStore,
         prepare(source, DataRecipe(source=str(path), context=128), Base(), store)
 
 
-def test_a_row_over_the_context_is_named(store: DirectoryStore, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(Problems) as caught:
-        prepare_rows(path, [*ROWS, chat("x" * 200, "y")], store)
-    assert f"{path}:301: " in caught.value.message
-    assert "data.context is 128" in caught.value.message
-
-
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[:3]])
 def test_too_few_rows_to_split(rows: list, store: DirectoryStore, tmp_path: Path) -> None:
-    with pytest.raises(ForgeError, match="held out"):
+    with pytest.raises(ForgeError, match="held out, and neither may be empty"):
+        prepare_rows(tmp_path / "a.jsonl", rows, store)
+
+
+def test_a_column_of_too_many_slices_is_refused(store: DirectoryStore, tmp_path: Path) -> None:
+    rows = [chat(f"{n}", "b", slice=f"{n}") for n in range(1001)]
+    with pytest.raises(ForgeError, match="more than 1000 values"):
         prepare_rows(tmp_path / "a.jsonl", rows, store)
 
 

@@ -1,0 +1,50 @@
+"""The report: one self-contained HTML page that shows what the data set is, and rows as the model will see them."""
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+SAMPLES = 10
+SHOWN = 2000  # tokens of a sample
+
+
+def render_report(card: Mapping[str, Any], dataset: Path, tokenizer: Any) -> str:
+    """The page of a data set that stands in a directory, with its card."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("report.html.j2").render(
+        card=card,
+        samples=[runs(tokenizer, *sample) for sample in draw_samples(dataset / "train")],
+        largest={
+            "lengths": max((bin["documents"] for bin in card["lengths"]["train"]), default=1) or 1,
+            "slices": max(card["slices"]["train"].values(), default=1) or 1,
+            "roles": max(card["roles"].values(), default=1) or 1,
+        },
+    )
+
+
+def draw_samples(train: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and whether they are trained, of documents drawn from the first shard, always the same ones."""
+    shard = min(train.iterdir())
+    tokens, trained, document = (
+        np.load(shard / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "document")
+    )
+    draw = np.random.default_rng(20)
+    samples = []
+    for row in draw.permutation(len(tokens))[:SAMPLES]:
+        here = document[row] == draw.integers(1, document[row].max(), endpoint=True)
+        samples.append((tokens[row][here], trained[row][here]))
+    return samples
+
+
+def runs(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> list[tuple[bool, str]]:
+    """A document as text, in pieces of which each is trained or not."""
+    shown = zip(tokens[:SHOWN], trained[:SHOWN], strict=True)
+    pieces = [
+        (bool(is_trained), tokenizer.decode([int(token) for token, _ in group]))
+        for is_trained, group in groupby(shown, key=lambda pair: pair[1])
+    ]
+    return [*pieces, (False, " …")] if len(tokens) > SHOWN else pieces

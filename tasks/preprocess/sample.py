@@ -1,0 +1,66 @@
+"""A first look at a source, in a second: enough to find the wrong file before anything costly starts."""
+
+from collections import Counter
+from itertools import islice
+
+from tasks.errors import ForgeError, Problems
+from tasks.preprocess import demonstration
+from tasks.preprocess.formats import Block, RawFile, read_blocks
+from tasks.preprocess.rows import Invalid, digests
+from tasks.preprocess.secrets import refuse_secret
+from tasks.preprocess.shapes import detect, find_shape, has, to_row, unknown_shape
+from tasks.preprocess.sources import DEMONSTRATION, find_files
+from tasks.recipe import DataRecipe
+from tasks.storage.remote import is_remote
+
+SAMPLE = 1000  # rows of each file; preprocessing reads them all
+SHOWN = 10  # findings printed; all are counted
+
+
+def check_source(recipe: DataRecipe, source: str) -> str:
+    """Check the first rows of each file; returns the name of their shape ("" of a remote source, which is not read).
+
+    Raises Problems with what is wrong if more rows cannot be used than the recipe allows.
+    """
+    if source == DEMONSTRATION:
+        demonstration.check(recipe.demonstration)
+        return "chat"
+    if is_remote(source):
+        return ""
+    firsts = [_first_block(file) for file in find_files(source)]
+    _, shape, reason = find_shape(recipe, iter(firsts))
+    refused: list[str] = []
+    count = 0
+    for block in firsts:
+        for number, value in islice(block.values(), SAMPLE):
+            where = f"{block.name}:{number}"
+            count += 1
+            try:
+                if isinstance(value, Invalid):
+                    raise value
+                if not has(value, shape) and recipe.shape == "auto":
+                    if other := detect(value):
+                        raise ForgeError(two_shapes(where, other.name, reason))
+                    raise unknown_shape(value)
+                row = to_row(value, shape, recipe, Counter())
+                digests(row)
+                if recipe.secrets == "reject":
+                    refuse_secret("\n".join(row.texts()))
+            except Invalid as why:
+                refused.append(f"{where}: {why.message}")
+    if len(refused) > recipe.max_reject_fraction * count:
+        more = [f"... and {len(refused) - SHOWN} more of the {count} rows looked at"] if len(refused) > SHOWN else []
+        raise Problems(f"data: {len(refused)} of {count} rows cannot be used:", [*refused[:SHOWN], *more])
+    return shape.name
+
+
+def _first_block(file: RawFile) -> Block:
+    return next(read_blocks([file]))
+
+
+def two_shapes(where: str, other: str, reason: str) -> str:
+    """The message where one source holds rows of two shapes."""
+    return (
+        f"data: two shapes in one source: {where} is {other}, and {reason}; separate them, or set data.shape to have "
+        "the others rejected"
+    )

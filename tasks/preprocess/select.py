@@ -1,0 +1,136 @@
+"""Which documents are trained on and which are held out: no duplicates, and nothing of evaluation in training."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from tasks.preprocess.read import Part
+from tasks.preprocess.words import COMMON, OVERLAP, PERMUTATIONS, Grams, near_duplicates, row_ngrams
+from tasks.preprocess.worker import NO_SIGNATURE
+
+CHUNK = 1 << 20  # bytes of words looked at in one go: few enough for the processor's cache
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents in the order of their keys, which is that of their digests: the same whatever the rows' order."""
+
+    train: np.ndarray
+    heldout: np.ndarray
+    removed: dict[str, int]  # documents by why they were left out
+
+
+def select(part: Part, near: float | None) -> Selection:
+    """Remove exact duplicates, training documents that overlap held-out ones and, if asked, near-duplicates."""
+    documents = part.documents[np.argsort(part.documents["key"], kind="stable")]
+    removed = {"duplicate": 0, "in evaluation": 0, "near evaluation": 0, "near duplicate": 0}
+    sides = {}
+    for name, side in (("heldout", documents["heldout"]), ("train", ~documents["heldout"])):
+        chosen = documents[side]
+        _, first = np.unique(chosen["content"], return_index=True)
+        removed["duplicate"] += len(chosen) - len(first)
+        sides[name] = chosen[np.sort(first)]
+    train, heldout = sides["train"], sides["heldout"]
+    for reason in ("in evaluation", "near evaluation", "near duplicate"):
+        if reason == "in evaluation":
+            out = np.isin(train["content"], heldout["content"])
+        elif reason == "near evaluation":
+            out = overlapping(part, train, heldout)
+        else:
+            out = _near(part, train, near)
+        removed[reason] = int(out.sum())
+        train = train[~out]
+    return Selection(train, heldout, {reason: count for reason, count in removed.items() if count})
+
+
+def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:
+    """Which training documents share OVERLAP words in a row with a held-out one, boilerplate left out: bool [train].
+
+    Boilerplate are runs that many training documents have, such as a task's instruction: more than COMMON, or than a
+    fifth of them where they are few. No run that touches boilerplate counts either.
+    """
+    overlaps = np.zeros(len(train), dtype=bool)
+    of_heldout = [row_ngrams(words, counts, OVERLAP) for _, words, counts in _words(part, heldout)]
+    if not of_heldout:
+        return overlaps
+    grams = Grams(np.concatenate([found for found, _ in of_heldout]))
+    times = np.zeros(len(grams.grams), dtype=np.int64)
+
+    def look(chunk: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        places, words, counts = chunk
+        found, row = row_ngrams(words, counts, OVERLAP)
+        at, gram = grams.find(found)
+        pairs = np.unique(np.stack([places[row[at]], gram]), axis=1)  # a document counts once
+        return pairs[0], pairs[1]
+
+    for _, gram in _threads(look, _words(part, train)):
+        np.add.at(times, gram, 1)
+    common = times > max(1, min(COMMON, len(train) // 5))
+    telling = [found[~_touching(common[np.searchsorted(grams.grams, found)], row)] for found, row in of_heldout]
+    grams = Grams(np.intersect1d(np.concatenate(telling), grams.grams[times > 0]))
+    if len(grams.grams):
+        for document, _ in _threads(look, _words(part, train)):
+            overlaps[document] = True
+    return overlaps
+
+
+def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Which n-grams have a word in common with a common one of the same row: bool [n-grams]."""
+    touching = common.copy()
+    for shift in range(1, min(OVERLAP, len(common))):
+        same = row[shift:] == row[:-shift]
+        touching[shift:] |= common[:-shift] & same
+        touching[:-shift] |= common[shift:] & same
+    return touching
+
+
+def _words(part: Part, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Documents' words, in the order of the files and in chunks: positions in `documents`, words, words of each."""
+    for spill, name in enumerate(part.spills):
+        places = np.flatnonzero((documents["spill"] == spill) & (documents["words_size"] >= 4 * OVERLAP))
+        places = places[np.argsort(documents["words_at"][places])]
+        with (part.directory / f"{name}.words").open("rb") as file:
+            for chunk in _chunks(places, documents["words_size"]):
+                sizes = documents["words_size"][chunk].astype(np.int64)
+                data = bytearray(int(sizes.sum()))
+                view, at = memoryview(data), 0
+                for start, size in zip(documents["words_at"][chunk].tolist(), sizes.tolist(), strict=True):
+                    file.seek(start)
+                    file.readinto(view[at : at + size])
+                    at += size
+                yield chunk, np.frombuffer(data, dtype=np.uint32), sizes // 4
+
+
+def _chunks(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    if len(places):
+        total = np.cumsum(sizes[places].astype(np.int64))
+        yield from np.split(places, np.flatnonzero(np.diff(total // CHUNK)) + 1)
+
+
+def _threads(look, chunks):  # type: ignore[no-untyped-def]
+    """Like map, by as many threads as cores (numpy leaves the lock), a few chunks ahead."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = []
+        for chunk in chunks:
+            waiting.append(pool.submit(look, chunk))
+            if len(waiting) > (os.cpu_count() or 1):
+                yield waiting.pop(0).result()
+        for result in waiting:
+            yield result.result()
+
+
+def _near(part: Part, train: np.ndarray, threshold: float | None) -> np.ndarray:
+    duplicate = np.zeros(len(train), dtype=bool)
+    signed = np.flatnonzero(train["signatures_at"] != NO_SIGNATURE)
+    if threshold is None or not len(signed):
+        return duplicate
+    signatures = np.empty((len(signed), PERMUTATIONS), dtype=np.uint32)
+    for spill, name in enumerate(part.spills):
+        mine = train["spill"][signed] == spill
+        stored = np.fromfile(part.directory / f"{name}.signatures", dtype=np.uint32).reshape(-1, PERMUTATIONS)
+        signatures[mine] = stored[train["signatures_at"][signed[mine]] // (4 * PERMUTATIONS)]
+    duplicate[signed] = near_duplicates(signatures, threshold)
+    return duplicate

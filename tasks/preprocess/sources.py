@@ -1,0 +1,83 @@
+"""Where raw rows are: a file, a directory, a glob, a bucket, a data set of the hub, or the demonstration."""
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks.errors import ForgeError
+from tasks.preprocess import demonstration
+from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
+from tasks.recipe import DataRecipe
+from tasks.settings import load_settings
+from tasks.storage import digest_file, digest_json
+from tasks.storage.remote import fetch, identify, is_remote
+
+DEMONSTRATION = "demonstration"
+READABLE = "JSONL, JSON, CSV, TSV (also as .gz or .zst) or Parquet"
+
+
+def find_files(source: str) -> list[RawFile]:
+    """The files of a local source, sorted by name; ForgeError if there are none or one cannot be read."""
+    path = Path(source.removeprefix("file://"))
+    if path.is_dir():
+        inside = (found for found in path.rglob("*") if not _hidden(found.relative_to(path)) and found.is_file())
+        files = sorted(found for found in inside if found.name.lower().endswith(SUFFIXES))
+    elif path.exists():
+        files = [path]
+    elif glob.has_magic(str(path)):
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+    else:
+        raise ForgeError(
+            f"data {path}: no such file or directory; give the path of a file, a directory or a glob ({READABLE})"
+        )
+    if not files:
+        raise ForgeError(f"data {path}: there are no rows there; put them there as {READABLE}")
+    for file in files:
+        if not file.name.lower().endswith(SUFFIXES):
+            raise ForgeError(f"data {file}: the name does not say what it is; rows are read from {READABLE} by suffix")
+        try:
+            with file.open("rb") as opened:
+                empty = not opened.read(1)
+        except OSError as error:
+            raise ForgeError(f"data {file}: cannot be read ({error.strerror}); check its permissions") from None
+        if empty:
+            raise ForgeError(f"data {file}: the file is empty; fill it or remove it")
+    return [RawFile(str(file), file) for file in files]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def fetch_files(source: str, directory: Path) -> list[RawFile]:
+    """The files of a source; those of a bucket or of the hub are first copied into the directory."""
+    if not is_remote(source):
+        return find_files(source)
+    print(f"preprocess: copying {source}")
+    return [RawFile(name, path) for name, path in fetch(source, directory, load_settings(), SUFFIXES)]
+
+
+def pin(recipe: DataRecipe, source: str) -> tuple[str, str]:
+    """The source's URI, pinned where it can be, and the digest of its contents (not of paths or times)."""
+    if source == DEMONSTRATION:
+        return source, demonstration.digest(recipe.demonstration)
+    if is_remote(source):
+        return identify(source, load_settings(), SUFFIXES)
+    return source, digest_json(sorted(digest_file(file.path) for file in find_files(source)))
+
+
+def digest_source(recipe: DataRecipe) -> str:
+    """Identity of all raw rows of a recipe, those of its own to evaluate on included."""
+    digests = [pin(recipe, source)[1] for source in (recipe.source, recipe.heldout_source) if source]
+    return digests[0] if len(digests) == 1 else digest_json(digests)
+
+
+def blocks_of(recipe: DataRecipe, source: str, directory: Path) -> Iterator[Block]:
+    """All rows of a source, in blocks."""
+    if source != DEMONSTRATION:
+        yield from read_blocks(fetch_files(source, directory))
+        return
+    rows = list(enumerate(demonstration.rows(recipe.demonstration), 1))
+    size = BLOCK // 1024
+    for order, start in enumerate(range(0, len(rows), size)):
+        yield Block(order, DEMONSTRATION, start + 1, rows[start : start + size])

@@ -1,0 +1,284 @@
+"""One process's share of reading: blocks of raw rows to tokens on disk, and a table of what was found.
+
+A document is what is packed: a row, or a piece of one that was split. Its tokens, the hashes of its words and, if it
+is held out, its JSON go to files that only this process writes; the table says where they are.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tasks.preprocess.chat import ChatFormat, Renderer
+from tasks.preprocess.formats import Block
+from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
+from tasks.preprocess.secrets import refuse_secret
+from tasks.preprocess.shapes import Shape, detect, has, shape_named, to_row, unknown_shape
+from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
+from tasks.preprocess.words import SHINGLE, signatures
+from tasks.recipe import DataRecipe
+
+Side = Literal["both", "train", "heldout"]
+SPILLS = ("tokens", "words", "rows", "signatures")
+DOCUMENT = np.dtype(
+    [
+        ("key", "S16"),  # of content, group and slice: what documents are ordered by
+        ("content", "S16"),  # of what the model learns from
+        ("heldout", "?"),
+        ("slice", "u2"),
+        ("roles", "u2", len(ROLES)),  # messages of each role
+        ("length", "u4"),  # tokens
+        ("trained", "u4"),  # tokens that are targets
+        ("cut", "u4"),  # tokens that were cut off
+        ("spill", "u2"),  # which process's files
+        *((f"{name}_at", "u8") for name in SPILLS),  # bytes into them
+        ("words_size", "u4"),  # bytes
+        ("rows_size", "u4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process is told once."""
+
+    recipe: DataRecipe
+    form: ChatFormat
+    where: str  # the base model's name, for messages
+    directory: Path  # for the files
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a block came to. `documents["slice"]` counts into `slices`; refusals are (number, reason, message)."""
+
+    block: Block  # without its rows
+    rows: int
+    documents: np.ndarray
+    slices: list[str]
+    spill: str
+    refused: list[tuple[int, str, str]]
+    other_shape: tuple[int, str] | None  # the first row that is of another shape than the source's
+    ignored: Counter[str]
+
+
+def in_heldout(group: str, fraction: float) -> bool:
+    """Which side of the split a group is on: by its hash alone, so that adding rows moves none."""
+    number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+    return number < int(fraction * 2**64)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row that may be trained on, or a piece of one that was split: its row's number, its side and its digests."""
+
+    number: int
+    row: Row
+    heldout: bool
+    content: bytes
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A candidate as it was encoded; tokens behind `length` are cut off."""
+
+    of: Candidate
+    encoded: Encoded
+    length: int
+
+
+class Worker:
+    """Reads blocks for a job. One a process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.renderer = Renderer(job.form, job.where)
+        self.encoder = Encoder(job.form.tokenizer)
+        self.spill = str(os.getpid())
+        self.files = {name: (job.directory / f"{self.spill}.{name}").open("ab") for name in SPILLS}
+
+    def read(self, block: Block, shape: Shape, side: Side) -> Found:
+        """Check, render and tokenise a block's rows, and write what they came to."""
+        refused: list[tuple[int, str, str]] = []
+        other_shape: tuple[int, str] | None = None
+        ignored: Counter[str] = Counter()
+        rows: list[Candidate] = []
+        count = 0
+        for number, value in block.values():
+            count += 1
+            try:
+                if isinstance(value, Invalid):
+                    raise value
+                if not has(value, shape) and self.job.recipe.shape == "auto":
+                    other = detect(value)
+                    if other is None:
+                        raise unknown_shape(value)
+                    other_shape = other_shape or (number, other.name)
+                    continue
+                rows.append(self._check(number, to_row(value, shape, self.job.recipe, ignored), side))
+            except Invalid as reason:
+                refused.append((number, reason.reason, reason.message))
+        documents, slices = self._documents(rows, refused)
+        for file in self.files.values():
+            file.flush()
+        header = Block(block.order, block.name, block.first, [])
+        return Found(header, count, documents, slices, self.spill, sorted(refused), other_shape, ignored)
+
+    def _check(self, number: int, row: Row, side: Side) -> Candidate:
+        content, key = digests(row)
+        if side == "both":
+            side = "heldout" if in_heldout(row.group, self.job.recipe.heldout_fraction) else "train"
+        return Candidate(number, row, side == "heldout", content, key)
+
+    def _documents(self, rows: list[Candidate], refused: list[tuple[int, str, str]]) -> tuple[np.ndarray, list[str]]:
+        """Tokenise rows, the pieces of those that are split included, and write them."""
+        made: list[Document] = []
+        while rows:
+            pieces: list[Candidate] = []
+            rendered = self.renderer.render([candidate.row for candidate in rows])
+            texts = [("", []) if isinstance(text, Invalid) else text for text in rendered]
+            encoded = self.encoder.encode([text for text, _ in texts], [spans for _, spans in texts])
+            for candidate, text, found in zip(rows, rendered, encoded, strict=True):
+                try:
+                    if isinstance(text, Invalid):
+                        raise text
+                    self._refuse(candidate.row, found)
+                    parts = self._parts(candidate.row, len(found.tokens))
+                    if len(parts) == 1:
+                        made.append(self._fit(candidate, found))
+                    else:
+                        side: Side = "heldout" if candidate.heldout else "train"
+                        pieces += [self._check(candidate.number, part, side) for part in parts]
+                except Invalid as reason:
+                    refused.append((candidate.number, reason.reason, reason.message))
+            rows = pieces
+        return self._write(made)
+
+    def _refuse(self, row: Row, found: Encoded) -> None:
+        """Raise Invalid if a model should not learn a row."""
+        if found.suspect and self.job.recipe.secrets == "reject":
+            refuse_secret("\n".join(row.texts()))
+        if token := self.renderer.special_in(row.texts()):
+            raise Invalid(
+                "control token", f"a text holds the model's control token {token}, which it would not read as text"
+            )
+
+    def _parts(self, row: Row, length: int) -> list[Row]:
+        recipe = self.job.recipe
+        return split_row(row) if length > recipe.context and recipe.over_context == "split" else [row]
+
+    def _fit(self, candidate: Candidate, found: Encoded) -> Document:
+        """The document, within the context."""
+        context, policy = self.job.recipe.context, self.job.recipe.over_context
+        length, trained = len(found.tokens), found.trained
+        if length > context:
+            if policy != "truncate" or candidate.heldout:
+                what = "one turn alone is" if policy == "split" else "it is"
+                raise Invalid(
+                    "over the context",
+                    f"{what} {length} tokens long, and data.context is {context}; shorten it, raise data.context"
+                    + (", or set data.over_context" if policy == "reject" else ""),
+                )
+            found = replace(found, trained=int(np.count_nonzero(found.tokens[:context] & TRAINED)))
+            trained = found.trained
+        if not trained:
+            raise Invalid(
+                "nothing to train", "no token of an assistant's is left to train on; mend the row or the chat template"
+            )
+        return Document(candidate, found, min(length, context))
+
+    def _write(self, made: list[Document]) -> tuple[np.ndarray, list[str]]:
+        documents = np.zeros(len(made), dtype=DOCUMENT)
+        if not made:
+            return documents, []
+        slices: dict[str, int] = {}
+        rows = [
+            canonical({**of.row.content, "group": of.row.group, "slice": of.row.slice}) + b"\n" if of.heldout else b""
+            for of in (document.of for document in made)
+        ]
+        documents["key"] = [document.of.key for document in made]
+        documents["content"] = [document.of.content for document in made]
+        documents["heldout"] = [document.of.heldout for document in made]
+        documents["slice"] = [slices.setdefault(document.of.row.slice, len(slices)) for document in made]
+        documents["roles"] = [_roles(document.of.row) for document in made]
+        documents["length"] = [document.length for document in made]
+        documents["trained"] = [document.encoded.trained for document in made]
+        documents["cut"] = [len(document.encoded.tokens) - document.length for document in made]
+        words = np.concatenate([document.encoded.words for document in made])
+        counts = np.array([len(document.encoded.words) for document in made])
+        tokens = np.concatenate([document.encoded.tokens[: document.length] for document in made])
+        documents["words_size"], documents["rows_size"] = 4 * counts, [len(row) for row in rows]
+        for name, sizes, data in (
+            ("tokens", 4 * documents["length"].astype(np.int64), tokens.data),
+            ("words", 4 * counts, words.data),
+            ("rows", documents["rows_size"].astype(np.int64), b"".join(rows)),
+        ):
+            documents[f"{name}_at"] = self.files[name].tell() + np.cumsum(sizes) - sizes
+            self.files[name].write(data)
+        if self.job.recipe.near_duplicates:
+            signed = signatures(words, counts)
+            documents["signatures_at"] = self.files["signatures"].tell() + np.arange(len(made)) * signed.strides[0]
+            documents["signatures_at"][counts < SHINGLE] = NO_SIGNATURE
+            self.files["signatures"].write(signed.data)
+        return documents, list(slices)
+
+
+def _roles(row: Row) -> list[int]:
+    counts = [0] * len(ROLES)
+    for message in row.messages:
+        counts[ROLES.index(message["role"])] += 1
+    return counts
+
+
+NO_SIGNATURE = np.iinfo(np.uint64).max
+
+
+def split_row(row: Row) -> list[Row]:
+    """A row in two: a conversation between turns, a text between words; the row alone where it cannot be."""
+    if row.text is not None:
+        middle = row.text.find(" ", len(row.text) // 2)
+        halves = [row.text[:middle], row.text[middle:]] if middle > 0 else [row.text]
+        if not all(half.strip() for half in halves):
+            return [row]
+        return [Row([], None, half, row.group, row.slice) for half in halves]
+    system = [message for message in row.messages if message["role"] == "system"]
+    turns = row.messages[len(system) :]
+    begins = [at for at, message in enumerate(turns) if message["role"] == "user"]
+    if len(begins) == 1:
+        return [row]
+    middle = begins[len(begins) // 2]
+    parts = [system + turns[:middle], system + turns[middle:]]
+    return [Row(part, row.tools, None, row.group, row.slice) for part in parts]
+
+
+_worker: Worker | None = None
+
+
+def start(job: Job) -> None:
+    """Make this process a worker, which ends when its parent does and leaves Ctrl-C to it."""
+    global _worker
+    import gc
+    import signal
+    import threading
+    from multiprocessing import connection, parent_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    _worker = Worker(job)
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)  # a block's rows are no cycles: looking for some takes a tenth of the time
+
+
+def read(block: Block, shape: str, side: Side) -> Found:
+    """Read a block in this worker process."""
+    if _worker is None:
+        raise RuntimeError("start was not called")
+    return _worker.read(block, shape_named(shape), side)
