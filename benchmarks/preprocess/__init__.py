@@ -1,0 +1,1 @@
+"""Data preparation: Forge's against TRL's, on the same generated rows."""

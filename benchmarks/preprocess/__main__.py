@@ -1,0 +1,158 @@
+"""`python -m benchmarks.preprocess`: Forge's data preparation beside TRL's. The last line printed is a JSON object.
+
+docs/benchmarks.md says what is measured, what each side is charged for, and what the keys mean.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.preprocess.generate import SEED, TRAINED_ON, VOCABULARY, train_tokenizer, write_rows
+from benchmarks.preprocess.measure import MB, PROJECT, SideFailed, run_side, say
+
+CONTEXT = 1024
+HELDOUT_FRACTION = 0.001  # TRL has no such split: as good as all rows are to train on
+FEWEST = 10_000  # rows: fewer could leave nothing held out
+CORES = len(os.sched_getaffinity(0))
+TRL_PYTHON = PROJECT / ".venv-trl" / "bin" / "python"
+
+
+def main() -> int:
+    """Generate the rows, have them prepared, print what was found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess", description="Forge's data preparation")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rows", type=int, default=200_000, help="compare Forge and TRL on as many rows (200000)")
+    size.add_argument("--gigabytes", type=float, help="measure Forge alone, on as many 10^9 bytes of JSONL")
+    options = parser.parse_args()
+    if options.rows < FEWEST or (options.gigabytes is not None and options.gigabytes < 0.1):
+        parser.error(f"too small to say anything: give at least {FEWEST} rows, or 0.1 gigabytes")
+    if options.gigabytes is None and not TRL_PYTHON.exists():
+        parser.error("TRL's environment is not set up; run the benchmark with: make bench-preprocess")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed then too
+    try:
+        with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as folder:
+            if options.gigabytes is None:
+                found = compare(Path(folder), options.rows)
+            else:
+                found = measure_alone(Path(folder), options.gigabytes)
+    except SideFailed as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(found))
+    return 0
+
+
+def compare(folder: Path, count: int) -> dict[str, Any]:
+    """Both sides on the same rows; of TRL's runs, with and without worker processes, the faster one counts."""
+    source = generate(folder, rows=count)
+    runs = {}
+    for processes in (CORES, None):
+        say(f"TRL with dataset_num_proc={processes}")
+        arguments = source["arguments"] | {"processes": processes}
+        runs[processes] = run_side(TRL_PYTHON, "trl_side", folder / "trl", arguments)
+        say(f"TRL with dataset_num_proc={processes}: {runs[processes]['seconds']:.1f} s")
+    best = min(runs, key=lambda processes: runs[processes]["seconds"])
+    trl = runs[best]
+    forge = run_forge(folder, source)
+    if forge["tokens_dropped"] == 0 and forge["trained_tokens"] != trl["trained_tokens_before"]:
+        raise SideFailed(
+            f"the sides do not train on the same tokens: Forge on {forge['trained_tokens']:,}, and TRL, before it "
+            f"truncates, on {trl['trained_tokens_before']:,}"
+        )
+    return {
+        "forge_rows_per_s": round(count / forge["seconds"], 1),
+        "trl_rows_per_s": round(count / trl["seconds"], 1),
+        "ratio": round(trl["seconds"] / forge["seconds"], 3),
+        "packing_efficiency": forge["packing_efficiency"],
+        "trl_packing_efficiency": round(trl["tokens"] / (trl["packed_rows"] * CONTEXT), 5),
+        "tokens_dropped_fraction": forge["tokens_dropped_fraction"],
+        "trl_tokens_dropped_fraction": round(1 - trl["tokens"] / trl["tokens_before"], 5),
+        "peak_rss_mb": forge["peak_rss_mb"],
+        "peak_pss_mb": forge["peak_pss_mb"],
+        "trl_peak_rss_mb": trl["peak_rss_mb"],
+        "trl_peak_pss_mb": trl["peak_pss_mb"],
+        "other_cores": forge["other_cores"],
+        "trl_other_cores": trl["other_cores"],
+        "rows": count,
+        "input_mb": source["input_mb"],
+        "context": CONTEXT,
+        "tokens": forge["tokens"],
+        "trl_tokens": trl["tokens"],
+        "trl_tokens_before_truncation": trl["tokens_before"],
+        "trained_tokens": forge["trained_tokens"],
+        "trl_trained_tokens": trl["trained_tokens"],
+        "forge_seconds": round(forge["seconds"], 2),
+        "trl_seconds": round(trl["seconds"], 2),
+        "trl_seconds_by_dataset_num_proc": {str(key): round(run["seconds"], 2) for key, run in runs.items()},
+        "trl_dataset_num_proc": best,
+        "settings": settings() | {"trl": trl["settings"]},
+        "versions": {"forge_side": forge["versions"], "trl_side": trl["versions"]},
+    }
+
+
+def measure_alone(folder: Path, gigabytes: float) -> dict[str, Any]:
+    """Forge alone, on a file of a given size."""
+    source = generate(folder, size=gigabytes * 1e9)
+    forge = run_forge(folder, source)
+    return {
+        "peak_rss_mb": forge["peak_rss_mb"],
+        "peak_pss_mb": forge["peak_pss_mb"],
+        "other_cores": forge["other_cores"],
+        "input_mb": source["input_mb"],
+        "rows_per_s": round(source["rows"] / forge["seconds"], 1),
+        "rows": source["rows"],
+        "context": CONTEXT,
+        "tokens": forge["tokens"],
+        "tokens_dropped_fraction": forge["tokens_dropped_fraction"],
+        "packing_efficiency": forge["packing_efficiency"],
+        "seconds": round(forge["seconds"], 2),
+        "settings": settings(),
+        "versions": {"forge_side": forge["versions"]},
+    }
+
+
+def generate(folder: Path, **how_much: float) -> dict[str, Any]:
+    """Write the rows and the tokenizer; what both sides are told, and the size of the input."""
+    path, tokenizer = folder / "rows.jsonl", folder / "tokenizer"
+    say("generating rows")
+    rows = write_rows(path, **how_much)
+    say(f"training a tokenizer on {TRAINED_ON:,} of {rows:,} rows")
+    train_tokenizer(path, tokenizer)
+    return {
+        "arguments": {"rows": str(path), "tokenizer": str(tokenizer), "context": CONTEXT},
+        "rows": rows,
+        "input_mb": round(path.stat().st_size / MB, 1),
+    }
+
+
+def run_forge(folder: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """Forge's side, and the share of tokens that it dropped."""
+    say("Forge")
+    arguments = source["arguments"] | {"heldout_fraction": HELDOUT_FRACTION}
+    found = run_side(Path(sys.executable), "forge_side", folder / "forge", arguments)
+    say(f"Forge: {found['seconds']:.1f} s")
+    dropped = found["tokens_dropped"]
+    return found | {"tokens_dropped_fraction": round(dropped / (found["tokens"] + dropped), 5)}
+
+
+def settings() -> dict[str, Any]:
+    """What the figures depend on, besides the rows' number."""
+    return {
+        "cores": CORES,
+        "python": platform.python_version(),
+        "seed": SEED,
+        "vocabulary": VOCABULARY,
+        "forge": {"over_context": "split", "heldout_fraction": HELDOUT_FRACTION},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Forge's side: `prepare` as a whole. Run as `python -m benchmarks.preprocess.forge_side ARGUMENTS` (a JSON object).
+
+Timed: reading, validating, looking for secrets and duplicates, splitting, tokenising, packing and publishing, and the
+start of its own workers. Not timed: imports, and the digest of the source, which preflight takes in a run.
+"""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks.contracts import Base, Source
+from tasks.preprocess.prepare import prepare
+from tasks.preprocess.sources import digest_source
+from tasks.recipe import DataRecipe
+from tasks.storage import DirectoryStore
+
+
+def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folder: str) -> dict[str, Any]:
+    """Prepare the rows into a store under the folder; seconds, counts, and what was dropped."""
+    recipe = DataRecipe(source=rows, context=context, heldout_fraction=heldout_fraction, over_context="split")
+    store = DirectoryStore(Path(folder, "store"))
+    source = Source(uri=rows, digest=digest_source(recipe), store=store.identity)
+    started = time.perf_counter()
+    dataset = prepare(source, recipe, Base(location=tokenizer, revision=""), store)
+    seconds = time.perf_counter() - started
+    card = json.loads((store.path(dataset.uri) / "dataset.json").read_text())
+    if card["rejected"] or card["removed"]:
+        raise SystemExit(f"Forge left rows out, and none should be: {card['rejected']} {card['removed']}")
+    return {
+        "seconds": seconds,
+        "documents": sum(card["documents"].values()),
+        "tokens": sum(card["tokens"].values()),
+        "trained_tokens": sum(card["trained_tokens"].values()),
+        "tokens_dropped": card["tokens_dropped"],
+        "packed_rows": card["packed_rows"]["train"],
+        "packing_efficiency": card["packing_efficiency"]["train"],
+        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+    }
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    Path(arguments["folder"], "result.json").write_text(json.dumps(main(**arguments)))

@@ -1,0 +1,108 @@
+"""Runs a side in processes of its own, and samples the memory of all of them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[2]
+EVERY, PSS_EVERY, TOLD_EVERY = 0.05, 1.0, 15.0  # seconds
+BUSY = 0.15  # cores
+MB = 1_000_000
+
+
+class SideFailed(Exception):
+    """A side ended with an error; the message is the end of its output."""
+
+
+def run_side(python: Path, side: str, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run benchmarks.preprocess.<side> and return what it found, with the peaks of its memory.
+
+    `peak_rss_mb` is the largest sum of the resident memory of its processes, sampled every 50 ms: pages that
+    processes share count once for each. `peak_pss_mb`, sampled every second (reading it takes the kernel longer),
+    divides shared pages among those who share them. MB are 10^6 bytes. `other_cores` is the mean number of cores that
+    other programs were using: where it is far from 0, the side's time says little. Raises SideFailed.
+    """
+    folder.mkdir()
+    places = {name: str(folder) for name in ("TMPDIR", "HF_HOME")}
+    os.sync()  # what was written before is not written while this side is timed
+    with (folder / "output.txt").open("w+b") as output:
+        process = subprocess.Popen(
+            [python, "-m", f"benchmarks.preprocess.{side}", json.dumps(arguments | {"folder": str(folder)})],
+            cwd=PROJECT,
+            env=os.environ | places | {"HF_HUB_OFFLINE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            peaks = watch(process, side)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            output.seek(0)
+            last = output.read().decode(errors="replace").splitlines()[-40:]
+            raise SideFailed("\n".join([f"{side} ended with status {process.returncode}:", *last]))
+    found = json.loads((folder / "result.json").read_text())
+    shutil.rmtree(folder)
+    return found | peaks
+
+
+def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
+    """The peaks of the memory (MB) of a process and its descendants until it ends, and how busy others were (cores)."""
+    root, own = psutil.Process(process.pid), psutil.Process()
+    rss = pss = 0
+    worked: dict[int, float] = {}  # process -> CPU seconds
+    began, own_before = busy(psutil.cpu_times()), busy(own.cpu_times())
+    started = told = measured = time.monotonic()
+    while process.poll() is None:
+        now = time.monotonic()
+        members = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            members = [root, *root.children(recursive=True)]
+        resident = 0
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
+                resident += member.memory_info().rss
+                worked[member.pid] = busy(member.cpu_times())
+        rss = max(rss, resident)
+        if now - measured > PSS_EVERY:
+            measured = now
+            pss = max(pss, sum(proportional(member) for member in members))
+        if now - told > TOLD_EVERY:
+            told = now
+            say(f"{side}: {now - started:.0f} s, at most {rss / MB:,.0f} MB so far")
+        time.sleep(max(0.0, EVERY - (time.monotonic() - now)))
+    others = busy(psutil.cpu_times()) - began - sum(worked.values()) - (busy(own.cpu_times()) - own_before)
+    other_cores = round(max(0.0, others) / (time.monotonic() - started), 2)
+    if other_cores > BUSY:
+        say(f"{side}: other programs were using {other_cores} cores meanwhile, so its time says little")
+    return {"peak_rss_mb": round(rss / MB, 1), "peak_pss_mb": round(pss / MB, 1), "other_cores": other_cores}
+
+
+def proportional(process: psutil.Process) -> int:
+    """Resident bytes of a process, each page divided by those who share it; 0 for one that has ended."""
+    try:
+        return process.memory_full_info().pss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def busy(times: Any) -> float:
+    """CPU seconds of a process, or of all of them."""
+    return sum(getattr(times, part, 0.0) for part in ("user", "nice", "system", "irq", "softirq"))
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)

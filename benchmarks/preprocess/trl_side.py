@@ -1,0 +1,84 @@
+"""TRL's side, in .venv-trl: run as `python -m benchmarks.preprocess.trl_side ARGUMENTS` (a JSON object).
+
+Timed: `load_dataset("json")` and `SFTTrainer._prepare_dataset`: its maps (chat template and tokenising, labels) and
+its packing. Not timed: imports, the model and the rest of the trainer.
+"""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, disable_progress_bars, load_dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
+
+
+def main(rows: str, tokenizer: str, context: int, processes: int | None, folder: str) -> dict[str, Any]:
+    """Have the trainer prepare the rows; seconds, and the tokens before and after packing."""
+    disable_progress_bars()
+    seen: dict[str, Any] = {}
+    prepare, pack = SFTTrainer._prepare_dataset, sft_trainer.pack_dataset
+
+    def timed_prepare(*args: Any, **kwargs: Any) -> Dataset:
+        started = time.perf_counter()
+        seen["packed"] = prepare(*args, **kwargs)
+        seen["prepare_seconds"] = time.perf_counter() - started
+        return seen["packed"]
+
+    def watched_pack(dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        seen["documents"] = dataset
+        return pack(dataset, *args, **kwargs)
+
+    SFTTrainer._prepare_dataset, sft_trainer.pack_dataset = timed_prepare, watched_pack
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    tiny = LlamaConfig(
+        vocab_size=len(loaded), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = LlamaForCausalLM(tiny)
+    settings: dict[str, Any] = {
+        "packing": True,
+        "packing_strategy": "bfd",
+        "assistant_only_loss": True,
+        "dataset_num_proc": processes,
+    }
+    config = SFTConfig(
+        output_dir=str(Path(folder, "output")), max_length=context, report_to=[], use_cpu=True, bf16=False, **settings
+    )
+    started = time.perf_counter()
+    dataset = load_dataset("json", data_files=rows, split="train")
+    load_seconds = time.perf_counter() - started
+    SFTTrainer(model, args=config, train_dataset=dataset, processing_class=loaded)
+    return {
+        "seconds": load_seconds + seen["prepare_seconds"],
+        "load_seconds": load_seconds,
+        "documents": len(seen["documents"]),
+        "tokens": count_tokens(seen["packed"]),
+        "tokens_before": count_tokens(seen["documents"]),
+        "trained_tokens": count_trained(seen["packed"]),
+        "trained_tokens_before": count_trained(seen["documents"]),
+        "packed_rows": len(seen["packed"]),
+        "settings": settings,
+        "versions": {name: version(name) for name in ("trl", "datasets", "tokenizers", "transformers")},
+    }
+
+
+def count_tokens(dataset: Dataset) -> int:
+    """Tokens of a data set of TRL's."""
+    batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
+    return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+
+
+def count_trained(dataset: Dataset) -> int:
+    """Those of them that are trained."""
+    batches = dataset.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
+    return sum(pc.sum(pc.not_equal(pc.list_flatten(batch["labels"]), -100)).as_py() for batch in batches)
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    Path(arguments["folder"], "result.json").write_text(json.dumps(main(**arguments)))
