@@ -71,6 +71,7 @@ def compare(folder: Path, count: int) -> dict[str, Any]:
         "forge_rows_per_s": round(count / forge["seconds"], 1),
         "trl_rows_per_s": round(count / trl["seconds"], 1),
         "ratio": round(trl["seconds"] / forge["seconds"], 3),
+        "ratio_to_defaults": round(runs[None]["seconds"] / forge["seconds"], 3),
         "packing_efficiency": forge["packing_efficiency"],
         "trl_packing_efficiency": round(trl["tokens"] / (trl["packed_rows"] * CONTEXT), 5),
         "tokens_dropped_fraction": forge["tokens_dropped_fraction"],

@@ -10,7 +10,7 @@ import numpy as np
 
 from tasks.preprocess.tokens import TRAINED
 
-SHARD_TOKENS = 16 << 20  # in one shard: 7 bytes each
+SHARD_TOKENS = 4 << 20  # in one shard: 7 bytes each
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, int]:
@@ -53,16 +53,16 @@ def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, di
     """
     row_of, rows = best_fit_decreasing(documents["length"].tolist(), context)
     order = np.argsort(row_of, kind="stable")
-    row_of, documents = row_of[order], documents[order]
+    row_of = row_of[order]
+    table = [documents[name][order] for name in ("length", "spill", "tokens_at")]
     a_shard = max(1, SHARD_TOKENS // context)
     files = [os.open(path, os.O_RDONLY) for path in spills]
 
     def write(first: int) -> None:
         last = min(first + a_shard, rows)
         low, high = np.searchsorted(row_of, [first, last])
-        _write_shard(
-            documents[low:high], row_of[low:high] - first, files, (last - first, context), directory, first // a_shard
-        )
+        placed = [row_of[low:high] - first, *(column[low:high] for column in table)]
+        _write_shard(placed, files, (last - first, context), directory / f"{first // a_shard:05}")
 
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -74,15 +74,13 @@ def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, di
     return rows
 
 
-def _write_shard(
-    documents: np.ndarray, row_of: np.ndarray, files: list[int], shape: tuple[int, int], directory: Path, shard: int
-) -> None:
+def _write_shard(placed: list[np.ndarray], files: list[int], shape: tuple[int, int], directory: Path) -> None:
+    """Write one shard; `placed` holds each document's row, length, file and place in it (bytes)."""
     tokens = np.zeros(shape, dtype=np.uint32)
     number = np.zeros(shape, dtype=np.uint16)
     bytes_of = memoryview(tokens.data).cast("B")
     row_before, at, count = -1, 0, 0
-    table = (row_of, documents["length"], documents["spill"], documents["tokens_at"])
-    for row, length, spill, start in zip(*(column.tolist() for column in table), strict=True):
+    for row, length, spill, start in zip(*(column.tolist() for column in placed), strict=True):
         if row != row_before:
             row_before, at, count = row, row * shape[1], 0
         count += 1
@@ -92,7 +90,6 @@ def _write_shard(
         at += length
     trained = (tokens & TRAINED) > 0
     tokens &= ~TRAINED
-    path = directory / f"{shard:05}"
-    path.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for name, array in (("tokens", tokens), ("trained", trained), ("document", number)):
-        np.save(path / f"{name}.npy", array)
+        np.save(directory / f"{name}.npy", array)

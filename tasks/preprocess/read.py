@@ -1,9 +1,11 @@
 """All rows of a source, or one shard's share of them, read by as many processes as there are cores."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,7 +30,7 @@ from tasks.recipe import DataRecipe
 from tasks.storage.remote import is_remote
 
 FEW = 6  # blocks that one process reads sooner than others could
-ALONE = 2  # blocks that it reads anyway while the others start
+ALONE = 1  # blocks that it reads anyway while the others start
 MOST_SLICES = 1000
 REJECTS = "rejects.jsonl"
 CARD = "part.json"
@@ -72,7 +74,7 @@ def start_workers_early(recipe: DataRecipe) -> None:
     """
     local = [source for source, _ in sources(recipe) if source != DEMONSTRATION and not is_remote(source)]
     if any(file.path.stat().st_size > FEW * BLOCK for source in local for file in find_files(source)):
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", worker.__name__])
+        multiprocessing.get_context("forkserver").set_forkserver_preload([worker.__name__])
         forkserver.ensure_running()
 
 
@@ -156,7 +158,8 @@ def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> It
     with ProcessPoolExecutor(count, context, worker.start, (job,)) as pool:
         try:
             for block in chain(first[ALONE:], blocks):
-                waiting.append(pool.submit(worker.read, block, shape.name, side))
+                with _no_main():
+                    waiting.append(pool.submit(worker.read, block, shape.name, side))
                 if len(waiting) > 2 * count:  # bounds the memory, and keeps every process busy
                     yield waiting.popleft().result()
             while waiting:
@@ -167,3 +170,17 @@ def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> It
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Processes that start meanwhile do not import the program that runs: they need nothing of it."""
+    main = sys.modules["__main__"]
+    kept = {name: value for name in ("__spec__", "__file__") if (value := getattr(main, name, None)) is not None}
+    try:
+        for name in kept:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)

@@ -1,7 +1,7 @@
 """Which documents are trained on and which are held out: no duplicates, and nothing of evaluation in training."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,16 +24,16 @@ class Selection:
 
 
 def select(part: Part, near: float | None) -> Selection:
-    """Remove exact duplicates, training documents that overlap held-out ones and, if asked, near-duplicates."""
-    documents = part.documents[np.argsort(part.documents["key"], kind="stable")]
+    """Remove exact duplicates, training documents that overlap held-out ones and, if asked, near-duplicates.
+
+    Takes the part's table, which may be large, and leaves none.
+    """
+    table, part.documents = part.documents, part.documents[:0]
+    order = np.argsort(table["key"], kind="stable")
+    on_heldout = table["heldout"][order]
     removed = {"duplicate": 0, "in evaluation": 0, "near evaluation": 0, "near duplicate": 0}
-    sides = {}
-    for name, side in (("heldout", documents["heldout"]), ("train", ~documents["heldout"])):
-        chosen = documents[side]
-        _, first = np.unique(chosen["content"], return_index=True)
-        removed["duplicate"] += len(chosen) - len(first)
-        sides[name] = chosen[np.sort(first)]
-    train, heldout = sides["train"], sides["heldout"]
+    heldout, train = (_without_duplicates(table, order[side], removed) for side in (on_heldout, ~on_heldout))
+    del table
     for reason in ("in evaluation", "near evaluation", "near duplicate"):
         if reason == "in evaluation":
             out = np.isin(train["content"], heldout["content"])
@@ -41,9 +41,16 @@ def select(part: Part, near: float | None) -> Selection:
             out = overlapping(part, train, heldout)
         else:
             out = _near(part, train, near)
-        removed[reason] = int(out.sum())
-        train = train[~out]
+        if out.any():
+            removed[reason] = int(out.sum())
+            train = train[~out]
     return Selection(train, heldout, {reason: count for reason, count in removed.items() if count})
+
+
+def _without_duplicates(table: np.ndarray, places: np.ndarray, removed: dict[str, int]) -> np.ndarray:
+    _, first = np.unique(table["content"][places], return_index=True)
+    removed["duplicate"] += len(places) - len(first)
+    return table[places[np.sort(first)]]
 
 
 def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:
@@ -53,11 +60,10 @@ def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarra
     fifth of them where they are few. No run that touches boilerplate counts either.
     """
     overlaps = np.zeros(len(train), dtype=bool)
-    of_heldout = [row_ngrams(words, counts, OVERLAP) for _, words, counts in _words(part, heldout)]
-    if not of_heldout:
+    grams = Grams(_heldout_grams(part, heldout, lambda found, _: np.unique(found)))
+    if not len(grams.grams):
         return overlaps
-    grams = Grams(np.concatenate([found for found, _ in of_heldout]))
-    times = np.zeros(len(grams.grams), dtype=np.int64)
+    times = np.zeros(len(grams.grams), dtype=np.int32)
 
     def look(chunk: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         places, words, counts = chunk
@@ -69,12 +75,25 @@ def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarra
     for _, gram in _threads(look, _words(part, train)):
         np.add.at(times, gram, 1)
     common = times > max(1, min(COMMON, len(train) // 5))
-    telling = [found[~_touching(common[np.searchsorted(grams.grams, found)], row)] for found, row in of_heldout]
-    grams = Grams(np.intersect1d(np.concatenate(telling), grams.grams[times > 0]))
+
+    def telling(found: np.ndarray, row: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(grams.grams, found)
+        return found[(times[place] > 0) & ~_touching(common[place], row)]
+
+    grams = Grams(_heldout_grams(part, heldout, telling))
     if len(grams.grams):
         for document, _ in _threads(look, _words(part, train)):
             overlaps[document] = True
     return overlaps
+
+
+def _heldout_grams(
+    part: Part, heldout: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """What `choose` keeps of held-out documents' n-grams, given with the row of each."""
+    none = np.zeros(0, dtype=np.uint64)
+    chosen = [choose(*row_ngrams(words, counts, OVERLAP)) for _, words, counts in _words(part, heldout)]
+    return np.concatenate([none, *chosen])
 
 
 def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -1,0 +1,58 @@
+"""However a run ends while many processes read, none of them lives on, and nothing half done is left."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.storage import DirectoryStore
+from tests.conftest import chat
+from tests.integration.harness import PROJECT, gone
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tasks.contracts import Base, Source
+from tasks.preprocess import formats
+from tasks.preprocess.prepare import prepare
+from tasks.recipe import DataRecipe
+from tasks.storage import DirectoryStore
+
+if __name__ == "__main__":
+    formats.BLOCK = 20_000
+    store = DirectoryStore(Path(sys.argv[2]))
+    source = Source(uri=sys.argv[1], digest="", store=store.identity)
+    prepare(source, DataRecipe(source=sys.argv[1], context=128), Base(), store)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_reads(number: signal.Signals, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(chat(f"question {n}", f"answer {n}")) + "\n" for n in range(150_000)))
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, script, rows, tmp_path / "store"], cwd=PROJECT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        others: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while len(others) < 3 and time.monotonic() < deadline:  # the server that forks them, and two readers
+            assert process.poll() is None, process.communicate()[1]
+            others = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert len(others) >= 3
+    assert gone(others)
+    assert list((DirectoryStore(tmp_path / "store").root / ".staging").iterdir()) == [], "swept by the next to come"
