@@ -23,7 +23,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarr
     rows = 0
     open_rows: dict[int, list[int]] = {}  # free tokens -> rows that have as many
     spaces: list[int] = []  # keys of open_rows, sorted
-    for document in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+    for document in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = lengths[document]
         at = bisect_left(spaces, length)
         if at == len(spaces):

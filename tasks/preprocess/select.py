@@ -114,13 +114,13 @@ def _words(part: Part, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
         with (part.directory / f"{name}.words").open("rb") as file:
             for chunk in _chunks(places, documents["words_size"]):
                 sizes = documents["words_size"][chunk].astype(np.int64)
-                data = bytearray(int(sizes.sum()))
-                view, at = memoryview(data), 0
-                for start, size in zip(documents["words_at"][chunk].tolist(), sizes.tolist(), strict=True):
-                    file.seek(start)
-                    file.readinto(view[at : at + size])
-                    at += size
-                yield chunk, np.frombuffer(data, dtype=np.uint32), sizes // 4
+                starts = documents["words_at"][chunk].astype(np.int64)
+                gaps = np.flatnonzero(starts[1:] != starts[:-1] + sizes[:-1]) + 1
+                parts = []
+                for first, last in zip([0, *gaps], [*gaps, len(chunk)], strict=True):  # one after another in the file
+                    file.seek(starts[first])
+                    parts.append(file.read(starts[last - 1] + sizes[last - 1] - starts[first]))
+                yield chunk, np.frombuffer(b"".join(parts), dtype=np.uint32), sizes // 4
 
 
 def _chunks(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:

@@ -12,9 +12,8 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -50,8 +49,7 @@ class NotApart(Exception):
     """This text cannot be put together from pieces."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A text's tokens (uint32 [length], those that are trained with TRAINED) and how many are trained, its words'
     hashes (uint32 [words]), and whether one of the words could be part of a credential."""
 

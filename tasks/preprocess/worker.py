@@ -7,9 +7,9 @@ is held out, its JSON go to files that only this process writes; the table says 
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -72,8 +72,7 @@ def in_heldout(group: str, fraction: float) -> bool:
     return number < int(fraction * 2**64)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row that may be trained on, or a piece of one that was split: its row's number, its side and its digests."""
 
     number: int
@@ -83,8 +82,7 @@ class Candidate:
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A candidate as it was encoded; tokens behind `length` are cut off."""
 
     of: Candidate
@@ -184,7 +182,7 @@ class Worker:
                     f"{what} {length} tokens long, and data.context is {context}; shorten it, raise data.context"
                     + (", or set data.over_context" if policy == "reject" else ""),
                 )
-            found = replace(found, trained=int(np.count_nonzero(found.tokens[:context] & TRAINED)))
+            found = found._replace(trained=int(np.count_nonzero(found.tokens[:context] & TRAINED)))
             trained = found.trained
         if not trained:
             raise Invalid(
