@@ -233,7 +233,7 @@ def _facts(part: Part, chosen: Selection, packed: dict[str, int], data: DataReci
         "split": (
             {"by": "a file of its own"}
             if data.heldout_source
-            else {"by": f"hash of {data.group_column}, or of the prompt", "heldout_fraction": data.heldout_fraction}
+            else {"by": f"hash of {data.group_column}, or of the first question", "heldout_fraction": data.heldout_fraction}
         ),
         "template_digest": hashlib.sha256(form.template.encode()).hexdigest(),
         "tokenizer_digest": hashlib.sha256(form.tokenizer.encode()).hexdigest(),
