@@ -57,7 +57,9 @@ class DataRecipe(Section):
     )
     heldout_source: str = Field("", description="rows of your own to evaluate on, in place of a share of the source")
     heldout_fraction: float = Field(0.05, gt=0, le=0.5, description="share of the groups kept from training")
-    group_column: str = Field("group", description="rows with one value stay on one side of the split; else the first question")
+    group_column: str = Field(
+        "group", description="rows with one value stay on one side of the split; else the first question"
+    )
     slice_column: str = Field("slice", description="scores are also given by value of this column, where rows have it")
     shards: int = Field(1, ge=1, le=1000, description="tasks that prepare the source side by side on the cluster")
 

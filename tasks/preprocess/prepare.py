@@ -230,14 +230,17 @@ def _facts(part: Part, chosen: Selection, packed: dict[str, int], data: DataReci
         "slices": {
             name: dict(_largest_first(_counted(side["slice"], part.slices))) for name, side in sides.items()
         },
-        "split": (
-            {"by": "a file of its own"}
-            if data.heldout_source
-            else {"by": f"hash of {data.group_column}, or of the first question", "heldout_fraction": data.heldout_fraction}
-        ),
+        "split": _split(data),
         "template_digest": hashlib.sha256(form.template.encode()).hexdigest(),
         "tokenizer_digest": hashlib.sha256(form.tokenizer.encode()).hexdigest(),
     }  # fmt: skip
+
+
+def _split(data: DataRecipe) -> dict[str, Any]:
+    if data.heldout_source:
+        return {"by": "a file of its own"}
+    by = f"hash of {data.group_column}, or of the first question"
+    return {"by": by, "heldout_fraction": data.heldout_fraction}
 
 
 def _counted(numbers: np.ndarray, names: list[str]) -> dict[str, int]:

@@ -60,7 +60,7 @@ def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarra
     fifth of them where they are few. No run that touches boilerplate counts either.
     """
     overlaps = np.zeros(len(train), dtype=bool)
-    grams = Grams(_heldout_grams(part, heldout, lambda found, _: np.unique(found)))
+    grams = Grams(_heldout_grams(part, heldout, lambda found, _: found))
     if not len(grams.grams):
         return overlaps
     times = np.zeros(len(grams.grams), dtype=np.int32)
@@ -91,9 +91,13 @@ def _heldout_grams(
     part: Part, heldout: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """What `choose` keeps of held-out documents' n-grams, given with the row of each."""
-    none = np.zeros(0, dtype=np.uint64)
-    chosen = [choose(*row_ngrams(words, counts, OVERLAP)) for _, words, counts in _words(part, heldout)]
-    return np.concatenate([none, *chosen])
+    grams = np.empty(int(heldout["words_size"].sum(dtype=np.int64)) // 4, dtype=np.uint64)
+    count = 0
+    for _, words, counts in _words(part, heldout):
+        kept = choose(*row_ngrams(words, counts, OVERLAP))
+        grams[count : count + len(kept)] = kept
+        count += len(kept)
+    return grams[:count]
 
 
 def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:

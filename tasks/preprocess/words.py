@@ -73,13 +73,17 @@ def row_ngrams(words: np.ndarray, counts: np.ndarray, size: int) -> tuple[np.nda
 
 
 class Grams:
-    """A set of n-grams that can be looked up by the million."""
+    """A set of n-grams that can be looked up by the million. Takes the array, which may be large, and sorts it."""
 
     def __init__(self, grams: np.ndarray) -> None:
-        self.grams = np.unique(grams)
+        grams.sort()
+        new = np.ones(len(grams), dtype=bool)
+        new[1:] = grams[1:] != grams[:-1]
+        self.grams = grams[new]
         self._table = np.zeros(1 << (TABLE_BITS - 3), dtype=np.uint8)
-        places, bits = _place(self.grams)
-        np.bitwise_or.at(self._table, places, bits)
+        for at in range(0, len(self.grams), 1 << 20):
+            places, bits = _place(self.grams[at : at + (1 << 20)])
+            np.bitwise_or.at(self._table, places, bits)
 
     def find(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of some n-grams are in the set: their positions, and the places in `self.grams`."""
