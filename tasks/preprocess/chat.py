@@ -4,6 +4,8 @@ Trained are the assistants' turns, from what follows the generation prompt to th
 too: a model that never learns it never stops.
 """
 
+import datetime
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ BYTE_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# Templates that tell the date tell this one (Llama 3.1's own), so that the same rows are the same data set tomorrow.
+TODAY = datetime.datetime(2024, 7, 26)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -57,9 +61,8 @@ def load_tokenizer(base: Base, context: int) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ForgeError(
-            f"base model {base.location}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ForgeError(f"base model {base.location}: its tokenizer cannot be loaded: {reason}") from None
 
 
 def byte_tokenizer(context: int) -> Any:
@@ -90,6 +93,25 @@ def chat_format(tokenizer: Any, where: str) -> ChatFormat:
     return ChatFormat(tokenizer.backend_tokenizer.to_str(), template or "", special)
 
 
+def check_rendered(row: Row, text: str) -> None:
+    """Raise Invalid if a template left out tools, calls, what tools answered, or what was thought before the answer."""
+    if not row.tools and all(len(message) == 2 and message["role"] != "tool" for message in row.messages):
+        return
+    wanted = {"tools": [str(tool.get("function", tool).get("name", "")) for tool in row.tools or []]}
+    wanted["tool calls"] = [call["function"]["name"] for m in row.messages for call in m.get("tool_calls", [])]
+    wanted["tools' answers"] = [m["content"].strip() for m in row.messages if m["role"] == "tool"]
+    wanted["words beside tool calls"] = [m["content"].strip() for m in row.messages if "tool_calls" in m]
+    wanted["reasoning_content"] = [row.messages[-1].get("reasoning_content", "").strip()]
+    for what, parts in wanted.items():
+        if not all(part in text or _escaped(part) in text for part in parts):
+            raise Invalid("chat template", f"the chat template leaves out the row's {what}; use one that renders them")
+
+
+def _escaped(text: str) -> str:
+    """As templates that write JSON have it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 class Renderer:
     """Renders rows with a model's chat template, and says which characters are trained.
 
@@ -103,6 +125,7 @@ class Renderer:
         self.form, self.where = form, where
         self._tokens = tuple(sorted(form.special_tokens, key=len, reverse=True))
         self._special = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
+        self._variables = {**form.special, "strftime_now": TODAY.strftime}
         self._marked = bool(GENERATION.search(form.template))
 
     def probe(self) -> None:
@@ -139,11 +162,14 @@ class Renderer:
         try:
             if row.text is not None:
                 return self._plain(row.text)
-            return self._blocks(row) if self._marked else self._spans(row)
+            text, spans = self._blocks(row) if self._marked else self._spans(row)
+            check_rendered(row, text)
+            return text, spans
         except Invalid as reason:
             return reason
         except Exception as error:  # whatever a template raises about a row
-            return Invalid("chat template", f"the chat template refuses the row: {str(error).splitlines()[0]}")
+            reason_given = (str(error) or type(error).__name__).splitlines()[0]
+            return Invalid("chat template", f"the chat template refuses the row: {reason_given}")
 
     def _plain(self, text: str) -> tuple[str, list[Span]]:
         """A plain text, between the tokens of beginning and end; all but the beginning is trained."""
@@ -154,7 +180,7 @@ class Renderer:
     def _blocks(self, row: Row) -> tuple[str, list[Span]]:
         """One rendering, for templates with generation blocks."""
         text, spans = _render_with_assistant_indices(
-            _compile_jinja_template(self.form.template), row.messages, row.tools, None, False, **self.form.special
+            _compile_jinja_template(self.form.template), row.messages, row.tools, None, False, **self._variables
         )
         return text, [self._with_end(text, begin, end) for begin, end in spans]
 
@@ -187,13 +213,14 @@ class Renderer:
         """Where an assistant turn ends: behind the control token that follows its words."""
         if "tool_calls" in row.messages[at]:  # whose own control tokens are part of the turn
             so_far = self._rendered(row.messages[: at + 1], row, False).rstrip()
-            if text.startswith(so_far) and so_far.endswith(self._tokens):
-                return len(so_far)
+            last = next((token for token in self._tokens if so_far.endswith(token)), None)
+            if last and (place := text.find(last, begin)) >= 0:
+                return place + len(last)
         elif found := self._special.search(text, begin):
             return found.end()
         raise Invalid("chat template", "no control token ends the assistant's turn, so the model would never stop")
 
     def _rendered(self, messages: list[dict[str, Any]], row: Row, prompt: bool) -> str:
         template = _compile_jinja_template(self.form.template)
-        tools, special = row.tools, self.form.special
-        return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **special)
+        known = {"messages": messages, "tools": row.tools, "documents": None, "add_generation_prompt": prompt}
+        return template.render(**known, **self._variables)

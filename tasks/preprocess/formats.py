@@ -70,6 +70,8 @@ def _batch_row(batch: pa.RecordBatch, at: int) -> Any:
         return _without_nulls({name: batch.column(name)[at].as_py() for name in batch.schema.names})
     except UnicodeDecodeError:
         return Invalid("not UTF-8", "a text column holds bytes that are not UTF-8; write the file again")
+    except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # such as a time out of range
+        return Invalid("unreadable value", f"a column holds a value that cannot be read ({error}); write it as text")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -165,11 +167,11 @@ def _json(file: RawFile, stream: Any) -> Iterator[tuple[int, Any]]:
                 break
             try:
                 _, end = scan(text, at)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 if last or len(text) - at > LONGEST:
+                    reason = getattr(error, "msg", "a number too long, or nesting too deep")
                     raise ForgeError(
-                        f"data {file.name}:{line}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')}); "
-                        "the file must be an array of objects, whole"
+                        f"data {file.name}:{line}: not valid JSON ({reason}); the file must be one array of objects"
                     ) from None
                 break
             found.append((line, text[at:end].encode("utf-8", "surrogatepass")))
@@ -203,7 +205,7 @@ def _csv(file: RawFile, stream: Any, delimiter: str) -> Iterator[tuple[int, list
             elif fields:
                 refusal = f"{len(fields)} fields, and the first line names {len(header)}; quote texts that hold a comma"
                 found.append((line, Invalid("wrong columns", refusal)))
-            size += sum(map(len, fields))
+            size += 64 + sum(map(len, fields))
             line = reader.line_num + 1
             if size > BLOCK:
                 yield found[0][0], found
@@ -221,9 +223,11 @@ def _csv(file: RawFile, stream: Any, delimiter: str) -> Iterator[tuple[int, list
 
 def _parquet(file: RawFile) -> Iterator[tuple[int, pa.RecordBatch]]:
     with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as opened:
-        facts = opened.metadata
+        facts, names = opened.metadata, opened.schema_arrow.names
+        if len(set(names)) != len(names):
+            raise ForgeError(f"data {file.name}: two columns have one name, of {', '.join(names)}; rename one")
         size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
-        a_block = max(1, min(4096, BLOCK * facts.num_rows // max(size, 1)))
+        a_block = max(1, min(1024, BLOCK * facts.num_rows // max(size, 1)))
         first = 1
         for batch in opened.iter_batches(batch_size=a_block):
             yield first, batch

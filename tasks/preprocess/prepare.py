@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from tasks.contracts import Artifact, Base, Dataset, Source
 from tasks.errors import ForgeError, Problems
 from tasks.preprocess.chat import ChatFormat, chat_format, load_tokenizer
 from tasks.preprocess.pack import write_packed
-from tasks.preprocess.read import REJECTS, Part, read_part, start_workers_early
+from tasks.preprocess.read import REJECTS, Part, check_slices, read_part, start_workers_early
 from tasks.preprocess.report import render_report
 from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
@@ -59,6 +60,8 @@ def prepare_from_shards(
     shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: DirectoryStore
 ) -> Dataset:
     """The data set of all shards: the same, to the byte, as `prepare` makes of the whole source. Removes the shards."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard has a file for each process that read it
     parts = [Part.load(store.path(shard.uri)) for shard in shards]
     dataset = assemble(parts, source, data, base, store, min(shard.started for shard in shards))
     for shard in shards:
@@ -79,7 +82,7 @@ def assemble(
     parts: list[Part], source: Source, data: DataRecipe, base: Base, store: DirectoryStore, started: float
 ) -> Dataset:
     """Choose, pack and publish what was read."""
-    part = _merged(parts)
+    part = _merged(parts, data)
     _check_rejected(parts, part, data, source, store)
     chosen = select(part, data.near_duplicates)
     _check_sides(chosen, data, source, part)
@@ -126,11 +129,12 @@ def _name(base: Base) -> str:
     return f"base model {base.location}" if base.location else "the byte-level tokenizer"
 
 
-def _merged(parts: list[Part]) -> Part:
+def _merged(parts: list[Part], data: DataRecipe) -> Part:
     """Several parts' documents in one table; the files stay where they are."""
     if len(parts) == 1:
         return parts[0]
     slices = sorted({name for part in parts for name in part.slices})
+    check_slices(slices, data)
     tables: list[np.ndarray] = []
     spills: list[str] = []
     rejected: Counter[str] = Counter()

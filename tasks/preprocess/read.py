@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -132,16 +132,21 @@ def _globally(found: Found, spills: list[str], slices: dict[str, int], recipe: D
     if found.spill not in spills:
         spills.append(found.spill)
     numbers = [slices.setdefault(name, len(slices)) for name in found.slices]
-    if len(slices) > MOST_SLICES:
-        raise ForgeError(
-            f"data: the column {recipe.slice_column} has more than {MOST_SLICES} values; scores are given by slice, so "
-            "name a column with few in data.slice_column"
-        )
+    check_slices(slices, recipe)
     documents = found.documents
     documents["spill"] = spills.index(found.spill)
     if len(documents):
         documents["slice"] = np.array(numbers, dtype=np.uint16)[documents["slice"]]
     return documents
+
+
+def check_slices(slices: Collection[str], recipe: DataRecipe) -> None:
+    """Raise ForgeError if there are too many slices to give scores by."""
+    if len(slices) > MOST_SLICES:
+        raise ForgeError(
+            f"data: the column {recipe.slice_column} has more than {MOST_SLICES} values; scores are given by slice, so "
+            "name a column with few in data.slice_column"
+        )
 
 
 def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> Iterator[Found]:

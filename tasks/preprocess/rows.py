@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ class Invalid(Exception):
     """Why a row is refused: `reason` is a word to count by, `message` says what to do about it."""
 
     def __init__(self, reason: str, message: str) -> None:
+        message = printable(message)
         super().__init__(reason, message)
         self.reason, self.message = reason, message
 
@@ -55,9 +57,9 @@ def _as_text(value: Any) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """A value's JSON, the same for equal values; Invalid where no file can hold it."""
+    """A value's JSON, its keys in their own order, as a template would write it; Invalid where no file can hold it."""
     try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+        return orjson.dumps(value)
     except TypeError as error:
         if "surrogate" in str(error):
             what = "a text holds half a character (a lone surrogate)"
@@ -115,17 +117,20 @@ def check_text(value: Any, what: str) -> str:
     return value
 
 
-def check_messages(values: Any) -> list[dict[str, Any]]:
-    """A conversation's messages, each with role, content and, for some, tool_calls; Invalid names the message."""
+def check_messages(values: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
+    """A conversation's messages, each with role, content and, for some, tool_calls; Invalid names the message.
+
+    `ignored` counts keys that are not used.
+    """
     if not isinstance(values, list) or not values:
         raise Invalid("no conversation", f"no conversation: a row must hold a list of messages: {EXAMPLE}")
-    messages = [_message(value, f"message {number}") for number, value in enumerate(values, 1)]
+    messages = [_message(value, f"message {number}", ignored) for number, value in enumerate(values, 1)]
     _check_order(messages)
     return messages
 
 
-def _message(value: Any, what: str) -> dict[str, Any]:
-    if isinstance(value, dict) and len(value) == 2:  # as nearly all are
+def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
+    if isinstance(value, dict) and len(value) == 2 and next(iter(value)) == "role":  # as nearly all are
         said = value.get("content")
         if value.get("role") in ROLES and isinstance(said, str) and said and not said.isspace():
             return value
@@ -143,10 +148,22 @@ def _message(value: Any, what: str) -> dict[str, Any]:
     message = {"role": role, "content": content}
     if calls:
         message["tool_calls"] = check_calls(calls, what)
-    for name in KEPT:
-        if value.get(name) is not None:
-            message[name] = check_text(value[name], f"{what} ({role}): {name}")
+    for name, entry in value.items():
+        if name in KEPT and entry is not None:
+            message[name] = check_text(entry, f"{what} ({role}): {name}")
+        elif role == "assistant" and name in ("weight", "train", "trainable") and not entry:
+            raise Invalid(
+                "turn not to be trained",
+                f"{what} has {name} {entry}, and every assistant's turn is trained; take the turn out, or the key",
+            )
+        elif name not in ("role", "content", "tool_calls") and entry is not None:
+            ignored[f"messages.{printable(name)}"] += 1
     return message
+
+
+def printable(text: str) -> str:
+    """A text that any file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _content(value: Any, what: str) -> Any:

@@ -8,7 +8,7 @@ from tasks.preprocess import demonstration
 from tasks.preprocess.formats import Block, RawFile, read_blocks
 from tasks.preprocess.rows import Invalid, digests
 from tasks.preprocess.secrets import refuse_secret
-from tasks.preprocess.shapes import detect, find_shape, has, to_row, unknown_shape
+from tasks.preprocess.shapes import detect, find_shape, to_row, unknown_shape
 from tasks.preprocess.sources import DEMONSTRATION, find_files
 from tasks.recipe import DataRecipe
 from tasks.storage.remote import is_remote
@@ -27,19 +27,19 @@ def check_source(recipe: DataRecipe, source: str) -> str:
         return "chat"
     if is_remote(source):
         return ""
-    firsts = [_first_block(file) for file in find_files(source)]
-    _, shape, reason = find_shape(recipe, iter(firsts))
+    files = find_files(source)
+    _, shape, reason = find_shape(recipe, (_first_block(file) for file in files))
     refused: list[str] = []
     count = 0
-    for block in firsts:
+    for block in map(_first_block, files):
         for number, value in islice(block.values(), SAMPLE):
             where = f"{block.name}:{number}"
             count += 1
             try:
                 if isinstance(value, Invalid):
                     raise value
-                if not has(value, shape) and recipe.shape == "auto":
-                    if other := detect(value):
+                if recipe.shape == "auto" and (other := detect(value)) is not shape:
+                    if other:
                         raise ForgeError(two_shapes(where, other.name, reason))
                     raise unknown_shape(value)
                 row = to_row(value, shape, recipe, Counter())

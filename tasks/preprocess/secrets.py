@@ -65,7 +65,7 @@ SHORTEST, LONG = 12, 40  # characters: of a word that holds a credential, but fo
 def suspect(word: str) -> bool:
     """Whether a word could be part of a credential; a text without such a word holds none."""
     if len(word) < SHORTEST:
-        return "://" in word or "PRIVATE" in word
+        return "://" in word or "PRIVATE" in word or "xox" in word
     return len(word) >= LONG or any(literal in word for literal in _SUSPECT)
 
 

@@ -7,7 +7,17 @@ from itertools import chain, islice
 from typing import Any
 
 from tasks.preprocess.formats import Block
-from tasks.preprocess.rows import EXAMPLE, Invalid, Row, check_column, check_messages, check_text, check_tools, parse
+from tasks.preprocess.rows import (
+    EXAMPLE,
+    Invalid,
+    Row,
+    check_column,
+    check_messages,
+    check_text,
+    check_tools,
+    parse,
+    printable,
+)
 from tasks.recipe import DataRecipe
 
 LOOKED_AT = 6  # blocks, in search of a row that is of any shape
@@ -50,7 +60,7 @@ def _sharegpt(value: dict[str, Any]) -> dict[str, Any]:
             )
         said = turn.get("value")
         if speaker == "function_call":
-            call = parse(check_text(said, f"message {number} (function_call): value").encode())
+            call = parse(check_text(said, f"message {number} (function_call): value").encode("utf-8", "surrogatepass"))
             messages.append(
                 {"role": "assistant", "content": "", "tool_calls": call if isinstance(call, list) else [call]}
             )
@@ -141,10 +151,10 @@ def to_row(value: Any, shape: Shape, recipe: DataRecipe, ignored: Counter[str]) 
     used = {*shape.needs, *shape.takes, recipe.group_column, recipe.slice_column}
     for column in value:
         if column not in used:
-            ignored[column] += 1
+            ignored[printable(column)] += 1
     converted = shape.convert(value)
     text = converted.get("text")
-    messages = [] if text is not None else check_messages(converted["messages"])
+    messages = [] if text is not None else check_messages(converted["messages"], ignored)
     tools = check_tools(converted.get("tools"))
     group, part = value.get(recipe.group_column), value.get(recipe.slice_column)
     return Row(

@@ -1,6 +1,7 @@
 """Where raw rows are: a file, a directory, a glob, a bucket, a data set of the hub, or the demonstration."""
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,17 @@ READABLE = "JSONL, JSON, CSV, TSV (also as .gz or .zst) or Parquet"
 def find_files(source: str) -> list[RawFile]:
     """The files of a local source, sorted by name; ForgeError if there are none or one cannot be read."""
     path = Path(source.removeprefix("file://"))
+    try:
+        return _local_files(path)
+    except OSError as error:
+        raise ForgeError(
+            f"data {error.filename or path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+
+
+def _local_files(path: Path) -> list[RawFile]:
     if path.is_dir():
-        inside = (found for found in path.rglob("*") if not _hidden(found.relative_to(path)) and found.is_file())
+        inside = _inside(path)
         files = sorted(found for found in inside if found.name.lower().endswith(SUFFIXES))
     elif path.exists():
         files = [path]
@@ -35,24 +45,42 @@ def find_files(source: str) -> list[RawFile]:
     for file in files:
         if not file.name.lower().endswith(SUFFIXES):
             raise ForgeError(f"data {file}: the name does not say what it is; rows are read from {READABLE} by suffix")
-        try:
-            with file.open("rb") as opened:
-                empty = not opened.read(1)
-        except OSError as error:
-            raise ForgeError(f"data {file}: cannot be read ({error.strerror}); check its permissions") from None
+        with file.open("rb") as opened:
+            empty = not opened.read(1)
         if empty:
             raise ForgeError(f"data {file}: the file is empty; fill it or remove it")
     return [RawFile(str(file), file) for file in files]
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _inside(path: Path) -> list[Path]:
+    """All files in a directory and those below it, but for hidden ones (.name, _name)."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for directory, directories, names in os.walk(path, onerror=fail):
+        directories[:] = [name for name in directories if not name.startswith((".", "_"))]
+        found += [Path(directory, name) for name in names if not name.startswith((".", "_"))]
+    return found
+
+
+def _tell_unread(path: Path) -> None:
+    others = sorted(file.name for file in _inside(path) if not file.name.lower().endswith(SUFFIXES))
+    if others:
+        more = ", ..." if len(others) > 5 else ""
+        print(
+            f"preprocess: {len(others)} files in {path} are of no known kind, not read: {', '.join(others[:5])}{more}"
+        )
 
 
 def fetch_files(source: str, directory: Path) -> list[RawFile]:
     """The files of a source; those of a bucket or of the hub are first copied into the directory."""
     if not is_remote(source):
-        return find_files(source)
+        files = find_files(source)
+        if (path := Path(source.removeprefix("file://"))).is_dir():
+            _tell_unread(path)
+        return files
     print(f"preprocess: copying {source}")
     return [RawFile(name, path) for name, path in fetch(source, directory, load_settings(), SUFFIXES)]
 

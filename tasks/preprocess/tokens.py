@@ -66,6 +66,7 @@ class Encoder:
         self.tokenizer = Tokenizer.from_str(serialized)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.tokenizer.post_processor = None  # templates write special tokens; some processors falsify offsets
         facts = json.loads(serialized)
         added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.by_pieces = bool(added) and splits_at_spaces(facts)
@@ -105,7 +106,7 @@ class Encoder:
     def _from_pieces(self, text: str, spans: Sequence[Span]) -> np.ndarray:
         """Words and tokens, mixed as they come."""
         parts: list[bytes] = []
-        starts, counts, firsts = [], [], []  # of each segment: first character, numbers before it, first piece or run
+        starts, counts, firsts, runs = [], [], [], []  # of each segment: first character, numbers before, first piece
         at = count = 0
         for number, segment in enumerate(self._split_runs.split(text)):
             if not segment:
@@ -113,6 +114,7 @@ class Encoder:
             starts.append(at)
             counts.append(count)
             at += len(segment)
+            runs.append(number % 2 == 1)
             if number % 2:
                 firsts.append(segment)
                 found = self._run(segment)
@@ -130,7 +132,7 @@ class Encoder:
                 raise NotApart
             if within == 0:
                 return counts[segment]
-            if first in self._runs:
+            if runs[segment]:
                 return counts[segment] + len(self._run(first[:within])) // 4
             return counts[segment] + self._first.place(first, within)
 
@@ -142,11 +144,12 @@ class Encoder:
     def _run(self, run: str) -> bytes:
         """Numbers of a run of added tokens; NotApart where it ends in the middle of something else."""
         if (found := self._runs.get(run)) is None:
+            suspects = self._words.suspects
             pieces = self._split.split(run)
             names = [self._first[name] if name else b"" for name in pieces[::2]]
             tokens = [*map(self._added.__getitem__, pieces[1::2]), b""]
             found = b"".join(chain.from_iterable(zip(names, tokens, strict=True)))
-            if len(self._runs) < MOST_PIECES:
+            if len(self._runs) < MOST_PIECES and self._words.suspects == suspects:
                 self._runs[run] = found
         return found
 
@@ -223,9 +226,11 @@ class _Pieces(dict[str, bytes]):
 
 def _whole(encoding: Any, spans: Sequence[Span]) -> np.ndarray:
     document = np.array(encoding.ids, dtype=np.uint32)
-    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    starts = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
     for begin, end in spans:
-        document[(starts >= begin) & (ends <= end) & (ends > starts)] |= TRAINED
+        document[(starts >= begin) & (starts < end)] |= (
+            TRAINED  # an end-of-turn token may take the line break behind it
+        )
     return document
 
 

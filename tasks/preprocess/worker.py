@@ -17,7 +17,7 @@ from tasks.preprocess.chat import ChatFormat, Renderer
 from tasks.preprocess.formats import Block
 from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
 from tasks.preprocess.secrets import refuse_secret
-from tasks.preprocess.shapes import Shape, detect, has, shape_named, to_row, unknown_shape
+from tasks.preprocess.shapes import Shape, detect, shape_named, to_row, unknown_shape
 from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
 from tasks.preprocess.words import SHINGLE, signatures
 from tasks.recipe import DataRecipe
@@ -112,8 +112,7 @@ class Worker:
             try:
                 if isinstance(value, Invalid):
                     raise value
-                if not has(value, shape) and self.job.recipe.shape == "auto":
-                    other = detect(value)
+                if self.job.recipe.shape == "auto" and (other := detect(value)) is not shape:
                     if other is None:
                         raise unknown_shape(value)
                     other_shape = other_shape or (number, other.name)
@@ -134,8 +133,12 @@ class Worker:
         return Candidate(number, row, side == "heldout", content, key)
 
     def _documents(self, rows: list[Candidate], refused: list[tuple[int, str, str]]) -> tuple[np.ndarray, list[str]]:
-        """Tokenise rows, the pieces of those that are split included, and write them."""
+        """Tokenise rows, the pieces of those that are split included, and write them.
+
+        A row of which one piece is refused is refused as a whole, once.
+        """
         made: list[Document] = []
+        bad: set[int] = set()
         while rows:
             pieces: list[Candidate] = []
             rendered = self.renderer.render([candidate.row for candidate in rows])
@@ -153,13 +156,16 @@ class Worker:
                         side: Side = "heldout" if candidate.heldout else "train"
                         pieces += [self._check(candidate.number, part, side) for part in parts]
                 except Invalid as reason:
-                    refused.append((candidate.number, reason.reason, reason.message))
+                    if candidate.number not in bad:
+                        refused.append((candidate.number, reason.reason, reason.message))
+                        bad.add(candidate.number)
             rows = pieces
-        return self._write(made)
+        return self._write([document for document in made if document.of.number not in bad])
 
     def _refuse(self, row: Row, found: Encoded) -> None:
         """Raise Invalid if a model should not learn a row."""
-        if found.suspect and self.job.recipe.secrets == "reject":
+        unusual = row.tools or any(len(message) > 2 for message in row.messages)  # templates may not render all of it
+        if (found.suspect or unusual) and self.job.recipe.secrets == "reject":
             refuse_secret("\n".join(row.texts()))
         if token := self.renderer.special_in(row.texts()):
             raise Invalid(

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, processors
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
@@ -147,6 +148,51 @@ def test_a_template_that_renders_earlier_turns_otherwise_is_masked_right() -> No
     thinking = LLAMA3.replace("+ message['content'] | trim", f"+ {think} + message['content'] | trim")
     tokenizer = byte_level(LLAMA3_SPECIALS, thinking)
     assert trained_text(tokenizer, row("a", "b", "c", "d")) == "b<|eot_id|><think>\n\n</think>\n\nd<|eot_id|>"
+
+
+def test_an_end_of_turn_token_that_takes_the_line_break_behind_it_is_trained() -> None:
+    """As Phi 3's <|end|>, an added token with rstrip."""
+    tokenizer = byte_level(["<s>", "<|end|>"], CHATML.replace("<|im_end|>", "<|end|>").replace("<|im_start|>", "<s>"))
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True)])
+    tokens, trained = encode(tokenizer, row("a", "b", "c", "d"))
+    assert tokenizer.decode(tokens[trained]) == "b<|end|>d<|end|>"
+
+
+def test_a_post_processor_does_not_hide_the_spaces_of_code() -> None:
+    tokenizer = byte_level(LLAMA3_SPECIALS, LLAMA3)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert trained_text(tokenizer, row("a", "if x:\n    return  1")) == "if x:\n    return  1<|eot_id|>"
+
+
+def test_labels_do_not_depend_on_what_was_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = row("word", "label", "two", "second")
+    remembered = trained_text(llama3(), conversation), trained_text(byte_tokenizer(64), conversation)
+    monkeypatch.setattr("tasks.preprocess.tokens.MOST_PIECES", 0)
+    assert (trained_text(llama3(), conversation), trained_text(byte_tokenizer(64), conversation)) == remembered
+
+
+def test_tool_calls_are_trained_where_reasoning_is_shown_in_the_last_turn_only() -> None:
+    """As Qwen 3 has it."""
+    think = "{{ '<think>\n\n</think>\n\n' if loop.last and message.role == 'assistant' else '' }}"
+    tokenizer = byte_level(
+        ["<|endoftext|>", "<|im_end|>", "<|im_start|>"],
+        CHATML.replace("{% if message.content", think + "{% if message.content"),
+    )
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "10:42"},
+        {"role": "assistant", "content": "It is 10:42."},
+    ]
+    learnt = trained_text(tokenizer, Row(messages, None, None, "g", "s"))
+    assert learnt.count("<|im_end|>") == 2
+    assert learnt.startswith("<tool_call>")
+    assert learnt.endswith("<think>\n\n</think>\n\nIt is 10:42.<|im_end|>")
+
+
+def test_a_template_that_tells_the_date_tells_the_same_one_tomorrow() -> None:
+    tokenizer = byte_level(LLAMA3_SPECIALS, "{{ strftime_now('%d %b %Y') }}" + LLAMA3)
+    assert tokenizer.decode(encode(tokenizer, row("a", "b"))[0]).startswith("26 Jul 2024")
 
 
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}

@@ -18,7 +18,7 @@ from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe, Demonstration
 from tasks.storage import DirectoryStore, digest_directory
 from tests.conftest import chat, write_jsonl
-from tests.preprocess.tokenizers import llama3
+from tests.preprocess.tokenizers import chatml, llama3
 
 ROWS = [chat(f"question {number}", f"answer {number}", group=str(number // 3)) for number in range(300)]
 DRAW = random.Random(2)
@@ -172,6 +172,35 @@ def test_long_rows_are_split_between_turns(store: DirectoryStore, tmp_path: Path
 def test_a_turn_that_is_too_long_by_itself_is_not_split(store: DirectoryStore, tmp_path: Path) -> None:
     with pytest.raises(Problems, match="one turn alone is 211 tokens long"):
         prepare_rows(tmp_path / "a.jsonl", [*ROWS[:30], chat("x" * 200, "seven c")], store, over_context="split")
+
+
+def test_a_row_is_split_whole_or_not_at_all(store: DirectoryStore, tmp_path: Path) -> None:
+    turns = [("user", "x" * 200), ("assistant", "y"), ("user", "short"), ("assistant", "y")] * 2
+    bad = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    dataset = prepare_rows(tmp_path / "a.jsonl", [*ROWS, bad], store, over_context="split")
+    assert dataset.train_rows + dataset.heldout_rows == len(ROWS)
+    assert card_of(dataset, store)["rejected"] == {"over the context": 1}
+
+
+def test_the_order_of_keys_is_told_apart_and_changes_nothing(store: DirectoryStore, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    chatml().save_pretrained(tokenizer)
+
+    def call(arguments: dict) -> dict:
+        said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        return {"messages": [{"role": "user", "content": "x"}, said]}
+
+    rows = [*ROWS, call({"a": 1, "b": 2}), call({"b": 2, "a": 1})]
+    options = {"base": Base(location=str(tokenizer)), "context": 512}
+    one, other = (prepare_rows(tmp_path / "a.jsonl", list(order), store, **options) for order in (rows, reversed(rows)))
+    assert one.digest == other.digest
+    assert one.train_rows + one.heldout_rows == len(rows)
+
+
+def test_a_secret_is_found_each_time(store: DirectoryStore, tmp_path: Path) -> None:
+    rows = [chat("ghp_" + "a1B2c3" * 6, f"b{n}") for n in range(5)]
+    dataset = prepare_rows(tmp_path / "a.jsonl", [*ROWS, *rows], store, max_reject_fraction=0.1)
+    assert card_of(dataset, store)["rejected"] == {"secret": 5}
 
 
 def test_long_rows_are_truncated_and_counted(store: DirectoryStore, tmp_path: Path) -> None:

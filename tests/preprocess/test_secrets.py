@@ -22,7 +22,11 @@ SECRETS = {  # made up, and put together here so that no scanner takes this file
     "Private Key": ["-----BEGIN RSA " + "PRIVATE KEY-----", "-----BEGIN OPENSSH " + "PRIVATE KEY-----"],
     "PyPI Token": ["pypi-AgEIcHlwaS5vcmc" + RUN[:80]],
     "SendGrid API Key": ["SG." + RUN[:22] + "." + RUN[:43]],
-    "Slack Token": ["xoxb-" + "12345-67890-abcdef", "https://hooks.slack.com/services/T0/B0/" + RUN[:24]],
+    "Slack Token": [
+        "xoxb-" + "1-a",
+        "xoxb-" + "12345-67890-abcdef",
+        "https://hooks.slack.com/services/T0/B0/" + RUN[:24],
+    ],
     "Square OAuth Secret": ["sq0csp-" + RUN[:43]],
     "Stripe Access Key": ["sk_live_" + RUN[:24]],
     "Telegram Bot Token": ["110201543:AA" + RUN[:33]],

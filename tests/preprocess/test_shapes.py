@@ -94,6 +94,12 @@ def test_columns_are_optional_and_those_not_used_are_counted() -> None:
     assert ignored == {"id": 1}
 
 
+def test_keys_of_messages_that_are_not_used_are_counted() -> None:
+    ignored: Counter[str] = Counter()
+    to_row({"messages": [{**ASKED[0], "time": "10:42"}, ASKED[1]]}, shape_named("chat"), RECIPE, ignored)
+    assert ignored == {"messages.time": 1}
+
+
 def test_a_shape_that_the_recipe_names_is_not_guessed() -> None:
     with pytest.raises(Invalid, match="must have instruction and output"):
         to_row({"messages": ASKED}, shape_named("alpaca"), RECIPE, Counter())
@@ -172,6 +178,14 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     assert names(str(tmp_path)) == ["E.JSONL.GZ", "a.csv", "b.jsonl", "deep/c.parquet"]
     assert names(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
     assert names(f"file://{tmp_path}/**/*.[cp]*") == ["a.csv", "deep/c.parquet"]
+
+
+def test_files_of_unknown_kinds_are_told(store: DirectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_jsonl(tmp_path / "rows" / "a.jsonl", ROWS)
+    (tmp_path / "rows" / "b.jsonl.bz2").write_text("x")
+    prepare_file(tmp_path / "rows", store)
+    assert "1 files in" in (told := capsys.readouterr().out)
+    assert "b.jsonl.bz2" in told
 
 
 @pytest.mark.parametrize("what", ["missing", "nothing", "*.jsonl"])

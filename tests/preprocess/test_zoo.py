@@ -86,6 +86,13 @@ LINES = {  # a line among good ones, and what is said of it
     "arguments too large a number": (call(name="f", arguments={"n": 2**70}), "cannot be kept"),
     "a call by the user": (
         b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}\n', "only an assistant may have"),
+    "a turn not to be trained": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}\n',
+        "message 2 has weight 0, and every assistant's turn is trained"),
+    "a call that the template leaves out": (call(name="f", arguments={}), "leaves out the row's tool calls"),
+    "tools that the template leaves out": (
+        messages(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]), "leaves out the row's tools"),
+    "half a character in a column's name": (b'{"\\ud83d": 1}\n', "the columns are \\ud83d"),
     "tools no list": (messages(("user", "a"), ("assistant", "b"), tools={"a": 1}), "tools must be a list"),
     "group a list": (messages(("user", "a"), ("assistant", "b"), group=["x"]), "group must be a text or a whole"),
     "slice a fraction": (messages(("user", "a"), ("assistant", "b"), slice=0.5), "slice must be a text or a whole"),
@@ -123,6 +130,10 @@ def damaged_parquet(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
+def doubled_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text"] * 2), path)
+
+
 FILES = {  # a whole file: its name, what is in it, and what is said
     "empty": ("rows.jsonl", b"", "the file is empty; fill it or remove it"),
     "an empty array": ("rows.json", b"[]", "the file holds no rows"),
@@ -141,6 +152,12 @@ FILES = {  # a whole file: its name, what is in it, and what is said
     "a Parquet row": (
         "rows.parquet", parquet({"prompt": ["a", None], "completion": ["b", "c"]}), "rows.parquet:2: no conversation"),
     "a number in Parquet": ("rows.parquet", parquet({"text": [1]}), "rows.parquet:1: text must be a text, not a"),
+    "a time that no clock shows": (
+        "rows.parquet", parquet({"text": ["a"], "at": pa.array([2**62], pa.timestamp("us"))}), "a value that cannot"),
+    "a Parquet column twice": ("rows.parquet", doubled_parquet, "two columns have one name"),
+    "an array with an endless number": ("rows.json", b"[" + b"9" * 5000 + b"]", "not valid JSON (a number"),
+    "half a character said by a function": (
+        "rows.jsonl", b'{"conversations": [{"from": "function_call", "value": "\\ud83d"}]}\n', ":1: not UTF-8"),
     "a CSV that is not UTF-8": ("rows.csv", b"prompt,completion\na,\xe9\n", "not UTF-8 text"),
     "a CSV with a byte order mark": ("rows.csv", b"\xef\xbb\xbfprompt,completion\na,b\n", "byte order mark"),
     "a CSV without a header": ("rows.csv", b",b\n1,2\n", "the first line must name each column once"),
