@@ -10,7 +10,7 @@ from flytekit import HashMethod, task, workflow
 from flytekit.core.local_cache import LocalTaskCache
 
 from tasks.contracts import Base, Dataset, Source, cache_key
-from tasks.preprocess.rows import digest_source
+from tasks.preprocess.sources import digest_source
 from tasks.preprocess.task import preprocess_data
 from tasks.recipe import DataRecipe, Recipe
 from tasks.settings import load_settings
