@@ -87,10 +87,10 @@ def test_a_changed_recipe_runs_only_what_depends_on_it(home: Home) -> None:
 def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
     server = home.served()
     rows = [chat(f"question {number}", "answer") for number in range(1500)]
-    path = write_jsonl(home.directory / "bad.jsonl", [*rows, {"text": "no conversation"}])
+    path = write_jsonl(home.directory / "bad.jsonl", [*rows, *[{"question": "no answer"}] * 20])
     for arguments, says in (
         (["--data_path", str(home.directory / "nowhere.jsonl")], "no such file"),
-        (["--data_path", str(path)], "1 of 1501 rows cannot be used"),
+        (["--data_path", str(path)], "20 of 1520 rows cannot be used"),
         (["--recipe", "tiny-cp"], "Did you mean"),
     ):
         status, output = home.run(*arguments)
