@@ -96,7 +96,7 @@ def assemble(
         _write_rows(chosen.heldout, part, staged / "heldout.jsonl")
         tokenizer.save_pretrained(staged / "tokenizer")
         files = digest_directory(staged)[1]
-        facts = _facts(part, chosen, packed, data, _format(base, data))
+        facts = _facts(part, chosen, packed, data, chat_format(tokenizer, _name(base)))
         digest = digest_json([files, facts])
         read_from = {"uri": source.uri, "heldout": source.heldout, "digest": source.digest, "shapes": part.shapes}
         card = {"kind": "dataset", "digest": digest, "source": read_from, **facts}

@@ -31,19 +31,12 @@ def select(part: Part, near: float | None) -> Selection:
     table, part.documents = part.documents, part.documents[:0]
     order = np.argsort(table["key"], kind="stable")
     on_heldout = table["heldout"][order]
-    removed = {"duplicate": 0, "in evaluation": 0, "near evaluation": 0, "near duplicate": 0}
+    removed = {"duplicate": 0}
     heldout, train = (_without_duplicates(table, order[side], removed) for side in (on_heldout, ~on_heldout))
     del table
-    for reason in ("in evaluation", "near evaluation", "near duplicate"):
-        if reason == "in evaluation":
-            out = np.isin(train["content"], heldout["content"])
-        elif reason == "near evaluation":
-            out = overlapping(part, train, heldout)
-        else:
-            out = _near(part, train, near)
-        if out.any():
-            removed[reason] = int(out.sum())
-            train = train[~out]
+    train = _without(train, np.isin(train["content"], heldout["content"]), "in evaluation", removed)
+    train = _without(train, overlapping(part, train, heldout), "near evaluation", removed)
+    train = _without(train, _near(part, train, near), "near duplicate", removed)
     return Selection(train, heldout, {reason: count for reason, count in removed.items() if count})
 
 
@@ -51,6 +44,11 @@ def _without_duplicates(table: np.ndarray, places: np.ndarray, removed: dict[str
     _, first = np.unique(table["content"][places], return_index=True)
     removed["duplicate"] += len(places) - len(first)
     return table[places[np.sort(first)]]
+
+
+def _without(documents: np.ndarray, out: np.ndarray, reason: str, removed: dict[str, int]) -> np.ndarray:
+    removed[reason] = int(out.sum())
+    return documents[~out] if removed[reason] else documents
 
 
 def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:

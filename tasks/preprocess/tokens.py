@@ -228,9 +228,8 @@ def _whole(encoding: Any, spans: Sequence[Span]) -> np.ndarray:
     document = np.array(encoding.ids, dtype=np.uint32)
     starts = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
     for begin, end in spans:
-        document[(starts >= begin) & (starts < end)] |= (
-            TRAINED  # an end-of-turn token may take the line break behind it
-        )
+        # By where a token starts: that of the end of a turn may take the line break behind it.
+        document[(starts >= begin) & (starts < end)] |= TRAINED
     return document
 
 
