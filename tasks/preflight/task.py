@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 from flytekit import HashMethod, task
 
 from tasks.contracts import Base, Source, cache_key
+from tasks.interrupts import keep_interrupts
 from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
 @task
 def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
+    keep_interrupts()
     started = time.time()
     loaded, source, base = check_all(data_path, recipe)
     return Plan(loaded, source, base, started)
