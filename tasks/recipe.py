@@ -100,6 +100,7 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["all-linear"], min_length=1)
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
 
 
 class TrainingRecipe(Section):
@@ -109,21 +110,52 @@ class TrainingRecipe(Section):
     lora: Lora | None = None
     nodes: Literal[1, 2] = 1
     processes: Literal[1, 2] = Field(1, description="processes a node (GPUs on the cluster)")
+    parallelism: Literal["auto", "ddp", "fsdp", "hybrid"] = Field(
+        "auto",
+        description="a replica a process, or weights, gradients and optimizer sharded over all (fsdp) or within each "
+        "node (hybrid); auto is ddp where that fits, else hybrid on several nodes, else fsdp",
+    )
     rows_per_step: int = Field(ge=1, description="packed rows in a global batch")
+    rows_per_forward: int | None = Field(
+        None, ge=1, description="packed rows that a process takes at once; without it, its whole share of a step"
+    )
     epochs: float = Field(gt=0, le=1000)
     learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine", description="how the learning rate falls; wsd keeps it and lets the last fifth of the steps decay"
+    )
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute activations in the backward pass: of every second layer, or of all"
+    )
+    compile: bool = Field(False, description="torch.compile each layer: a slower first step, faster ones after it")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop when the held-out loss has not improved so many times in a row"
+    )
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    checkpoint_steps: int | None = Field(None, ge=1, description="also save every so many steps")
+    keep_checkpoints: int = Field(2, ge=1)
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps left out for a loss or gradient that is not finite or explodes, before it gives up"
+    )
+    gpu_temperature_limit: float = Field(85.0, gt=0, description="degrees Celsius; above it, training slows down")
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingRecipe":
         if (self.lora is None) != (self.method == "full"):
             raise ValueError("method lora or qlora needs the section lora, and full has none")
-        if self.rows_per_step % (self.nodes * self.processes):
-            raise ValueError(f"rows_per_step must be a multiple of nodes x processes ({self.nodes * self.processes})")
+        world = self.nodes * self.processes
+        if self.rows_per_step % world:
+            raise ValueError(f"rows_per_step must be a multiple of nodes x processes ({world})")
+        share = self.rows_per_step // world
+        if self.rows_per_forward and share % self.rows_per_forward:
+            raise ValueError(f"rows_per_forward must divide a process's share of rows_per_step ({share})")
+        if self.parallelism == "hybrid" and self.nodes == 1:
+            raise ValueError("parallelism hybrid needs several nodes; on one, use fsdp")
         return self
 
 
