@@ -189,6 +189,8 @@ class Recipe(Section):
     def _answers_fit(self) -> "Recipe":
         if self.evaluation.max_new_tokens >= self.data.context:
             raise ValueError(f"evaluation.max_new_tokens must be less than data.context ({self.data.context})")
+        if self.training.lora and self.model.architecture:
+            raise ValueError("training.method lora adapts a base model; give model.base, not model.architecture")
         return self
 
 

@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
     )
     serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of the Prometheus endpoint that a training run has while it lasts; 0: none"
+    )
     s3_endpoint: str = Field("", description="URL of the S3 server that s3:// sources are on, such as http://host:9000")
     s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")
@@ -49,6 +52,11 @@ class Settings(BaseSettings):
     def failures(self) -> Path:
         """What training ranks that failed had to say."""
         return self.home / "failures"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of training jobs that have not ended."""
+        return self.home / "checkpoints"
 
     @property
     def serving(self) -> Path:

@@ -10,7 +10,7 @@ import torch
 from tasks.contracts import Base, Dataset, Evaluation, Model, Source
 from tasks.evaluate.evaluate import evaluate
 from tasks.finetune.processes import Rank
-from tasks.finetune.train import train
+from tasks.finetune.run import train
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import Recipe
@@ -81,6 +81,6 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
     dataset = prepare(source, recipe.data, Base(), store)
     rank = Rank(0, 1, torch.device("cpu"))
-    model = train(rank, dataset, Base(), recipe.model, recipe.training, store)
+    model = train(rank, dataset, Base(), recipe.model, recipe.training, store, settings)
     assert model is not None
     return Trained(settings, store, dataset, model, evaluate(dataset, model, recipe.evaluation, store))

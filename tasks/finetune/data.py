@@ -1,4 +1,4 @@
-"""Packed rows, memory-mapped, in an order that the seed alone decides, and the mask that keeps documents apart."""
+"""Packed rows, memory-mapped, in an order that the seed alone decides."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,19 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows as tensors.
+    """Packed rows as int64 tensors [rows, context].
 
-    tokens, positions (int64 [rows, context]); targets (int64 [rows, context]): the token to predict at each place,
-    IGNORED where none is trained; mask (bool [rows, 1, context, context]): which places each place may attend to.
+    `positions` restart with each document, which is how transformers' models tell documents apart: attention stays
+    within them. `targets` are the tokens to predict at each place, IGNORED where none is trained.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    mask: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device), self.mask.to(device))
+        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device))
 
 
 class PackedRows:
@@ -56,7 +55,7 @@ class PackedRows:
         targets = torch.full_like(tokens, IGNORED)
         trained = torch.from_numpy(self._rows(self._trained, rows))[:, 1:]
         targets[:, :-1][trained] = tokens[:, 1:][trained]
-        return Batch(tokens, positions(document), targets, block_mask(document))
+        return Batch(tokens, positions(document), targets)
 
 
 def positions(document: torch.Tensor) -> torch.Tensor:
@@ -65,15 +64,6 @@ def positions(document: torch.Tensor) -> torch.Tensor:
     first = torch.ones_like(document, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     return place - torch.where(first, place, 0).cummax(dim=1).values
-
-
-def block_mask(document: torch.Tensor) -> torch.Tensor:
-    """Causal attention within documents only: bool [rows, 1, context, context], true where attention is allowed.
-
-    Padding (document 0) attends to padding, so that no place attends to nothing.
-    """
-    same = document[:, :, None] == document[:, None, :]
-    return torch.tril(same)[:, None]
 
 
 class Order:

@@ -1,20 +1,28 @@
-"""The model: built from an architecture or loaded from a base model, and the loss on trained tokens."""
+"""The model: built from an architecture or loaded from a base model, with an adapter if the recipe wants one."""
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig
+from accelerate import init_empty_weights
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.finetune.data import IGNORED, Batch
-from tasks.recipe import ModelRecipe
+from tasks.recipe import Lora, ModelRecipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTER = "default"  # peft's name for the only one
 
 
-def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, seed: int) -> Any:
-    """A causal language model in fp32: new weights for an architecture (the same for a seed), else the base's."""
+def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, seed: int, dtype: torch.dtype) -> Any:
+    """A causal language model: new weights for an architecture (the same for a seed), else the base's."""
     torch.manual_seed(seed)
     if recipe.architecture is not None:
         config = LlamaConfig(
@@ -30,35 +38,102 @@ def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, s
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base.location,
-            revision=base.revision,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
+            base.location, revision=base.revision or None, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-class TrainedTokenLoss(nn.Module):
-    """Cross entropy summed over the trained tokens of a batch (a scalar, nats).
+def load_config(base: Base) -> Any:
+    """The base model's configuration."""
+    try:
+        return AutoConfig.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
-    Logits are made for the places that have a target alone: most places of a chat have none.
+
+def build_empty(base: Base, dtype: torch.dtype) -> Any:
+    """The base model without its weights (on the meta device); buffers, which no file holds, are there."""
+    config = load_config(base)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def load_sharded(causal: Any, base: Base, device: torch.device) -> None:
+    """Give an empty model that is sharded its weights: each rank reads its own part of the files."""
+    directory = local_directory(base)
+    named = [*causal.named_parameters(), *causal.named_buffers()]
+    real = {name: tensor.detach().to(device, copy=True) for name, tensor in named if not tensor.is_meta}
+    causal.to_empty(device=device)  # which empties buffers and adapters too
+    with torch.no_grad():
+        for name, tensor in [*causal.named_parameters(), *causal.named_buffers()]:
+            if name in real:
+                tensor.copy_(real[name])
+    causal.tie_weights()
+    names = weight_names(directory)
+    state = {name.replace(".base_layer.", "."): weight for name, weight in causal.state_dict().items()}
+    wanted = {name.replace(".base_layer.", ".") for name, _ in named if name not in real}
+    if missing := sorted(wanted - names - set(causal.all_tied_weights_keys or ())):
+        raise ForgeError(
+            f"base model {base.location}: its files name weights in another way than the model does ({missing[0]} is "
+            "missing); set training.parallelism to ddp"
+        )
+    state = {name: weight for name, weight in state.items() if name in wanted & names}
+    checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+
+
+def local_directory(base: Base) -> Path:
+    """Where the base model's files are on this machine; downloads them from the hub if they are not."""
+    if Path(base.location).is_dir():
+        return Path(base.location)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(base.location, revision=base.revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def weight_names(directory: Path) -> set[str]:
+    """Names of the weights in a directory's safetensors."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        return set(json.loads(index.read_text())["weight_map"])
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def add_adapter(causal: Any, lora: Lora, seed: int) -> Any:
+    """Freeze a model and give it a low-rank adapter to train (fp32), which starts as no change at all.
+
+    The model is changed in place; returns peft's view of it, for saving.
     """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run the model on a batch of packed rows."""
-        hidden = self.model.base_model(
-            input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
-        trained = batch.targets != IGNORED
-        logits = self.model.get_output_embeddings()(hidden[trained]).float()
-        return functional.cross_entropy(logits, batch.targets[trained], reduction="sum")
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going
+            adapted = get_peft_model(causal, config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ForgeError(f"training.lora.target_modules {targets}: {reason}") from None
+    torch.manual_seed(seed)
+    for module in causal.modules():
+        if isinstance(module, LoraLayer):
+            for part in (module.lora_A, module.lora_B):
+                if part[ADAPTER].weight.is_meta:  # as the model is that gets its weights later
+                    part.to_empty(device="cpu")
+            module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    return adapted

@@ -3,13 +3,15 @@
 import contextlib
 import ctypes
 import datetime
+import gc
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ class Rank:
     rank: int
     world: int
     device: torch.device
+    stop: threading.Event = field(default_factory=threading.Event)  # set when it is told to end
 
     @property
     def first(self) -> bool:
@@ -45,7 +48,8 @@ def joined(failure: Path) -> Iterator[Rank]:
     one has gone in the middle of a collective) raises the first one's instead. An error that may be such a
     consequence waits a moment before it is written, in which a killed rank's launcher ends this one too.
     """
-    _end_with_parent()
+    stop = threading.Event()
+    _end_with_parent(stop)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACES)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -56,15 +60,22 @@ def joined(failure: Path) -> Iterator[Rank]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     try:
         if world > 1:
-            distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-        yield Rank(rank, world, device)
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        yield Rank(rank, world, device, stop)
     except Exception as error:
         if world > 1 and isinstance(error, RuntimeError):  # what collectives raise
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if stop.is_set():
+                signal.raise_signal(signal.SIGTERM)
             time.sleep(ROOT_CAUSE_WAIT)
         first = _record_first(failure, rank, error)
+        traceback.clear_frames(error.__traceback__)
         raise ForgeError(describe_failure(first)) from error
     finally:
         if distributed.is_initialized():
+            # What still held the group (DDP does) would end it later, with the interpreter's lock in hand, for which
+            # the group's own threads may be waiting: a deadlock.
+            gc.collect()
             distributed.destroy_process_group()
 
 
@@ -105,9 +116,9 @@ def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
     return found
 
 
-def _end_with_parent() -> None:
-    """End at once on a signal, and when the launcher dies, even by SIGKILL (the latter on Linux)."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def _end_with_parent(stop: threading.Event) -> None:
+    """End at once on Ctrl-C, after the step on SIGTERM, and when the launcher dies, even by SIGKILL (on Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,9 +3,13 @@
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from tasks.finetune.train import Facts
 
 LINE_EVERY = 10.0  # seconds, where the output is no terminal
 
@@ -13,9 +17,10 @@ LINE_EVERY = 10.0  # seconds, where the output is no terminal
 class TrainingProgress:
     """Shows step, loss, tokens a second and time left. Silent when `shown` is false (every rank but the first)."""
 
-    def __init__(self, steps: int, shown: bool) -> None:
+    def __init__(self, steps: int, facts: "Facts", shown: bool) -> None:
         self.steps, self.shown = steps, shown
-        self.started = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._before = facts.step, facts.tokens, facts.seconds
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(
@@ -39,16 +44,19 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
-        """Tell how far it is: steps done, loss of the last ones (nats a trained token), tokens so far."""
+    def update(self, facts: "Facts") -> None:
+        """Tell how far it is."""
         if not self.shown:
             return
+        step, tokens, seconds = self._before
+        elapsed = max(facts.seconds - seconds, 1e-9)
+        loss = f"loss {facts.curve[-1]['loss']:.4f}  " if facts.curve else ""
+        skipped = f"  {len(facts.skipped)} skipped" if facts.skipped else ""
+        figures = f"{loss}{(facts.tokens - tokens) / elapsed:,.0f} tokens/s{skipped}"
         now = time.monotonic()
-        elapsed = max(now - self.started, 1e-9)
-        figures = f"loss {loss:.4f}  {tokens / elapsed:,.0f} tokens/s"
         if self._bar:
-            self._bar.update(self._task, completed=step, figures=figures)
-        elif now - self._last >= LINE_EVERY or step == self.steps:
+            self._bar.update(self._task, completed=facts.step, figures=figures)
+        elif now - self._last >= LINE_EVERY or facts.step == self.steps:
             self._last = now
-            left = elapsed / step * (self.steps - step)
-            print(f"train: step {step:,}/{self.steps:,}  {figures}  {left:.0f} s left", flush=True)
+            left = elapsed / (facts.step - step) * (self.steps - facts.step)
+            print(f"train: step {facts.step:,}/{self.steps:,}  {figures}  {left:.0f} s left", flush=True)

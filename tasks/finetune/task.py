@@ -90,9 +90,10 @@ def train_model(
 ) -> Annotated[Model, HashMethod(cache_key)]:
     """Packed rows and a base model (or an architecture) to a trained model in the store."""
     from tasks.finetune.processes import joined
-    from tasks.finetune.train import train
+    from tasks.finetune.run import train
 
     with joined(failure_file(os.getppid())) as rank:
-        trained = train(rank, dataset, base, model, training, open_store(load_settings()))
+        settings = load_settings()
+        trained = train(rank, dataset, base, model, training, open_store(settings), settings)
     # Flyte takes the first rank's value; the others have none, and any will do.
     return trained or Model(uri="", digest="", store="", base=Base())

@@ -1,189 +1,313 @@
-"""The training run: one readable loop, the same on one process or many."""
+"""The training run: one readable loop, the same on one process or many, that goes on where it was broken off."""
 
 import json
 import math
-import platform
+import statistics
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
-import transformers
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tasks.contracts import Base, Dataset, Model
+from tasks.cluster import architecture_config, find_gpus, measure_model, resolve_parallelism
+from tasks.contracts import Base
 from tasks.errors import ForgeError
+from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.data import Order, PackedRows
-from tasks.finetune.model import TrainedTokenLoss, build_model
+from tasks.finetune.flops import flops_per_token, peak_flops
+from tasks.finetune.gpu import CoolDown, gpu_temperature
+from tasks.finetune.loss import TrainedTokenLoss
+from tasks.finetune.model import DTYPES, add_adapter, build_empty, build_model, load_config, load_sharded
+from tasks.finetune.parallel import parallelize, sync_gradients
 from tasks.finetune.processes import Rank
 from tasks.finetune.progress import TrainingProgress
+from tasks.finetune.schedule import share
+from tasks.finetune.telemetry import Telemetry
 from tasks.recipe import ModelRecipe, TrainingRecipe
-from tasks.storage import DirectoryStore, digest_directory
 
 transformers_logging.disable_progress_bar()
-CARD = "training.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in which the weights are saved, evaluated and served
 POINTS = 100  # of the loss curve
 HELDOUT_POINTS = 10
 HELDOUT_ROWS = 64  # of the held-out rows, for the curve; evaluation scores the rest
+WARM_STEPS = 3  # not counted in the speed: kernels are chosen and layers compiled in them
+NORMS, EXPLODED = 32, 100  # a gradient norm of so many times the median of the last ones is no step to take
 
 
-def train(
-    rank: Rank, dataset: Dataset, base: Base, model: ModelRecipe, recipe: TrainingRecipe, store: DirectoryStore
-) -> Model | None:
-    """Train on a data set and publish the model; the first rank returns it.
-
-    The result is a directory: `model/` (Hugging Face format, safetensors, with its tokenizer), `base/` (the random
-    weights it started from, when trained from scratch) and the card `training.json` (recipe, loss curve, speed).
-
-    Raises ForgeError naming the step where the loss or the gradient is no longer finite.
-    """
-    started = time.time()
-    data = store.path(dataset.uri)
-    context = json.loads((data / "dataset.json").read_text())["context"]
-    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
-    causal = build_model(model, base, tokenizer, context, recipe.seed).to(rank.device)
-    if not rank.first:
-        fit(rank, causal, data, recipe)
-        return None
-    with store.stage() as staged:
-        if model.architecture is not None:
-            save(causal, tokenizer, staged / "base")
-        curve, tokens_per_second = fit(rank, causal, data, recipe)
-        save(causal.to(DTYPES[recipe.precision]), tokenizer, staged / "model")
-        digest, _ = digest_directory(staged)
-        card = {
-            "kind": "model",
-            "digest": digest,
-            "base": (base if base.location else Base(location="random weights")).model_dump(),
-            "dataset": {"uri": dataset.uri, "digest": dataset.digest},
-            "parameters": causal.num_parameters(),
-            "recipe": {"model": model.model_dump(mode="json"), "training": recipe.model_dump(mode="json")},
-            "curve": curve,
-            "tokens_per_second": round(tokens_per_second),
-            "seconds": round(time.time() - started, 1),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        uri = store.publish(staged, "trained")
-    if not base.location:
-        base = Base(location=f"{uri}/base")
-    return Model(
-        uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
-    )
+class Stopped(ForgeError):
+    """Told to end by a signal, and saved."""
 
 
-def fit(rank: Rank, causal: Any, data: Path, recipe: TrainingRecipe) -> tuple[list[dict[str, float]], float]:
-    """Train the model in place; returns the loss curve and the speed in tokens a second (padding not counted)."""
-    rows, heldout = PackedRows(data / "train"), PackedRows(data / "heldout")
-    order = Order(len(rows), recipe.rows_per_step, recipe.epochs, recipe.seed)
-    loss_of: Any = TrainedTokenLoss(causal)
-    if rank.world > 1:
-        loss_of = DistributedDataParallel(
-            loss_of, device_ids=[rank.device.index] if rank.device.type == "cuda" else None
+@dataclass(frozen=True)
+class Job:
+    """What to train on what: a data set's directory, where to start from, and how."""
+
+    data: Path
+    base: Base
+    model: ModelRecipe
+    training: TrainingRecipe
+    checkpoints: Path  # a directory that is this job's alone, and all ranks see
+
+
+@dataclass
+class Facts:
+    """What the loop knows beside weights and optimizer. All of it is saved with them."""
+
+    step: int = 0  # steps done
+    tokens: int = 0  # seen, without padding
+    seconds: float = 0.0  # spent in steps
+    skipped: list[int] = field(default_factory=list)  # steps
+    norms: list[float] = field(default_factory=list)  # of the last gradients
+    loss: float = 0.0  # summed since the curve's last point (nats)
+    trained: int = 0  # tokens since then
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None  # of the lowest held-out loss, where training may stop early
+    best_loss: float = math.inf
+    worse: int = 0  # held-out losses in a row that were no better
+
+
+class Trainer:
+    """A job's model, optimizer and rows, on one rank."""
+
+    def __init__(self, rank: Rank, job: Job) -> None:
+        self.started = time.monotonic()
+        self.rank, self.job = rank, job
+        self.recipe = recipe = for_processes(job.training, rank.world)
+        self.context: int = json.loads((job.data / "dataset.json").read_text())["context"]
+        if recipe.method == "qlora":
+            raise ForgeError("training.method qlora: this version of Forge does not train it yet; set it to lora")
+        self.tokenizer = AutoTokenizer.from_pretrained(job.data / "tokenizer", trust_remote_code=False)
+        self.rows, self.heldout = PackedRows(job.data / "train"), PackedRows(job.data / "heldout")
+        self.order = Order(len(self.rows), recipe.rows_per_step, recipe.epochs, recipe.seed)
+        architecture = job.model.architecture
+        config = architecture_config(architecture, self.context) if architecture else load_config(job.base).to_dict()
+        gpu = min(find_gpus(), key=lambda one: one.memory, default=None) if rank.device.type == "cuda" else None
+        how = resolve_parallelism(measure_model(config), recipe, self.context, gpu)
+        sharded = how in ("fsdp", "hybrid")
+        empty = sharded and bool(job.base.location)
+        dtype = DTYPES[recipe.precision] if recipe.lora else torch.float32
+        if empty:
+            self.causal = build_empty(job.base, dtype)
+        else:
+            causal = build_model(job.model, job.base, self.tokenizer, self.context, recipe.seed, dtype)
+            self.causal = causal.to(rank.device)
+        self.adapter = add_adapter(self.causal, recipe.lora, recipe.seed) if recipe.lora else None
+        self.parameters = self.causal.num_parameters()
+        size = self.causal.config.get_text_config()
+        trained = self.causal.num_parameters(only_trainable=True, exclude_embeddings=True)
+        frozen = self.causal.num_parameters(exclude_embeddings=True) - trained
+        self._flops_per_token = flops_per_token(trained, frozen, size.num_hidden_layers, size.hidden_size, self.context)
+        self._cool_down = CoolDown(partial(gpu_temperature, rank.device), recipe.gpu_temperature_limit, rank.rank)
+        self.loss = parallelize(TrainedTokenLoss(self.causal), recipe, rank, how)
+        if empty:
+            load_sharded(self.causal, job.base, rank.device)
+        adapted = [parameter for parameter in self.causal.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [one for one in adapted if one.ndim >= 2], "weight_decay": recipe.weight_decay},
+                {"params": [one for one in adapted if one.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
         )
-    optimizer = torch.optim.AdamW(
-        causal.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
-    )
-    schedule = warmup_cosine(order.steps, recipe.warmup_fraction)
-    autocast = torch.autocast(rank.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-
-    def train_step(step: int) -> tuple[torch.Tensor, int, int]:
-        """One optimizer step. Returns this rank's summed loss, and the trained and all tokens of the global batch."""
-        chosen = order.step(step)
-        batch = rows.batch(chosen[rank.rank :: rank.world]).to(rank.device)
-        trained = int(rows.trained_tokens[chosen].sum())
-        with autocast:
-            loss = loss_of(batch)
-        # Each trained token of the global batch weighs the same; DDP averages over ranks, so undo its division.
-        (loss * rank.world / trained).backward()
-        norm = torch.nn.utils.clip_grad_norm_(causal.parameters(), recipe.gradient_clip)
-        if not torch.isfinite(norm):  # no rank steps, since all have the same gradient
-            raise ForgeError(
-                f"step {step + 1}: the gradient is not finite; lower training.learning_rate "
-                f"(it is {recipe.learning_rate}) or look for broken rows"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), trained, int(rows.all_tokens[chosen].sum())
-
-    curve: list[dict[str, float]] = []
-    every = max(1, order.steps // POINTS)
-    heldout_every = every * max(1, POINTS // HELDOUT_POINTS)
-    total, trained_since, tokens, waited = torch.zeros((), device=rank.device), 0, 0, 0.0
-    if rank.first:
-        print(
-            f"train: {causal.num_parameters():,} parameters, {order.steps:,} steps of {recipe.rows_per_step} rows, "
-            f"{rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}",
-            flush=True,
+        self.autocast = torch.autocast(
+            rank.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and not sharded
         )
-    causal.train()
-    with TrainingProgress(order.steps, rank.first) as progress:
-        for step in range(order.steps):
-            loss, trained, seen = train_step(step)
-            total, trained_since, tokens = total + loss, trained_since + trained, tokens + seen
-            done = step + 1
-            if done % every and done != order.steps:
-                continue
-            mean = summed(total, rank).item() / trained_since
-            if not math.isfinite(mean):
+        self.checkpoints = Checkpoints(job.checkpoints, rank, recipe.keep_checkpoints)
+        self.facts = Facts(**(self.checkpoints.load(self.causal, self.optimizer) or {}))
+        self.seconds_to_first_step = 0.0
+
+    def train(self, telemetry: Telemetry | None = None) -> None:
+        """Take every step that is left. Afterwards the model has its final weights, or its best ones.
+
+        The first rank's points of the loss curve go to `telemetry` too.
+
+        Raises Stopped after a signal, ForgeError where steps cannot be taken.
+        """
+        facts, steps, recipe = self.facts, self.order.steps, self.recipe
+        every = max(1, steps // POINTS)
+        heldout_every = every * max(1, POINTS // HELDOUT_POINTS)
+        if self.rank.first:
+            print(self._beginning(), flush=True)
+        self.loss.train()
+        saved_at = time.monotonic()
+        self._warm: tuple[int, float] | None = None
+        first = facts.step
+        with TrainingProgress(steps, facts, self.rank.first) as progress:
+            while facts.step < steps and not (recipe.early_stopping and facts.worse >= recipe.early_stopping):
+                begun = time.monotonic()
+                due = begun - saved_at > 60 * recipe.checkpoint_minutes
+                stop, save = self.train_step(facts.step, due)
+                facts.step += 1
+                facts.seconds += time.monotonic() - begun
+                if facts.step == first + 1:
+                    self.seconds_to_first_step = time.monotonic() - self.started
+                if facts.step == first + min(WARM_STEPS, steps - first - 1):
+                    self._warm = facts.tokens, facts.seconds
+                improved = False
+                if facts.step % every == 0 or facts.step == steps:
+                    improved = self._add_point(facts.step % heldout_every == 0 or facts.step == steps)
+                    progress.update(facts)
+                    if telemetry:
+                        telemetry.log(facts.step, self.figures())
+                    self._cool_down()
+                self.checkpoints.poll()
+                on_time = recipe.checkpoint_steps and facts.step % recipe.checkpoint_steps == 0
+                if stop or save or on_time or (improved and recipe.early_stopping):
+                    self.checkpoints.save(self.causal, self.optimizer, asdict(facts))
+                    saved_at = time.monotonic()
+                if stop and facts.step < steps:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        f"training was told to stop after step {facts.step:,} of {steps:,}; all of it is saved, "
+                        "and the same command goes on from there"
+                    )
+        if recipe.early_stopping and facts.best_step not in (None, facts.step):
+            self.checkpoints.load(self.causal, self.optimizer, facts.best_step)
+
+    def train_step(self, step: int, due: bool) -> tuple[bool, bool]:
+        """One optimizer step, or none where its loss or gradient is not to be trusted.
+
+        Returns whether any rank was told to stop, and whether the first one finds it time to save.
+        """
+        rank, recipe, facts = self.rank, self.recipe, self.facts
+        chosen = self.order.step(step)
+        mine = chosen[rank.rank :: rank.world]
+        trained = int(self.rows.trained_tokens[chosen].sum())
+        at_once = recipe.rows_per_forward or len(mine)
+        torch.manual_seed(hash((recipe.seed, step, rank.rank)))  # for dropout
+        total = torch.zeros((), device=rank.device)
+        for begin in range(0, len(mine), at_once):
+            batch = self.rows.batch(mine[begin : begin + at_once]).to(rank.device)
+            sync_gradients(self.loss, begin + at_once >= len(mine))
+            with self.autocast:
+                loss = self.loss(batch)
+            # Each trained token of the global batch weighs the same; gradients are averaged over the ranks, so the
+            # division by their number is undone here.
+            (loss * (rank.world / trained)).backward()
+            total += loss.detach()
+        told = torch.stack([total, total.new_tensor(rank.stop.is_set()), total.new_tensor(rank.first and due)])
+        loss_sum, stop, save = summed(told, rank).tolist()
+        gradient = torch.nn.utils.clip_grad_norm_(self.causal.parameters(), recipe.gradient_clip)
+        norm = float(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
+        if problem := self._problem(loss_sum, norm):
+            facts.skipped.append(step + 1)
+            if len(facts.skipped) > recipe.max_skipped_steps:
                 raise ForgeError(
-                    f"step {done}: the loss is not finite; lower training.learning_rate ({recipe.learning_rate})"
+                    f"step {step + 1}: {problem}; lower training.learning_rate (it is {recipe.learning_rate}) or look "
+                    f"at the packed rows {', '.join(map(str, sorted(chosen)))} of {self.job.data / 'train'}; "
+                    f"{len(facts.skipped)} steps were skipped for such reasons"
                 )
-            point = {"step": done, "tokens": tokens, "loss": mean}
-            if done % heldout_every == 0 or done == order.steps:
-                before = time.monotonic()
-                point["heldout_loss"] = heldout_loss(rank, loss_of, heldout)
-                waited += time.monotonic() - before
-            curve.append(point)
-            total, trained_since = torch.zeros_like(total), 0
-            progress.update(done, mean, tokens)
-    return curve, tokens / max(time.monotonic() - progress.started - waited, 1e-9)
+        else:
+            facts.norms = [*facts.norms, norm][-NORMS:]
+            facts.loss, facts.trained = facts.loss + loss_sum, facts.trained + trained
+            rate = recipe.learning_rate * share(recipe.schedule, step, self.order.steps, recipe.warmup_fraction)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        facts.tokens += int(self.rows.all_tokens[chosen].sum())
+        return stop > 0, save > 0
+
+    def _problem(self, loss: float, norm: float) -> str:
+        """Why a step is not to be taken; empty if nothing speaks against it. The same on all ranks."""
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        if not math.isfinite(norm):
+            return "the gradient is not finite"
+        norms = self.facts.norms
+        if len(norms) == NORMS and norm > EXPLODED * statistics.median(norms):
+            return f"the gradient explodes (norm {norm:.3g}, after a median of {statistics.median(norms):.3g})"
+        return ""
+
+    def _add_point(self, with_heldout: bool) -> bool:
+        """A point of the curve; whether its held-out loss is the best so far."""
+        facts = self.facts
+        point: dict[str, float] = {"step": facts.step, "tokens": facts.tokens, "seconds": round(facts.seconds, 3)}
+        if not facts.trained:  # all of its steps were skipped
+            return False
+        point["loss"] = facts.loss / facts.trained
+        facts.loss, facts.trained = 0.0, 0
+        improved = False
+        if with_heldout:
+            point["heldout_loss"] = heldout = self.heldout_loss()
+            improved = heldout < facts.best_loss
+            facts.worse = 0 if improved else facts.worse + 1
+            if improved:
+                facts.best_loss, facts.best_step = heldout, facts.step
+        facts.curve.append(point)
+        return improved
+
+    @torch.no_grad()
+    def heldout_loss(self) -> float:
+        """Mean loss (nats a trained token) on the first HELDOUT_ROWS held-out rows, shared out among the ranks."""
+        self.loss.eval()
+        chosen = torch.arange(min(HELDOUT_ROWS, len(self.heldout))).numpy()
+        total = torch.zeros((), device=self.rank.device)
+        at_once = self.recipe.rows_per_forward or self.recipe.rows_per_step // self.rank.world
+        for begin in range(0, len(chosen), at_once * self.rank.world):  # as many forward passes on every rank
+            mine = chosen[begin : begin + at_once * self.rank.world][self.rank.rank :: self.rank.world]
+            batch = self.heldout.batch(mine if len(mine) else chosen[:1]).to(self.rank.device)
+            with self.autocast:
+                loss = self.loss(batch)
+            total += loss if len(mine) else 0 * loss
+        self.loss.train()
+        return summed(total, self.rank).item() / int(self.heldout.trained_tokens[chosen].sum())
+
+    def figures(self) -> dict[str, float]:
+        """What is to be told of the last steps."""
+        figures = {name: value for name, value in self.facts.curve[-1].items() if name in ("loss", "heldout_loss")}
+        cuda = self.rank.device.type == "cuda"
+        return figures | {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": self.facts.norms[-1],
+            "tokens_per_second": self.tokens_per_second(),
+            "skipped_steps": len(self.facts.skipped),
+            "memory_bytes": torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss,
+        }
+
+    def flops(self) -> tuple[float, float]:
+        """Floating-point operations of a token, and the peak of all processes in a second."""
+        peak = peak_flops(self.rank.device, DTYPES[self.recipe.precision])
+        return self._flops_per_token, peak * self.rank.world
+
+    def tokens_per_second(self) -> float:
+        """Speed (padding not counted), the first steps left out."""
+        tokens, seconds = self._warm or (0, 0.0)
+        return (self.facts.tokens - tokens) / max(self.facts.seconds - seconds, 1e-9)
+
+    def _beginning(self) -> str:
+        rank, facts = self.rank, self.facts
+        return (
+            f"train: {self.parameters:,} parameters, {self.order.steps:,} steps of {self.recipe.rows_per_step} rows, "
+            f"{rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}"
+            + (f"; goes on after step {facts.step:,}, as saved" if facts.step else "")
+        )
 
 
-def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Share of the learning rate at a step: linear warm-up, then a cosine to zero (https://arxiv.org/abs/1608.03983)."""
-    warmup = max(1, round(steps * warmup_fraction))
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return share
-
-
-@torch.no_grad()
-def heldout_loss(rank: Rank, loss_of: Any, rows: PackedRows) -> float:
-    """Mean loss (nats a trained token) on the first HELDOUT_ROWS held-out rows, shared out among the ranks."""
-    loss_of.eval()
-    module = loss_of.module if isinstance(loss_of, DistributedDataParallel) else loss_of
-    chosen = torch.arange(min(HELDOUT_ROWS, len(rows))).numpy()
-    mine = chosen[rank.rank :: rank.world]
-    total = module(rows.batch(mine).to(rank.device)) if len(mine) else torch.zeros((), device=rank.device)
-    loss_of.train()
-    return summed(total, rank).item() / int(rows.trained_tokens[chosen].sum())
+def for_processes(recipe: TrainingRecipe, world: int) -> TrainingRecipe:
+    """The recipe with as many processes as there are; ForgeError where its rows cannot be shared out among them."""
+    share, rest = divmod(recipe.rows_per_step, world)
+    if rest or world % recipe.nodes:
+        raise ForgeError(
+            f"{world} processes cannot share out training.rows_per_step {recipe.rows_per_step} on {recipe.nodes} "
+            "node(s); change one of them"
+        )
+    at_once = recipe.rows_per_forward
+    return recipe.model_copy(
+        update={"processes": world // recipe.nodes, "rows_per_forward": at_once and math.gcd(at_once, share)}
+    )
 
 
 def summed(value: torch.Tensor, rank: Rank) -> torch.Tensor:
-    """A scalar summed over the ranks."""
+    """A tensor summed over the ranks."""
     value = value.detach().clone()
     if rank.world > 1:
         distributed.all_reduce(value)
     return value
-
-
-def save(causal: Any, tokenizer: Any, directory: Path) -> None:
-    """Write model and tokenizer in Hugging Face format (safetensors)."""
-    causal.save_pretrained(directory, safe_serialization=True)
-    tokenizer.save_pretrained(directory)

@@ -1,10 +1,12 @@
 """The checks. Each looks at one thing a later stage needs, and says what to do about it."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from tasks.cluster import GPU, architecture_config, check_fit, measure_model, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.preprocess.sample import check_source
@@ -38,9 +40,12 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
     found = attempt(lambda: check_data(data))
     base = None
     if loaded is not None:
-        training, model = loaded.training, loaded.model
-        attempt(lambda: check_training(training))
-        base = attempt(lambda: find_base(model))
+        wanted = loaded
+        gpus = attempt(lambda: check_training(wanted.training))
+        base = attempt(lambda: find_base(wanted.model))
+        if gpus is not None and base is not None:
+            here, start = gpus, base
+            attempt(lambda: check_memory(wanted, start, here))
     store = None
     settings = attempt(load_settings)
     if settings is not None:
@@ -86,14 +91,32 @@ def check_data(recipe: DataRecipe) -> tuple[DataRecipe, str]:
     return recipe, digest_source(recipe)
 
 
-def check_training(recipe: TrainingRecipe) -> None:
-    """The method and the shape are ones that can run here."""
-    if recipe.method != "full":
-        raise ForgeError(
-            f"training.method {recipe.method}: this version of Forge trains whole models only; set it to full"
-        )
+def check_training(recipe: TrainingRecipe) -> list[GPU]:
+    """The method and the shape are ones that can run here; returns the GPUs of a node, none where CPUs train."""
+    problems = []
     if recipe.nodes > 1:
-        raise ForgeError(f"training.nodes {recipe.nodes}: this version of Forge trains on one node only; set it to 1")
+        problems.append(
+            f"training.nodes {recipe.nodes}: this version of Forge trains on one node only; set it to 1, or start "
+            "torchrun -m tasks.finetune on each node"
+        )
+    gpus = training_gpus()
+    if recipe.method == "qlora":
+        problems.append("training.method qlora: this version of Forge does not train it yet; set it to lora")
+    if gpus and recipe.processes > len(gpus):
+        problems.append(
+            f"training.processes {recipe.processes}: each takes a GPU, and there are {len(gpus)}; set it to {len(gpus)}"
+        )
+    if problems:
+        raise Problems("The recipe's training cannot run here:", problems)
+    return gpus
+
+
+def check_memory(recipe: Recipe, base: Base, gpus: list[GPU]) -> None:
+    """A training process fits the smallest of the GPUs, or all of them this machine."""
+    architecture, context = recipe.model.architecture, recipe.data.context
+    config = architecture_config(architecture, context) if architecture else base_config(base)
+    gpu = min(gpus, key=lambda one: one.memory, default=None)
+    check_fit(measure_model(config), recipe.training, context, gpu)
 
 
 def find_base(recipe: ModelRecipe) -> Base:
@@ -120,13 +143,35 @@ def find_base(recipe: ModelRecipe) -> Base:
             return Base(location=recipe.base, revision=recipe.revision)
         found = HfApi().model_info(recipe.base, revision=recipe.revision, timeout=5)
     except Exception as error:  # the client raises its HTTP library's errors as well as its own
-        reason = str(error).strip().splitlines()[0]
-        raise ForgeError(
-            f"base model {recipe.base}: neither a directory here nor to be had from the hub ({reason}); give "
-            "model.base the path of a directory in Hugging Face format, or make the hub reachable "
-            "(a gated model needs HF_TOKEN)"
-        ) from None
+        raise _not_to_be_had(recipe.base, error) from None
     return Base(location=recipe.base, revision=str(found.sha))
+
+
+def base_config(base: Base) -> dict[str, Any]:
+    """The config.json of a base model that find_base found."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(base.location) / "config.json"
+    try:
+        if not path.is_file():
+            path = Path(hf_hub_download(base.location, "config.json", revision=base.revision, etag_timeout=5))
+    except Exception as error:  # as in find_base
+        raise _not_to_be_had(base.location, error) from None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ForgeError(f"base model {base.location}: its config.json is no JSON object; save it with save_pretrained")
+    return config
+
+
+def _not_to_be_had(name: str, error: Exception) -> ForgeError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ForgeError(
+        f"base model {name}: neither a directory here nor to be had from the hub ({reason}); give model.base the path "
+        "of a directory in Hugging Face format, or make the hub reachable (a gated model needs HF_TOKEN)"
+    )
 
 
 def check_vllm(settings: Settings) -> None:

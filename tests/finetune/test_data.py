@@ -4,23 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.finetune.data import IGNORED, Order, PackedRows, block_mask, positions
+from tasks.finetune.data import IGNORED, Order, PackedRows, positions
 
 DOCUMENT = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0]])
 
 
 def test_positions_restart_with_each_document() -> None:
     assert positions(DOCUMENT).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
-
-
-def test_attention_is_causal_and_stays_within_documents() -> None:
-    mask = block_mask(DOCUMENT)
-    assert mask.shape == (1, 1, 8, 8)
-    number = DOCUMENT[0].tolist()
-    for here in range(8):
-        for there in range(8):
-            assert mask[0, 0, here, there] == (there <= here and number[there] == number[here])
-    assert mask.any(dim=-1).all(), "a place that attends to nothing gives NaN"
 
 
 def test_targets_are_the_next_trained_tokens(tmp_path) -> None:

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.contracts import Base, Model
 from tasks.errors import ForgeError
 from tasks.finetune.data import PackedRows
-from tasks.finetune.model import TrainedTokenLoss, build_model
+from tasks.finetune.loss import TrainedTokenLoss
+from tasks.finetune.model import build_model
 from tasks.finetune.processes import Rank
-from tasks.finetune.train import train, warmup_cosine
+from tasks.finetune.run import train
+from tasks.finetune.schedule import share
 from tasks.recipe import ModelRecipe, Recipe
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 from tests.conftest import Trained
 
@@ -28,7 +31,7 @@ ONE = Rank(0, 1, torch.device("cpu"))
 def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: object) -> tuple[Model, dict]:
     """Train on the shared data set with some fields changed; returns the model and its card."""
     training = recipe.training.model_copy(update={"epochs": 0.3, **changes})
-    model = train(ONE, trained.dataset, Base(), recipe.model, training, store)
+    model = train(ONE, trained.dataset, Base(), recipe.model, training, store, Settings(home=store.root.parent))
     assert model is not None
     return model, json.loads((store.path(model.uri) / "training.json").read_text())
 
@@ -36,7 +39,7 @@ def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: 
 def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> None:
     data = trained.store.path(trained.dataset.uri)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    model = build_model(recipe.model, Base(), tokenizer, recipe.data.context, seed=3)
+    model = build_model(recipe.model, Base(), tokenizer, recipe.data.context, 3, torch.float32)
     rows = PackedRows(data / "train")
     chosen = torch.arange(4).numpy()
     packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
@@ -109,22 +112,31 @@ import json, sys
 from pathlib import Path
 from tasks.contracts import Base, Dataset
 from tasks.finetune.processes import joined
-from tasks.finetune.train import train
+from tasks.finetune.run import train
 from tasks.recipe import ModelRecipe, TrainingRecipe
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 
 here = Path(sys.argv[1])
 job = json.loads((here / "job.json").read_text())
 with joined(here / "failure.json") as rank:
     dataset, model, training = Dataset(**job["dataset"]), ModelRecipe(**job["model"]), TrainingRecipe(**job["training"])
-    train(rank, dataset, Base(), model, training, DirectoryStore(here / "two"))
+    train(rank, dataset, Base(), model, training, DirectoryStore(here / "two"), Settings(home=here))
 """
 
 
 def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
     base = trained.store.path(trained.model.uri) / "model"
     training = recipe.training.model_copy(update={"epochs": 0.2, "learning_rate": 1e-4})
-    model = train(ONE, trained.dataset, Base(location=str(base)), ModelRecipe(base=str(base)), training, store)
+    model = train(
+        ONE,
+        trained.dataset,
+        Base(location=str(base)),
+        ModelRecipe(base=str(base)),
+        training,
+        store,
+        Settings(home=store.root.parent),
+    )
     assert model is not None
     assert model.base == Base(location=str(base))
     card = json.loads((store.path(model.uri) / "training.json").read_text())
@@ -140,7 +152,13 @@ def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: Di
     torch.save(load_file(base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     with pytest.raises(ForgeError, match=str(tmp_path)):
         train(
-            ONE, trained.dataset, Base(location=str(tmp_path)), ModelRecipe(base=str(tmp_path)), recipe.training, store
+            ONE,
+            trained.dataset,
+            Base(location=str(tmp_path)),
+            ModelRecipe(base=str(tmp_path)),
+            recipe.training,
+            store,
+            Settings(home=tmp_path),
         )
 
 
@@ -158,8 +176,10 @@ def test_bf16_learns_too(trained: Trained, recipe: Recipe, store: DirectoryStore
     assert card["curve"][-1]["loss"] < 0.8 * card["curve"][0]["loss"]
 
 
-def test_the_schedule_warms_up_and_ends_near_zero() -> None:
-    share = warmup_cosine(100, 0.1)
-    assert [share(0), share(9), share(10)] == pytest.approx([0.1, 1.0, 1.0])
-    assert share(99) < 0.001
-    assert all(share(step) >= share(step + 1) for step in range(10, 99))
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_the_schedule_warms_up_and_ends_near_zero(kind: str) -> None:
+    rates = [share(kind, step, 100, 0.1) for step in range(100)]  # type: ignore[arg-type]
+    assert [rates[0], rates[9], rates[10]] == pytest.approx([0.1, 1.0, 1.0])
+    assert rates[99] < 0.06
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[79] == 1.0) == (kind == "wsd")

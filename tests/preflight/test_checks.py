@@ -1,17 +1,20 @@
 """Preflight says all that is wrong, at once, and what to do about it."""
 
+import json
 import socket
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 
+from tasks import cluster
 from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
-from tasks.preflight.checks import check_all, check_vllm, find_base
+from tasks.preflight.checks import base_config, check_all, check_memory, check_training, check_vllm, find_base
 from tasks.preprocess import sample
-from tasks.recipe import ModelRecipe
+from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.settings import Settings
 from tasks.storage import digest_directory
 from tests.conftest import SMALL, Trained, chat, write_jsonl
@@ -67,11 +70,25 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"training": {**SMALL["training"], "method": "lora", "lora": {}}}, "training.method lora"),
-        ({"training": {**SMALL["training"], "nodes": 2}}, "training.nodes 2"),
+        (
+            {"training": {**SMALL["training"], "method": "qlora", "lora": {}}, "model": {"base": "/nowhere/model"}},
+            "training.method qlora: this version of Forge does not train it yet",
+        ),
+        (
+            {"training": {**SMALL["training"], "nodes": 2}},
+            "training.nodes 2: this version of Forge trains on one node only",
+        ),
         ({"data": {"context": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
         ({"data": {"context": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
         ({"model": {"base": "/nowhere/model"}}, "base model /nowhere/model"),
+        (
+            {
+                "model": {
+                    "architecture": {"hidden_size": 32768, "layers": 64, "heads": 256, "intermediate_size": 99_999}
+                }
+            },
+            "training does not fit: one process needs",
+        ),
     ],
 )
 def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path, free_port: int) -> None:
@@ -80,6 +97,48 @@ def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path
     with pytest.raises(Problems) as caught:
         check_all("", str(path))
     assert says in caught.value.message
+
+
+def test_adapters_are_trained_where_there_is_no_gpu() -> None:
+    lora = TrainingRecipe.model_validate({**SMALL["training"], "method": "lora", "lora": {}})
+    assert check_training(lora) == []
+
+
+def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = TrainingRecipe.model_validate({**SMALL["training"], "processes": 2})
+    monkeypatch.setattr(cluster, "find_gpus", lambda: [cluster.GPUS["A100-40GB"]])
+    with pytest.raises(
+        Problems, match=r"training.processes 2: each takes a GPU, and there are 1; set it to 1"
+    ) as caught:
+        check_training(two)
+    assert len(caught.value.problems) == 1
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
+    assert check_training(two) == cluster.TRAINING_NODE
+
+
+def test_a_base_model_must_fit(tmp_path: Path) -> None:
+    def check(gpus: list[cluster.GPU], **changes: int) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**large, **changes}))
+        recipe = Recipe.model_validate({**SMALL, "model": {"base": str(tmp_path)}})
+        check_memory(recipe, Base(location=str(tmp_path)), gpus)
+
+    large = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    small, great = cluster.GPUS["A100-40GB"], cluster.GPUS["H200-141GB"]
+    check([great], num_hidden_layers=16)
+    with pytest.raises(ForgeError, match=r"A100-40GB has 38\.0 GiB"):
+        check([great, small], num_hidden_layers=16)
+
+
+def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ForgeError, match=r"its config.json is no JSON object"):
+        base_config(Base(location=str(tmp_path)))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ForgeError, match=r"base model owner/name: neither a directory here nor to be had from the hub"):
+        base_config(Base(location="owner/name", revision="0" * 40))
 
 
 def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

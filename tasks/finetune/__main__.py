@@ -1,0 +1,61 @@
+"""Training without Flyte: `torchrun --nproc_per_node=2 -m tasks.finetune --recipe R --data D --out O`."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tasks.contracts import Base
+from tasks.errors import ForgeError
+from tasks.finetune.export import export
+from tasks.finetune.processes import Rank, joined
+from tasks.finetune.run import telemetry_of
+from tasks.finetune.train import Job, Trainer
+from tasks.recipe import load_recipe
+from tasks.settings import load_settings
+
+
+def main() -> int:
+    """Train as a recipe says on a prepared data set; the model appears in the output directory when it is complete."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.finetune", description=main.__doc__)
+    parser.add_argument("--recipe", required=True, help="a shipped recipe's name, or a YAML file")
+    parser.add_argument("--data", type=Path, required=True, help="a data set's directory: that with dataset.json")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    options = parser.parse_args()
+    try:
+        recipe = load_recipe(options.recipe)
+        if not (options.data / "dataset.json").is_file():
+            raise ForgeError(f"{options.data}: not a prepared data set (it has no dataset.json)")
+        if options.out.exists():
+            raise ForgeError(f"{options.out}: is there already; name another directory, or remove it")
+        checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
+        base = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
+        job = Job(options.data, base, recipe.model, recipe.training, checkpoints)
+        with joined(options.out.with_name(f"{options.out.name}.failure.json")) as rank:
+            train(rank, job, options.out)
+    except ForgeError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(rank: Rank, job: Job, out: Path) -> None:
+    """Train, and have the model appear in the directory when all of it is there."""
+    trainer = Trainer(rank, job)
+    with telemetry_of(trainer, load_settings(), name=out.name) as telemetry:
+        trainer.train(telemetry)
+    if not rank.first:
+        export(trainer, None)
+        return
+    staged = out.with_name(f"{out.name}.partial")
+    if staged.exists():
+        shutil.rmtree(staged)
+    export(trainer, staged)
+    os.rename(staged, out)
+    trainer.checkpoints.remove()
+    print(f"train: {out} holds the model; {trainer.tokens_per_second():,.0f} tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

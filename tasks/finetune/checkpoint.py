@@ -1,0 +1,136 @@
+"""Checkpoints: complete or absent, written while training goes on, readable at any world size."""
+
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import distributed
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from tasks.errors import ForgeError
+from tasks.finetune.processes import Rank
+
+FACTS = "facts.json"
+# One process needs no group to save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """Of one training job, in a directory that all ranks see. A checkpoint is complete when it bears its name.
+
+    Beside weights and optimizer there is `facts.json`: the steps done, and what the loop knows.
+    """
+
+    def __init__(self, directory: Path, rank: Rank, keep: int) -> None:
+        self.directory, self.rank, self.keep = directory, rank, keep
+        # Of its own: async_save aborts the process where training's collectives share the group.
+        self._group = distributed.new_group(backend="gloo") if rank.world > 1 else None
+        self._saving: Future[Any] | None = None
+        self._best: int | None = None
+        if rank.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(f"*{PARTIAL}"):
+                shutil.rmtree(left)
+
+    def load(self, model: Any, optimizer: Any, step: int | None = None) -> dict[str, Any] | None:
+        """Restore a step's checkpoint, by default the latest one's; returns its facts, or None if there is none."""
+        self.wait()
+        if self._group:
+            distributed.barrier(self._group)
+        steps = self._steps()
+        if not steps:
+            return None
+        directory = self._place(steps[-1] if step is None else step)
+        facts: dict[str, Any] = json.loads((directory / FACTS).read_text())
+        self._best = facts.get("best_step")
+        state = _state(model, optimizer)
+        dcp.load(state, storage_reader=FileSystemReader(directory), process_group=self._group, no_dist=not self._group)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_options(model),
+        )
+        return facts
+
+    def save(self, model: Any, optimizer: Any, facts: dict[str, Any]) -> None:
+        """Begin to save; the weights may be changed as soon as this returns. Every rank calls it at the same step."""
+        self.wait()
+        self._best = facts.get("best_step")
+        place = self._place(facts["step"])
+        partial = place.with_name(place.name + PARTIAL)
+        if place.exists():
+            return
+        if self.rank.first:
+            partial.mkdir()
+            (partial / FACTS).write_text(json.dumps(facts))
+        self._saving = dcp.async_save(  # type: ignore[assignment]
+            _state(model, optimizer),
+            storage_writer=FileSystemWriter(partial),
+            process_group=self._group,
+            no_dist=not self._group,
+        )
+
+    def wait(self) -> None:
+        """Until what is being saved is complete; ForgeError if it could not be written."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except Exception as error:
+            raise ForgeError(
+                f"training: the checkpoint in {self.directory} cannot be written ({error}); free space there"
+            ) from None
+        if self.rank.first:
+            self._complete()
+
+    def poll(self) -> None:
+        """Give a checkpoint that is written by now its name."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def remove(self) -> None:
+        """All of them: the job is done."""
+        self.wait()
+        if self.rank.first:
+            _discard(self.directory)
+
+    def _complete(self) -> None:
+        for partial in self.directory.glob(f"*{PARTIAL}"):
+            os.rename(partial, partial.with_name(partial.name.removesuffix(PARTIAL)))
+        for step in self._steps()[: -self.keep]:
+            if step != self._best:
+                _discard(self._place(step))
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def _place(self, step: int) -> Path:
+        return self.directory / f"{step:08}"
+
+
+def _discard(directory: Path) -> None:
+    """Remove a directory; what is left when that is broken off bears no name that counts."""
+    left = directory.with_name(directory.name + PARTIAL)
+    os.rename(directory, left)
+    shutil.rmtree(left)
+
+
+def _options(model: Any) -> StateDictOptions:
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
+
+
+def _state(model: Any, optimizer: Any) -> dict[str, Any]:
+    """What is trained, and the optimizer's moments; a rank's share of them where they are sharded."""
+    weights, moments = get_state_dict(model, optimizer, options=_options(model))
+    return {"model": weights, "optimizer": moments}

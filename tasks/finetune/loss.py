@@ -1,0 +1,110 @@
+"""The loss: cross entropy on trained tokens, without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tasks.errors import ForgeError
+from tasks.finetune.data import IGNORED, Batch
+
+CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits are held at once
+
+
+class TrainedTokenLoss(nn.Module):
+    """Cross entropy summed over the trained tokens of a batch (a scalar, nats)."""
+
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        self.causal = causal
+        config = causal.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ForgeError(
+                    f"base model of type {config.model_type}: it scales its logits ({name}), which this version of "
+                    "Forge does not train; take a model of another architecture"
+                )
+        head = causal.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ForgeError(
+                "training.lora.target_modules names the output layer, which this version of Forge does not adapt; "
+                "leave it out"
+            )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run the model on a batch of packed rows."""
+        hidden = self.causal.base_model(
+            input_ids=batch.tokens, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        trained = batch.targets != IGNORED
+        head = self.causal.get_output_embeddings()
+        loss: torch.Tensor = LinearCrossEntropy.apply(
+            hidden[trained], head.weight, head.bias, batch.targets[trained], self.softcap
+        )
+        return loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of a linear layer's outputs: logits and their gradients a chunk of tokens at a time.
+
+    The gradients are made in the forward pass, while the logits are at hand (as in https://arxiv.org/abs/2410.10989),
+    so that no logits are kept and none are made twice. torch.nn.functional.linear_cross_entropy does so too, but in
+    bfloat16 it also sums the loss in bfloat16, and it knows no capped logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Of hidden [tokens, hidden size], weight [vocabulary, hidden size], bias [vocabulary], targets [tokens]."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            hidden_gradient = torch.empty_like(hidden)
+            weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+            total = torch.zeros((), device=hidden.device)
+            for begin in range(0, len(hidden), CHUNK.get(device, 1024)):
+                chunk = slice(begin, begin + CHUNK.get(device, 1024))
+                inputs, target = hidden[chunk].to(dtype), targets[chunk, None]
+                logits = (inputs @ matrix.T).float()
+                if bias is not None:
+                    logits += bias
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
+                slope = 1 - (logits / softcap) ** 2 if softcap else None
+                normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+                total += (normaliser - logits.gather(1, target)).sum()
+                gradient = logits.sub_(normaliser).exp_()  # softmax, and one less at the target
+                gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+                if slope is not None:
+                    gradient *= slope
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(dim=0)
+                gradient = gradient.to(dtype)
+                hidden_gradient[chunk] = gradient @ matrix
+                if weight_gradient is not None:
+                    weight_gradient += gradient.T @ inputs
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale what the forward pass made."""
+        (scale,) = gradients
+        hidden, weight, bias = ctx.saved_tensors
+        return (
+            (hidden * scale).to(hidden.dtype),
+            None if weight is None else weight.mul_(scale).to(ctx.dtypes[0]),
+            None if bias is None else bias.mul_(scale).to(ctx.dtypes[1]),
+            None,
+            None,
+        )

@@ -1,0 +1,77 @@
+"""One training job, from a data set to a published model."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from tasks.contracts import Base, Dataset, Model
+from tasks.finetune.export import export
+from tasks.finetune.processes import Rank
+from tasks.finetune.telemetry import Telemetry
+from tasks.finetune.train import Job, Trainer
+from tasks.recipe import ModelRecipe, TrainingRecipe
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore, digest_directory
+from tasks.storage.digest import digest_json
+
+# What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
+HOW = frozenset(
+    ("nodes", "processes", "parallelism", "rows_per_forward", "activation_checkpointing", "compile",
+     "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "gpu_temperature_limit")
+)  # fmt: skip
+
+
+def train(
+    rank: Rank,
+    dataset: Dataset,
+    base: Base,
+    model: ModelRecipe,
+    recipe: TrainingRecipe,
+    store: DirectoryStore,
+    settings: Settings,
+) -> Model | None:
+    """Train on a data set and publish the model; the first rank returns it.
+
+    A job that was broken off goes on from its last checkpoint.
+    """
+    started = time.time()
+    key = job_key(dataset.digest, base, model, recipe)
+    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key)
+    trainer = Trainer(rank, job)
+    with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
+        trainer.train(telemetry)
+    if not rank.first:
+        export(trainer, None)
+        return None
+    with store.stage() as staged:
+        export(trainer, staged)
+        digest, _ = digest_directory(staged, exclude=("training.json",))
+        uri = store.publish(staged, "trained")
+    trainer.checkpoints.remove()
+    if not base.location:
+        base = Base(location=f"{uri}/base")
+    return Model(
+        uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
+    )
+
+
+@contextlib.contextmanager
+def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Telemetry | None]:
+    """The first rank's telemetry, where the settings name an MLflow server or a port for Prometheus."""
+    if not trainer.rank.first or not (settings.mlflow_uri or settings.metrics_port):
+        yield None
+        return
+    job = trainer.job
+    params = {**job.training.model_dump(mode="json"), "base": job.base.location or "random weights"}
+    per_token, peak = trainer.flops()
+    with Telemetry(
+        settings, name, params, training=name, steps=trainer.order.steps, device=trainer.rank.device,
+        flops_per_token=per_token, peak_flops=peak,
+    ) as telemetry:  # fmt: skip
+        yield telemetry
+
+
+def job_key(dataset: str, base: Base, model: ModelRecipe, recipe: TrainingRecipe) -> str:
+    """What decides a job's result (its data set's digest among it), in 16 hexadecimal digits."""
+    parts = [base.model_dump(), model.model_dump(mode="json"), recipe.model_dump(mode="json", exclude=set(HOW))]
+    return digest_json([dataset, *parts])[:16]

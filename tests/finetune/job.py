@@ -1,0 +1,115 @@
+"""Training jobs for the tests: rows that are made, not prepared, and models of every shape."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
+
+from tasks.preprocess.chat import byte_tokenizer
+
+PROJECT = Path(__file__).parents[2]
+CONTEXT, VOCABULARY = 64, 262
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    # the standard 0.02 gives a model so small nothing to tell tokens apart by
+    "initializer_range": 0.2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SMALL, sliding_window=8, head_dim=16),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+    "phi3": Phi3Config(**SMALL, sliding_window=None),
+}
+
+
+def write_base(config: Any, directory: Path, seed: int = 0) -> Path:
+    """A base model with random weights."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    byte_tokenizer(CONTEXT).save_pretrained(directory)
+    return directory
+
+
+def write_data(directory: Path, rows: int = 48, seed: int = 0) -> Path:
+    """Packed rows of a language that can be learned: each token is mostly the last one's successor."""
+    draw = np.random.default_rng(seed)
+    for side, count in (("train", rows), ("heldout", 8)):
+        tokens = draw.integers(6, VOCABULARY, (count, CONTEXT))
+        for place in range(1, CONTEXT):
+            follows = draw.random(count) < 0.8
+            tokens[follows, place] = 6 + (tokens[follows, place - 1] - 5) % (VOCABULARY - 6)
+        document = 1 + np.cumsum(draw.random((count, CONTEXT)) < 0.08, axis=1)
+        document[:, -4:] = 0  # padding
+        trained = (draw.random((count, CONTEXT)) < 0.7) & (document > 0)
+        trained[:, 0] = False
+        trained[:, 1:] &= document[:, 1:] == document[:, :-1]
+        shard = directory / side / "00000"
+        shard.mkdir(parents=True)
+        np.save(shard / "tokens.npy", tokens.astype(np.uint32))
+        np.save(shard / "trained.npy", trained)
+        np.save(shard / "document.npy", document.astype(np.uint16))
+    byte_tokenizer(CONTEXT).save_pretrained(directory / "tokenizer")
+    (directory / "dataset.json").write_text(json.dumps({"digest": "made", "context": CONTEXT}))
+    return directory
+
+
+def write_recipe(path: Path, base: Path | None = None, **training: Any) -> Path:
+    """A recipe of a few steps."""
+    architecture = {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 64}
+    recipe = {
+        "name": "job",
+        "data": {"context": CONTEXT},
+        "model": {"base": str(base)} if base else {"architecture": architecture},
+        "training": {"rows_per_step": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training},
+        "evaluation": {"max_new_tokens": 8},
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(recipe: Path, data: Path, out: Path, processes: int) -> subprocess.Popen:
+    """Train under torchrun, as a user does, in a process group of its own."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return subprocess.Popen(
+        [*program, "-m", "tasks.finetune", "--recipe", str(recipe), "--data", str(data), "--out", str(out)],
+        cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(recipe: Path, data: Path, out: Path, processes: int) -> str:
+    """Train to the end; returns what was printed."""
+    process = start(recipe, data, out, processes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """The loss curve of a run's card."""
+    points: list[dict[str, float]] = json.loads((out / "training.json").read_text())["curve"]
+    return points

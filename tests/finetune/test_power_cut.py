@@ -1,0 +1,104 @@
+"""Killed at any moment, on any number of processes: the job that is started again ends as if nothing had happened."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.finetune.job import curve, run, start, write_data, write_recipe
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("rows") / "data", rows=64)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def cut(process: subprocess.Popen, after: str, seconds: float) -> str:
+    """Kill everything some time after a line is printed; returns what was printed until then."""
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if after in line:
+            threading.Timer(seconds, lambda: kill(process)).start()
+            break
+    rest, _ = process.communicate(timeout=120)
+    return output + rest
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and, since torchrun gives them groups of their own, for each rank."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_processes_that_are_told_to_stop_save_and_go_on(data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=200, checkpoint_steps=1000)
+    process = start(recipe, data, tmp_path / "out", 2)
+    assert process.stdout is not None
+    while "train: " not in process.stdout.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "all of it is saved" in output
+    (saved,) = (tmp_path / "out.checkpoints").iterdir()
+    assert int(saved.name) > 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_power_cut_at_any_moment_changes_no_bit(data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=60, checkpoint_steps=2)
+    run(recipe, data, tmp_path / "whole", 2)
+    draw = random.Random(5)
+    steps = []
+    for _ in range(KILLS):
+        output = cut(start(recipe, data, tmp_path / "cut", 2), "train: ", draw.uniform(0, 2.0))
+        if (tmp_path / "cut").exists():
+            break
+        complete = [int(path.name) for path in (tmp_path / "cut.checkpoints").iterdir() if path.name.isdigit()]
+        assert not steps or max(complete, default=0) >= steps[-1], output
+        steps.append(max(complete, default=0))
+    assert len(steps) == KILLS, f"it ended before it was killed as often: {steps}"
+    run(recipe, data, tmp_path / "cut", 2)
+    assert len(set(steps)) > 5, f"it was killed at different moments: {steps}"
+    whole, cut_weights = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut_weights[name]) for name in whole)
+    assert [point["loss"] for point in curve(tmp_path / "whole")] == [
+        point["loss"] for point in curve(tmp_path / "cut")
+    ]
+    assert not (tmp_path / "cut.checkpoints").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_it_goes_on_with_fewer_processes_and_with_more(parallelism: str, data: Path, tmp_path: Path) -> None:
+    how = {"epochs": 60, "checkpoint_steps": 2, "parallelism": parallelism, "learning_rate": 1e-3}
+    recipes = {n: write_recipe(tmp_path / f"{n}.yaml", processes=n, **how) for n in (1, 2)}
+    run(recipes[2], data, tmp_path / "whole", 2)
+    seen = []
+    for processes in (2, 1):
+        output = cut(start(recipes[processes], data, tmp_path / "cut", processes), "train: ", 1.0)
+        assert not (tmp_path / "cut").exists(), output
+        seen.append(max(int(path.name) for path in (tmp_path / "cut.checkpoints").iterdir() if path.name.isdigit()))
+    assert 0 < seen[0] < seen[1]
+    run(recipes[2], data, tmp_path / "cut", 2)
+    whole, other = curve(tmp_path / "whole"), curve(tmp_path / "cut")
+    assert len(whole) == len(other)
+    assert max(abs(one["loss"] - two["loss"]) for one, two in zip(whole, other, strict=True)) < 1e-5
