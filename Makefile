@@ -8,7 +8,7 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess bench-finetune bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,12 @@ lint: setup ## ruff and mypy
 
 bench-preprocess: .venv .venv-trl ## Measure preprocessing against TRL's; ARGS="--rows 20000" for a quick look
 	@exec $(BIN)/python -m benchmarks.preprocess $(ARGS)
+
+bench-finetune: .venv .venv-trl ## Measure training against TRL's and Hugging Face's; ARGS="--precision bf16" for half
+	@exec $(BIN)/python -m benchmarks.finetune $(ARGS)
+
+bench-scaling: .venv ## Measure training on two processes against one
+	@exec $(BIN)/python -m benchmarks.scaling $(ARGS)
 
 lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \

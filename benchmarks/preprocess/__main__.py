@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.preprocess.generate import SEED, TRAINED_ON, VOCABULARY, train_tokenizer, write_rows
-from benchmarks.preprocess.measure import MB, PROJECT, SideFailed, run_side, say
+from benchmarks.generate import SEED, TRAINED_ON, VOCABULARY, train_tokenizer, write_rows
+from benchmarks.measure import MB, PROJECT, SideFailed, run_side, say
 
 CONTEXT = 1024
 HELDOUT_FRACTION = 0.001  # TRL has no such split: as good as all rows are to train on
@@ -57,7 +57,7 @@ def compare(folder: Path, count: int) -> dict[str, Any]:
     for processes in (CORES, None):
         say(f"TRL with dataset_num_proc={processes}")
         arguments = source["arguments"] | {"processes": processes}
-        runs[processes] = run_side(TRL_PYTHON, "trl_side", folder / "trl", arguments)
+        runs[processes] = run_side(TRL_PYTHON, "preprocess.trl_side", folder / "trl", arguments)
         say(f"TRL with dataset_num_proc={processes}: {runs[processes]['seconds']:.1f} s")
     best = min(runs, key=lambda processes: runs[processes]["seconds"])
     trl = runs[best]
@@ -138,7 +138,7 @@ def run_forge(folder: Path, source: dict[str, Any]) -> dict[str, Any]:
     """Forge's side, and the share of tokens that it dropped."""
     say("Forge")
     arguments = source["arguments"] | {"heldout_fraction": HELDOUT_FRACTION}
-    found = run_side(Path(sys.executable), "forge_side", folder / "forge", arguments)
+    found = run_side(Path(sys.executable), "preprocess.forge_side", folder / "forge", arguments)
     say(f"Forge: {found['seconds']:.1f} s")
     dropped = found["tokens_dropped"]
     return found | {"tokens_dropped_fraction": round(dropped / (found["tokens"] + dropped), 5)}

@@ -33,6 +33,7 @@ class Checkpoints:
         # Of its own: async_save aborts the process where training's collectives share the group.
         self._group = distributed.new_group(backend="gloo") if rank.world > 1 else None
         self._saving: Future[Any] | None = None
+        self._step = 0  # that is being saved
         self._best: int | None = None
         if rank.first:
             directory.mkdir(parents=True, exist_ok=True)
@@ -64,13 +65,13 @@ class Checkpoints:
     def save(self, model: Any, optimizer: Any, facts: dict[str, Any]) -> None:
         """Begin to save; the weights may be changed as soon as this returns. Every rank calls it at the same step."""
         self.wait()
-        self._best = facts.get("best_step")
+        self._best, self._step = facts.get("best_step"), facts["step"]
         place = self._place(facts["step"])
         partial = place.with_name(place.name + PARTIAL)
         if place.exists():
             return
         if self.rank.first:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)  # another rank may have been here before
             (partial / FACTS).write_text(json.dumps(facts))
         self._saving = dcp.async_save(  # type: ignore[assignment]
             _state(model, optimizer),
@@ -91,7 +92,7 @@ class Checkpoints:
                 f"training: the checkpoint in {self.directory} cannot be written ({error}); free space there"
             ) from None
         if self.rank.first:
-            self._complete()
+            self._complete(self._place(self._step))
 
     def poll(self) -> None:
         """Give a checkpoint that is written by now its name."""
@@ -104,9 +105,8 @@ class Checkpoints:
         if self.rank.first:
             _discard(self.directory)
 
-    def _complete(self) -> None:
-        for partial in self.directory.glob(f"*{PARTIAL}"):
-            os.rename(partial, partial.with_name(partial.name.removesuffix(PARTIAL)))
+    def _complete(self, place: Path) -> None:
+        os.rename(place.with_name(place.name + PARTIAL), place)
         for step in self._steps()[: -self.keep]:
             if step != self._best:
                 _discard(self._place(step))

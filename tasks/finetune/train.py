@@ -168,6 +168,7 @@ class Trainer:
                         f"training was told to stop after step {facts.step:,} of {steps:,}; all of it is saved, "
                         "and the same command goes on from there"
                     )
+        self.checkpoints.wait()  # no rank leaves while another still needs it to save
         if recipe.early_stopping and facts.best_step not in (None, facts.step):
             self.checkpoints.load(self.causal, self.optimizer, facts.best_step)
 

@@ -46,6 +46,12 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def latest(checkpoints: Path) -> int:
+    """The last step whose checkpoint is complete."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def test_two_processes_that_are_told_to_stop_save_and_go_on(data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=200, checkpoint_steps=1000)
     process = start(recipe, data, tmp_path / "out", 2)
@@ -64,17 +70,16 @@ def test_two_processes_that_are_told_to_stop_save_and_go_on(data: Path, tmp_path
 
 @pytest.mark.long
 def test_a_power_cut_at_any_moment_changes_no_bit(data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=60, checkpoint_steps=2)
+    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=100, checkpoint_steps=2)
     run(recipe, data, tmp_path / "whole", 2)
     draw = random.Random(5)
     steps = []
     for _ in range(KILLS):
-        output = cut(start(recipe, data, tmp_path / "cut", 2), "train: ", draw.uniform(0, 2.0))
+        output = cut(start(recipe, data, tmp_path / "cut", 2), "train: ", draw.uniform(0, 1.5))
         if (tmp_path / "cut").exists():
             break
-        complete = [int(path.name) for path in (tmp_path / "cut.checkpoints").iterdir() if path.name.isdigit()]
-        assert not steps or max(complete, default=0) >= steps[-1], output
-        steps.append(max(complete, default=0))
+        steps.append(latest(tmp_path / "cut.checkpoints"))
+        assert steps == sorted(steps), output
     assert len(steps) == KILLS, f"it ended before it was killed as often: {steps}"
     run(recipe, data, tmp_path / "cut", 2)
     assert len(set(steps)) > 5, f"it was killed at different moments: {steps}"
@@ -92,12 +97,16 @@ def test_it_goes_on_with_fewer_processes_and_with_more(parallelism: str, data: P
     how = {"epochs": 60, "checkpoint_steps": 2, "parallelism": parallelism, "learning_rate": 1e-3}
     recipes = {n: write_recipe(tmp_path / f"{n}.yaml", processes=n, **how) for n in (1, 2)}
     run(recipes[2], data, tmp_path / "whole", 2)
-    seen = []
+    seen = [0]
     for processes in (2, 1):
-        output = cut(start(recipes[processes], data, tmp_path / "cut", processes), "train: ", 1.0)
-        assert not (tmp_path / "cut").exists(), output
-        seen.append(max(int(path.name) for path in (tmp_path / "cut.checkpoints").iterdir() if path.name.isdigit()))
-    assert 0 < seen[0] < seen[1]
+        process = start(recipes[processes], data, tmp_path / "cut", processes)
+        while (saved := latest(tmp_path / "cut.checkpoints")) <= seen[-1]:
+            assert process.poll() is None
+            time.sleep(0.05)
+        kill(process)
+        process.communicate(timeout=60)
+        seen.append(saved)
+    assert not (tmp_path / "cut").exists()
     run(recipes[2], data, tmp_path / "cut", 2)
     whole, other = curve(tmp_path / "whole"), curve(tmp_path / "cut")
     assert len(whole) == len(other)

@@ -139,7 +139,7 @@ def write_texts(words: list[str], lengths: list[int], draw: np.random.Generator)
         yield "".join(text)
 
 
-def train_tokenizer(rows: Path, directory: Path) -> None:
+def train_tokenizer(rows: Path, directory: Path, vocabulary: int = VOCABULARY) -> None:
     """Train a byte-level BPE with Llama 3's pre-tokens on the first rows, and save it in Hugging Face's format."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -153,7 +153,7 @@ def train_tokenizer(rows: Path, directory: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[BEGIN, END, HEADER, HEADED],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

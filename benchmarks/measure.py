@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[1]
 EVERY, PSS_EVERY, TOLD_EVERY = 0.05, 1.0, 15.0  # seconds
 BUSY = 0.15  # cores
 MB = 1_000_000
@@ -23,22 +24,25 @@ class SideFailed(Exception):
     """A side ended with an error; the message is the end of its output."""
 
 
-def run_side(python: Path, side: str, folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run benchmarks.preprocess.<side> and return what it found, with the peaks of its memory.
+def run_side(
+    python: Path, side: str, folder: Path, arguments: dict[str, Any], variables: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run benchmarks.<side> and return what it found, with the peaks of its memory; `variables` join its environment.
 
     `peak_rss_mb` is the largest sum of the resident memory of its processes, sampled every 50 ms: pages that
     processes share count once for each. `peak_pss_mb`, sampled every second (reading it takes the kernel longer),
-    divides shared pages among those who share them. MB are 10^6 bytes. `other_cores` is the mean number of cores that
-    other programs were using: where it is far from 0, the side's time says little. Raises SideFailed.
+    divides shared pages among those who share them. `peak_gpu_mb`, where there are GPUs, is the most of their memory in
+    use, sampled every second, less what was in use before. MB are 10^6 bytes. `other_cores` is the mean number of cores
+    that other programs were using: where it is far from 0, the side's time says little. Raises SideFailed.
     """
     folder.mkdir()
     places = {name: str(folder) for name in ("TMPDIR", "HF_HOME")}
     os.sync()  # what was written before is not written while this side is timed
     with (folder / "output.txt").open("w+b") as output:
         process = subprocess.Popen(
-            [python, "-m", f"benchmarks.preprocess.{side}", json.dumps(arguments | {"folder": str(folder)})],
+            [python, "-m", f"benchmarks.{side}", json.dumps(arguments | {"folder": str(folder)})],
             cwd=PROJECT,
-            env=os.environ | places | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | places | {"HF_HUB_OFFLINE": "1"} | (variables or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -61,7 +65,8 @@ def run_side(python: Path, side: str, folder: Path, arguments: dict[str, Any]) -
 def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
     """The peaks of the memory (MB) of a process and its descendants until it ends, and how busy others were (cores)."""
     root, own = psutil.Process(process.pid), psutil.Process()
-    rss = pss = 0
+    rss = pss = gpu = 0
+    gpu_before = gpu_memory()
     worked: dict[int, float] = {}  # process -> CPU seconds
     began, own_before = busy(psutil.cpu_times()), busy(own.cpu_times())
     started = told = measured = time.monotonic()
@@ -79,6 +84,7 @@ def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
         if now - measured > PSS_EVERY:
             measured = now
             pss = max(pss, sum(proportional(member) for member in members))
+            gpu = max(gpu, gpu_memory() - gpu_before)
         if now - told > TOLD_EVERY:
             told = now
             say(f"{side}: {now - started:.0f} s, at most {rss / MB:,.0f} MB so far")
@@ -87,7 +93,8 @@ def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
     other_cores = round(max(0.0, others) / (time.monotonic() - started), 2)
     if other_cores > BUSY:
         say(f"{side}: other programs were using {other_cores} cores meanwhile, so its time says little")
-    return {"peak_rss_mb": round(rss / MB, 1), "peak_pss_mb": round(pss / MB, 1), "other_cores": other_cores}
+    peaks = {"peak_rss_mb": round(rss / MB, 1), "peak_pss_mb": round(pss / MB, 1), "other_cores": other_cores}
+    return peaks | ({"peak_gpu_mb": round(gpu / MB, 1)} if gpu else {})
 
 
 def proportional(process: psutil.Process) -> int:
@@ -96,6 +103,16 @@ def proportional(process: psutil.Process) -> int:
         return process.memory_full_info().pss
     except psutil.NoSuchProcess:
         return 0
+
+
+def gpu_memory() -> int:
+    """Bytes in use on all GPUs of the machine, whoever uses them; 0 where there are none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
 
 
 def busy(times: Any) -> float:

@@ -1,0 +1,197 @@
+"""`python -m benchmarks.finetune`: Forge's training beside TRL's and Hugging Face's. The last line is a JSON object.
+
+docs/benchmarks.md says what is measured, how each side is set, and what the keys mean.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.finetune.data import card, prepare_dataset
+from benchmarks.finetune.shapes import SHAPES, VOCABULARY, Shape, write_model
+from benchmarks.generate import SEED, train_tokenizer, write_rows
+from benchmarks.measure import PROJECT, SideFailed, run_side, say
+
+TRL_PYTHON = PROJECT / ".venv-trl" / "bin" / "python"
+WARM_UP = 10  # steps left out of every side's speed: compiling and first touches of memory
+FEWEST = 20  # steps timed
+
+
+def main() -> int:
+    """Make model and data, have every side train on them, print what was found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description="Forge's training")
+    parser.add_argument("--model", choices=SHAPES, default="tiny", help="the shape of the model (tiny)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["bf16", "fp32", "both"], default="both")
+    parser.add_argument("--rows", type=int, help="conversations to train on, once (the shape's own number)")
+    options = parser.parse_args()
+    if not TRL_PYTHON.exists():
+        parser.error("TRL's environment is not set up; run the benchmark with: make bench-finetune")
+    if options.precision != "bf16" and SHAPES[options.model].lora:
+        parser.error("adapters are trained on a base in bf16: give --precision bf16")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed then too
+    try:
+        with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as folder:
+            benchmark = Benchmark(Path(folder), options.model, options.device, options.rows)
+            found: dict[str, Any] = {}
+            if options.precision != "fp32":
+                found |= benchmark.compare("bf16")
+            if options.precision != "bf16":
+                found |= {f"fp32_{key}": value for key, value in benchmark.compare("fp32").items()}
+            print(json.dumps(found | benchmark.facts()))
+    except SideFailed as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class Benchmark:
+    """One model and one data set, and every side's training on them."""
+
+    def __init__(self, folder: Path, model: str, device: str, rows: int | None) -> None:
+        self.folder, self.model, self.device = folder, model, device
+        self.shape: Shape = SHAPES[model]
+        self.base, path = folder / "base", folder / "rows.jsonl"
+        say("generating rows")
+        write_rows(path, rows=rows or self.shape.rows)
+        train_tokenizer(path, self.base, VOCABULARY)
+        say(f"writing random weights of the shape {model}")
+        self.parameters = write_model(self.shape, self.base)
+        self.dataset = prepare_dataset(path, self.base, self.shape.context, folder / "store")
+        self.card = card(self.dataset)
+        self.steps = math.ceil(self.card["packed_rows"]["train"] / self.shape.rows_per_step)
+        if self.steps < WARM_UP + FEWEST:
+            raise SideFailed(f"{self.steps} steps say nothing: give more --rows")
+        self.versions: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
+
+    def compare(self, precision: str) -> dict[str, Any]:
+        """Every side in one precision; of TRL's runs the fastest counts."""
+        sides = {"forge": self.run("forge", "forge_side", precision, compiled=True)}
+        batches = {1, self.shape.rows_per_forward} if self.device == "cuda" else {1}
+        for batch in sorted(batches):
+            for compiled in (True, False):
+                name = f"trl, batch {batch}{', compiled' * compiled}"
+                sides[name] = self.run(
+                    name, "trl_side", precision, steps=self.steps, batch=batch, compiled=compiled
+                )  # fmt: skip
+        sides["hf"] = self.run("hf", "hf_side", precision, steps=self.steps, **self.documents_per_step())
+        trl = max((name for name in sides if name.startswith("trl")), key=lambda name: sides[name]["tokens_per_s"])
+        forge, tuned, plain = sides["forge"], sides[trl], sides["hf"]
+        losses = self.judge({"random": self.base} | {name: self.out(name, precision) for name in sides})
+        self.versions = tuned["versions"]
+        self.settings |= {f"trl_{precision}": tuned["settings"]}
+        found = {
+            "forge_tokens_per_s": forge["tokens_per_s"],
+            "trl_tokens_per_s": tuned["tokens_per_s"],
+            "hf_tokens_per_s": plain["tokens_per_s"],
+            "ratio": round(forge["tokens_per_s"] / tuned["tokens_per_s"], 3),
+            "ratio_to_hf": round(forge["tokens_per_s"] / plain["tokens_per_s"], 3),
+            "loss_gap": round(abs(losses["forge"] / losses[trl] - 1), 5),
+            "mfu": forge["mfu"],
+            "seconds_to_first_step": round(forge["seconds_to_first_step"], 2),
+            "trl_seconds_to_first_step": round(tuned["seconds_to_first_step"], 2),
+            "trl_settings": trl,
+            "trl_tokens_per_s_by_settings": {
+                name: side["tokens_per_s"] for name, side in sides.items() if name.startswith("trl")
+            },
+            "heldout_loss": {name: round(loss, 5) for name, loss in losses.items()},
+            "tokens": {name: side["steps"][-1][1] for name, side in sides.items()},
+        }
+        for key in ("peak_rss_mb", "peak_gpu_mb", "other_cores"):
+            of_side = {"": forge, "trl_": tuned, "hf_": plain}
+            found |= {f"{prefix}{key}": side[key] for prefix, side in of_side.items() if key in side}
+        return found
+
+    def documents_per_step(self) -> dict[str, int]:
+        """As many documents a step as hold the tokens of Forge's rows, and how many at once.
+
+        On a CPU a quarter of a step at once is the fastest: all of it at once has more padding.
+        """
+        per_row = self.card["documents"]["train"] / self.card["packed_rows"]["train"]
+        forwards = 4 if self.device == "cpu" else self.shape.rows_per_step // self.shape.rows_per_forward
+        batch = max(1, round(per_row * self.shape.rows_per_step / forwards))
+        return {"batch": batch, "per_step": batch * forwards}
+
+    def run(self, name: str, side: str, precision: str, **settings: Any) -> dict[str, Any]:
+        """One side's training: what it found, and its tokens a second once it has warmed up."""
+        say(f"{name}, {precision}: {self.steps} steps")
+        common = {
+            "model": self.model,
+            "base": str(self.base),
+            "dataset": str(self.dataset),
+            "precision": precision,
+            "out": str(self.out(name, precision).parent if side == "forge_side" else self.out(name, precision)),
+        }
+        python = Path(sys.executable) if side == "forge_side" else TRL_PYTHON
+        found = run_side(python, f"finetune.{side}", self.folder / "side", common | settings, self.variables())
+        steps = found["steps"]
+        if steps[-1][0] != self.steps:
+            raise SideFailed(f"{name} took {steps[-1][0]} steps, and should have taken {self.steps}")
+        found["tokens_per_s"] = round(speed(steps), 1)
+        say(f"{name}, {precision}: {found['tokens_per_s']:,.0f} tokens/s")
+        return found
+
+    def out(self, name: str, precision: str) -> Path:
+        """Where a side's model goes."""
+        return self.folder / f"{name}, {precision}" / "model"
+
+    def judge(self, models: dict[str, Path]) -> dict[str, float]:
+        """The held-out loss of each model, by one measure."""
+        arguments = {
+            "models": {name: str(path) for name, path in models.items()},
+            "base": str(self.base),
+            "dataset": str(self.dataset),
+        }
+        say("held-out losses")
+        return run_side(
+            Path(sys.executable), "finetune.heldout_side", self.folder / "side", arguments, self.variables()
+        )["losses"]
+
+    def variables(self) -> dict[str, str]:
+        """What keeps a side on the CPU, or on one GPU: with several the trainers would share out the work."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return {"CUDA_VISIBLE_DEVICES": visible if self.device == "cuda" else ""}
+
+    def facts(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "parameters": self.parameters,
+            "context": self.shape.context,
+            "rows_per_step": self.shape.rows_per_step,
+            "steps": self.steps,
+            "warm_up_steps": WARM_UP,
+            "documents": self.card["documents"],
+            "train_tokens": self.card["tokens"]["train"],
+            "packing_efficiency": self.card["packing_efficiency"]["train"],
+            "settings": self.settings,
+            "versions": self.versions | {"python": platform.python_version()},
+            "cores": len(os.sched_getaffinity(0)),
+            "seed": SEED,
+        }
+
+
+def speed(steps: list[list[float]]) -> float:
+    """Tokens a second of the median step after the warm-up: one that another program held up counts like any other.
+
+    `steps` are the steps' numbers, the tokens trained on by their ends, and those ends in seconds.
+    """
+    pairs = itertools.pairwise(step for step in steps if step[0] >= WARM_UP)
+    return statistics.median((tokens - before) / (end - began) for (_, before, began), (_, tokens, end) in pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Forge's side: `python -m tasks.finetune` as a user runs it. Run with its arguments as one JSON object."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.finetune.shapes import CLIP, LORA, SHAPES, WARMUP, WEIGHT_DECAY
+
+
+def main(model: str, base: str, dataset: str, precision: str, compiled: bool, out: str, folder: str) -> dict[str, Any]:
+    """Train, and tell when each step ended (seconds since the first began) and how many tokens there were by then."""
+    path = Path(folder, "recipe.yaml")
+    path.write_text(yaml.safe_dump(recipe(model, base, precision, compiled)))
+    command = [sys.executable, "-m", "tasks.finetune", "--recipe", str(path), "--data", dataset, "--out", out]
+    subprocess.run(command, check=True)
+    card = json.loads(Path(out, "training.json").read_text())
+    return {
+        "steps": [[point["step"], point["tokens"], point["seconds"]] for point in card["curve"]],
+        "seconds_to_first_step": card["seconds_to_first_step"],
+        "mfu": card.get("mfu"),
+    }
+
+
+def recipe(model: str, base: str, precision: str, compiled: bool, **training: Any) -> dict[str, Any]:
+    """A recipe as a user writes it."""
+    shape = SHAPES[model]
+    return {
+        "name": "benchmark",
+        "data": {"context": shape.context, "over_context": "split"},
+        "model": {"base": base},
+        "training": {
+            "method": "lora" if shape.lora else "full",
+            **({"lora": LORA} if shape.lora else {}),
+            "rows_per_step": shape.rows_per_step,
+            "rows_per_forward": shape.rows_per_forward,
+            "epochs": 1,
+            "learning_rate": shape.learning_rate,
+            "warmup_fraction": WARMUP,
+            "weight_decay": WEIGHT_DECAY,
+            "gradient_clip": CLIP,
+            "precision": precision,
+            "compile": compiled,
+            **training,
+        },
+        "evaluation": {"max_new_tokens": 16},
+    }
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    Path(arguments["folder"], "result.json").write_text(json.dumps(main(**arguments)))
