@@ -21,7 +21,7 @@ def main(model: str, base: str, dataset: str, precision: str, compiled: bool, ou
     return {
         "steps": [[point["step"], point["tokens"], point["seconds"]] for point in card["curve"]],
         "seconds_to_first_step": card["seconds_to_first_step"],
-        "mfu": card.get("mfu"),
+        "mfu": card["mfu"],
     }
 
 
