@@ -23,7 +23,7 @@ from benchmarks.finetune.data import prepare_dataset
 from benchmarks.finetune.forge_side import recipe
 from benchmarks.finetune.shapes import SHAPES, VOCABULARY, write_model
 from benchmarks.generate import train_tokenizer, write_rows
-from benchmarks.measure import PROJECT, SideFailed, say
+from benchmarks.measure import PROJECT, SideFailed, say, watch
 
 MODEL = "tiny"
 ROWS = 500  # conversations
@@ -45,12 +45,13 @@ def main() -> int:
             train_tokenizer(rows, base, VOCABULARY)
             write_model(SHAPES[MODEL], base)
             dataset = prepare_dataset(rows, base, SHAPES[MODEL].context, folder / "store")
-            one = train(folder, base, dataset, 1, "ddp")
+            one, busy = train(folder, base, dataset, 1, "ddp")
             found: dict[str, Any] = {}
             for parallelism in ("ddp", "fsdp"):
                 prefix = "" if parallelism == "ddp" else "fsdp_"
-                two = train(folder, base, dataset, 2, parallelism)
+                two, busy_too = train(folder, base, dataset, 2, parallelism)
                 found |= {f"{prefix}{key}": value for key, value in compare(one, two).items()}
+                found |= {f"{prefix}other_cores": max(busy, busy_too)}
             print(json.dumps(found | {"steps": one[-1]["step"], "cores_per_process": 1, "precision": "fp32"}))
     except SideFailed as error:
         say(str(error))
@@ -60,8 +61,10 @@ def main() -> int:
     return 0
 
 
-def train(folder: Path, base: Path, dataset: Path, processes: int, parallelism: str) -> list[dict[str, float]]:
-    """The curve of a training on as many processes, each on a core of its own."""
+def train(
+    folder: Path, base: Path, dataset: Path, processes: int, parallelism: str
+) -> tuple[list[dict[str, float]], float]:
+    """Train on as many processes, each on a core of its own: the curve, and how many cores other programs used."""
     say(f"{processes} process{'es' * (processes > 1)}, {parallelism}")
     # The forward passes are as large on one process as on two.
     settings = {"processes": processes, "parallelism": parallelism, "rows_per_forward": 4}
@@ -72,16 +75,24 @@ def train(folder: Path, base: Path, dataset: Path, processes: int, parallelism: 
     arguments = ["--recipe", str(path), "--data", str(dataset), "--out", str(out)]
     # A process takes as many threads as it may use cores, shared out among the processes of a machine.
     command = ["taskset", "--cpu-list", cores, sys.executable, "-m", *launcher, *arguments]
-    ended = subprocess.run(
-        command, cwd=PROJECT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    if ended.returncode:
-        raise SideFailed("\n".join([f"training ended with status {ended.returncode}:", ended.stdout, ended.stderr]))
+    with (folder / "output.txt").open("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, stdout=output, stderr=output
+        )
+        try:
+            others = watch(process, f"{processes} on {parallelism}")["other_cores"]
+        finally:
+            process.terminate()  # torchrun ends its processes
+            process.wait()
+        if process.returncode:
+            output.seek(0)
+            last = output.read().splitlines()[-40:]
+            raise SideFailed("\n".join([f"training ended with status {process.returncode}:", *last]))
     curve: list[dict[str, float]] = json.loads((out / "training.json").read_text())["curve"]
     shutil.rmtree(out)
     if curve[-1]["step"] < 2 * WARM_UP:
         raise SideFailed(f"{curve[-1]['step']} steps say nothing: give more --rows")
-    return curve
+    return curve, others
 
 
 def compare(one: list[dict[str, float]], two: list[dict[str, float]]) -> dict[str, float]:
