@@ -160,16 +160,23 @@ def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> It
     count = os.cpu_count() or 1
     context = multiprocessing.get_context("forkserver")
     waiting: deque[Future[Found]] = deque()
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, context, worker.start, (job,)) as pool:
         try:
             for block in chain(first[ALONE:], blocks):
-                with _no_main():
-                    waiting.append(pool.submit(worker.read, block, shape.name, side))
+                try:
+                    with _no_main():
+                        waiting.append(pool.submit(worker.read, block, shape.name, side))
+                except OSError as error:  # a worker is started by a pool whose pipes are closed, as another was killed
+                    raise BrokenProcessPool from error
                 if len(waiting) > 2 * count:  # bounds the memory, and keeps every process busy
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
+            # The pool does not end a worker that it was just starting when another was killed, and then waits for it.
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
             raise ForgeError(
                 "preprocess: a worker process was killed, most likely for want of memory; give the machine more"
             ) from None
