@@ -32,7 +32,8 @@ def main() -> int:
         checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
         base = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
         job = Job(options.data, base, recipe.model, recipe.training, checkpoints)
-        with joined(options.out.with_name(f"{options.out.name}.failure.json")) as rank:
+        # Of this launcher's alone: an earlier one's failure is not this one's.
+        with joined(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
             train(rank, job, options.out)
     except ForgeError as error:
         print(error.message, file=sys.stderr)

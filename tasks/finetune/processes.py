@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import datetime
+import faulthandler
 import gc
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import distributed
@@ -21,8 +24,13 @@ from tasks.errors import ForgeError
 
 ROOT_CAUSE_WAIT = 1.0  # seconds
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+STACK_AT = 0.9  # of that time
 PR_SET_PDEATHSIG = 1  # prctl(2)
 _PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+class Stopped(ForgeError):
+    """Told to end by a signal, and saved."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,17 @@ class Rank:
     world: int
     device: torch.device
     stop: threading.Event = field(default_factory=threading.Event)  # set when it is told to end
+    stack: TextIO | None = None  # where it says what it was doing when it was not heard of for long
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that reports and writes."""
         return self.rank == 0
+
+    def alive(self) -> None:
+        """Say that this rank gets on; its stack is written where it has not said so just before others give it up."""
+        if self.stack is not None:
+            faulthandler.dump_traceback_later(COLLECTIVE_TIMEOUT.total_seconds() * STACK_AT, file=self.stack)
 
 
 @contextlib.contextmanager
@@ -47,6 +61,9 @@ def joined(failure: Path) -> Iterator[Rank]:
     Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first
     one has gone in the middle of a collective) raises the first one's instead. An error that may be such a
     consequence waits a moment before it is written, in which a killed rank's launcher ends this one too.
+
+    A rank that hangs is given up by the others when a collective has waited for COLLECTIVE_TIMEOUT. What each rank was
+    doing is then in a file beside `failure`, and where the hanging one was is in the message.
     """
     stop = threading.Event()
     _end_with_parent(stop)
@@ -58,10 +75,11 @@ def joined(failure: Path) -> Iterator[Rank]:
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    stack = _stack_file(failure, rank).open("w", encoding="utf-8") if world > 1 else None
     try:
         if world > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-        yield Rank(rank, world, device, stop)
+        yield Rank(rank, world, device, stop, stack)
     except Exception as error:
         if world > 1 and isinstance(error, RuntimeError):  # what collectives raise
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -72,11 +90,16 @@ def joined(failure: Path) -> Iterator[Rank]:
         traceback.clear_frames(error.__traceback__)
         raise ForgeError(describe_failure(first)) from error
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if distributed.is_initialized():
             # What still held the group (DDP does) would end it later, with the interpreter's lock in hand, for which
             # the group's own threads may be waiting: a deadlock.
             gc.collect()
             distributed.destroy_process_group()
+        if stack is not None:
+            stack.close()
+            if not os.path.getsize(stack.name):
+                os.unlink(stack.name)
 
 
 def read_failure(failure: Path) -> dict[str, str] | None:
@@ -94,14 +117,32 @@ def describe_failure(failure: dict[str, str]) -> str:
     return f"training failed on rank {failure['rank']}: {failure['message']}{where}"
 
 
+def describe_stacks(failure: Path) -> str:
+    """Where the ranks were that were not heard of for long; empty if there are none."""
+    found = []
+    for file in sorted(failure.parent.glob(f"{failure.stem}.rank*.stack")):
+        *_, main = file.read_text(encoding="utf-8").split("Thread 0x")  # the threads' stacks, the main one's last
+        if place := re.search(r'File "(.*)", line (\d+) in (.*)', main):
+            rank = file.suffixes[-2].removeprefix(".rank")
+            found.append(f"; rank {rank} was in {place[3]} ({place[1]}:{place[2]}; its whole stack is in {file})")
+    return "".join(found)
+
+
+def _stack_file(failure: Path, rank: int) -> Path:
+    failure.parent.mkdir(parents=True, exist_ok=True)
+    return failure.with_name(f"{failure.stem}.rank{rank}.stack")
+
+
 def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
     """Write this error unless another rank's is there already; return the one that is there."""
     user_error = isinstance(error, ForgeError)
+    message = error.message if user_error else f"{type(error).__name__}: {error}"  # type: ignore[attr-defined]
     last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     found = {
         "rank": str(rank),
-        "message": error.message if user_error else f"{type(error).__name__}: {error}",  # type: ignore[attr-defined]
+        "message": message + describe_stacks(failure),
         "where": "" if user_error or last is None else f"{last.filename}:{last.lineno}; traceback in {failure}",
+        "stopped": "yes" if isinstance(error, Stopped) else "",
         "traceback": "".join(traceback.format_exception(error)),
     }
     staged = failure.with_name(f"{failure.name}.{os.getpid()}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from flytekit import Cache, FlyteContextManager, HashMethod, task
 from flytekit.core.base_task import IgnoreOutputs
-from flytekit.exceptions.user import FlyteUserRuntimeException
+from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import Elastic
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
@@ -22,6 +22,7 @@ from tasks.settings import load_settings
 from tasks.storage import open_store
 from tasks.version import code_version
 
+RETRIES = 5  # of a run that a drained or reclaimed node ended; other failures are not tried again
 # The elastic agent takes these over and does not give them back.
 ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -36,6 +37,7 @@ class TrainingTask(PytorchElasticFunctionTask):
     def execute(self, **kwargs: Any) -> Any:
         """Start the processes and return the first rank's result; ForgeError says what failed, and where."""
         self._task_config = replace(self.task_config, nproc_per_node=kwargs["training"].processes)
+        local = FlyteContextManager.current_context().execution_state.is_local_execution()
         failure = failure_file(os.getpid())
         failure.unlink(missing_ok=True)
         # One thread a process until it has counted the cores; elsewhere in this process, as it was.
@@ -44,15 +46,18 @@ class TrainingTask(PytorchElasticFunctionTask):
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         try:
             return super().execute(**kwargs)
-        except IgnoreOutputs:
-            if FlyteContextManager.current_context().execution_state.is_local_execution():
-                raise KeyboardInterrupt from None  # the elastic agent was interrupted and has ended the processes
-            raise
+        except IgnoreOutputs:  # the elastic agent was told to end, and has ended the processes
+            if local:
+                raise KeyboardInterrupt from None
+            # A node is drained, or wanted by others: what is saved is gone on from.
+            raise FlyteRecoverableException("training was told to stop, and goes on from its last checkpoint") from None
         except FlyteUserRuntimeException as error:
             from tasks.finetune.processes import describe_failure, read_failure
 
             found = read_failure(failure)
-            raise ForgeError(describe_failure(found) if found else describe_exit(error.value)) from None
+            if found and found["stopped"] and not local:
+                raise FlyteRecoverableException(found["message"]) from None
+            raise ForgeError(describe_failure(found) if found else describe_exit(error.value, failure)) from None
         finally:
             Console().show_cursor()  # the bar of a process that was ended could not
             if threads is None:
@@ -61,15 +66,17 @@ class TrainingTask(PytorchElasticFunctionTask):
                 signal.signal(number, handler)
 
 
-def describe_exit(error: ChildFailedError) -> str:
+def describe_exit(error: ChildFailedError, failure: Path) -> str:
     """What the user reads of a process that ended without saying why: most often the kernel wanted its memory."""
     rank, failed = error.get_first_failure()
     if failed.exitcode > 0:  # it raised before it had joined the others
         return f"training failed on rank {rank}: {failed.message}"
+    from tasks.finetune.processes import describe_stacks
+
     how = signal.Signals(-failed.exitcode).name
     return (
         f"training: rank {rank} ended without a word ({how}); if the machine ran out of memory, lower "
-        "training.rows_per_step or data.context"
+        f"training.rows_per_step or data.context{describe_stacks(failure)}"
     )
 
 
@@ -84,6 +91,7 @@ def failure_file(launcher: int) -> Path:
 @task(
     task_config=Processes(nnodes=1, increase_shared_mem=False, monitor_interval=0.2),
     cache=Cache(version=code_version("finetune"), serialize=True),
+    retries=RETRIES,
 )
 def train_model(
     dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe

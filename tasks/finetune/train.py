@@ -23,9 +23,10 @@ from tasks.finetune.data import Order, PackedRows
 from tasks.finetune.flops import flops_per_token, peak_flops
 from tasks.finetune.gpu import CoolDown, gpu_temperature
 from tasks.finetune.loss import TrainedTokenLoss
+from tasks.finetune.memory import explained
 from tasks.finetune.model import DTYPES, add_adapter, build_empty, build_model, load_config, load_sharded
 from tasks.finetune.parallel import parallelize, sync_gradients
-from tasks.finetune.processes import Rank
+from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.progress import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
@@ -37,10 +38,6 @@ HELDOUT_POINTS = 10
 HELDOUT_ROWS = 64  # of the held-out rows, for the curve; evaluation scores the rest
 WARM_STEPS = 3  # not counted in the speed: kernels are chosen and layers compiled in them
 NORMS, EXPLODED = 32, 100  # a gradient norm of so many times the median of the last ones is no step to take
-
-
-class Stopped(ForgeError):
-    """Told to end by a signal, and saved."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ class Trainer:
         architecture = job.model.architecture
         config = architecture_config(architecture, self.context) if architecture else load_config(job.base).to_dict()
         gpu = min(find_gpus(), key=lambda one: one.memory, default=None) if rank.device.type == "cuda" else None
-        how = resolve_parallelism(measure_model(config), recipe, self.context, gpu)
+        self._size = measure_model(config)
+        self._how = how = resolve_parallelism(self._size, recipe, self.context, gpu)
         sharded = how in ("fsdp", "hybrid")
         empty = sharded and bool(job.base.location)
         dtype = DTYPES[recipe.precision] if recipe.lora else torch.float32
@@ -139,9 +137,11 @@ class Trainer:
         saved_at = time.monotonic()
         self._warm: tuple[int, float] | None = None
         first = facts.step
-        with TrainingProgress(steps, facts, self.rank.first) as progress:
+        explanation = explained(self._size, recipe, self.context, self._how)
+        with TrainingProgress(steps, facts, self.rank.first) as progress, explanation:
             while facts.step < steps and not (recipe.early_stopping and facts.worse >= recipe.early_stopping):
                 begun = time.monotonic()
+                self.rank.alive()
                 due = begun - saved_at > 60 * recipe.checkpoint_minutes
                 stop, save = self.train_step(facts.step, due)
                 facts.step += 1

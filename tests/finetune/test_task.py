@@ -1,16 +1,21 @@
 """The door: what a user reads when a rank fails, on real processes and a real collective."""
 
 import os
+import signal
 import time
+from datetime import timedelta
 
 import psutil
 import pytest
-from flytekit import task
+from flytekit import FlyteContextManager, task
+from flytekit.core.context_manager import ExecutionState
+from flytekit.exceptions.user import FlyteRecoverableException
 from torch import distributed
 
 from tasks.errors import ForgeError
-from tasks.finetune.processes import joined
-from tasks.finetune.task import Processes, failure_file
+from tasks.finetune import processes
+from tasks.finetune.processes import Stopped, joined
+from tasks.finetune.task import RETRIES, Processes, failure_file, train_model
 from tasks.recipe import TrainingRecipe
 
 TRAINING = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, processes=2)
@@ -21,7 +26,10 @@ def fails(training: TrainingRecipe, how: str) -> str:
     """One rank fails in the way that `how` names while the other waits for it in a collective."""
     if how == "early" and os.environ["RANK"] == "1":
         raise ValueError("not even joined")
+    if how == "hang":
+        processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     with joined(failure_file(os.getppid())) as rank:
+        rank.alive()
         distributed.barrier()
         if rank.rank == 1:
             if how == "raise":
@@ -30,9 +38,23 @@ def fails(training: TrainingRecipe, how: str) -> str:
                 raise ForgeError("rows are wrong: rows.jsonl:7")
             if how == "kill":
                 os.kill(os.getpid(), 9)
+            if how == "hang":
+                wedged()
+        if how == "drain":
+            if rank.first:
+                os.kill(os.getppid(), signal.SIGTERM)
+            rank.stop.wait(60)
+            raise Stopped("all of it is saved")
+        if how == "stopped" and rank.first:
+            raise Stopped("all of it is saved")
         distributed.barrier()
         time.sleep(600)  # the launcher ends it
     return "done"
+
+
+def wedged() -> None:
+    """What a rank hangs in."""
+    time.sleep(12)
 
 
 def workers() -> list[psutil.Process]:
@@ -46,6 +68,7 @@ def workers() -> list[psutil.Process]:
         ("raise", ["failed on rank 1: ValueError: the reason of rank one", "test_task.py"]),
         ("early", ["failed on rank 1", "not even joined"]),
         ("user", ["failed on rank 1: rows are wrong: rows.jsonl:7"]),
+        ("hang", ["failed on rank 0", "imed out", "rank 1 was in wedged", "test_task.py", ".rank1.stack"]),
     ],
 )
 def test_the_first_rank_s_own_message_is_what_the_user_reads(how: str, says: list[str]) -> None:
@@ -61,3 +84,18 @@ def test_a_killed_rank_is_told() -> None:
     with pytest.raises(ForgeError, match=r"rank 1 ended without a word \(SIGKILL\)"):
         fails(training=TRAINING, how="kill")
     assert workers() == []
+
+
+@pytest.mark.parametrize("how", ["drain", "stopped"])
+def test_on_the_cluster_flyte_tries_a_stopped_run_again(how: str) -> None:
+    context = FlyteContextManager.current_context()
+    state = context.new_execution_state()
+    in_pod = context.with_execution_state(state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION))
+    with FlyteContextManager.with_context(in_pod), pytest.raises(FlyteRecoverableException, match=r"stop|saved"):
+        fails.execute(training=TRAINING, how=how)
+    assert workers() == []
+
+
+def test_what_failed_for_another_reason_is_not_tried_again() -> None:
+    assert train_model.metadata.retries == RETRIES
+    assert not issubclass(ForgeError, FlyteRecoverableException)

@@ -1,26 +1,29 @@
 """The loop on one process: it does what a plain loop does, and what breaks it off costs nothing."""
 
 import json
+import re
+import resource
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
-from tasks.finetune.processes import Rank
+from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.schedule import share
-from tasks.finetune.train import Job, Stopped, Trainer
+from tasks.finetune.train import Job, Trainer
 from tasks.recipe import Lora, ModelRecipe, TrainingRecipe
-from tests.finetune.job import CONFIGS, write_base, write_data
+from tests.finetune.job import CONFIGS, SMALL, write_base, write_data
 
 STEPS = 12  # of the recipe below on the rows below
 
@@ -231,3 +234,20 @@ def test_what_is_exported_is_complete(places: tuple[Path, Path], tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert model.dtype == torch.bfloat16
     assert {path.suffix for path in (tmp_path / "out" / "model").iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_out_of_memory_names_what_was_estimated_and_what_helps(tmp_path: Path) -> None:
+    wide = LlamaConfig(**{**SMALL, "intermediate_size": 1 << 16, "tie_word_embeddings": False})
+    here = write_data(tmp_path / "data"), write_base(wide, tmp_path / "base")
+    trainer = Trainer(rank(), job(here, tmp_path / "checkpoints"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # The rows of a step need some 0.5 GiB for the forward pass alone.
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (200 << 20), hard))
+    try:
+        with pytest.raises(ForgeError) as caught:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert re.search(r"out of memory: you tried to allocate \d+ bytes", caught.value.message)
+    for part in ("estimated to need", "GiB (weights", "less is needed with training.rows_per_forward"):
+        assert part in caught.value.message

@@ -1,0 +1,125 @@
+"""An adapter trained in shards: what training computed, peft and vLLM compute from the exported files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tasks.settings import Settings
+from tests.finetune.job import PROJECT, SMALL, VOCABULARY, write_base, write_data
+
+ROWS, LENGTH = 3, 24
+SHAPE = {**SMALL, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}  # vLLM wants heads of 32
+
+TRAIN = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from tasks.contracts import Base
+from tasks.finetune.data import Batch
+from tasks.finetune.export import export
+from tasks.finetune.processes import joined
+from tasks.finetune.train import Job, Trainer
+from tasks.recipe import Lora, ModelRecipe, TrainingRecipe
+
+here, rows, length = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+recipe = TrainingRecipe(
+    rows_per_step=8, epochs=2, learning_rate=0.01, precision="fp32", processes=2, parallelism="fsdp",
+    method="lora", lora=Lora(rank=4, alpha=8, rslora=True),
+)
+base = str(here / "base")
+with joined(here / "failure.json") as rank:
+    job = Job(here / "data", Base(location=base), ModelRecipe(base=base), recipe, here / "checkpoints")
+    trainer = Trainer(rank, job)
+    trainer.train()
+    trainer.loss.reshard()
+    head = trainer.causal.get_output_embeddings().weight
+    assert isinstance(head, DTensor), "sharded"
+    head, hidden = head.full_tensor(), []
+    trainer.causal.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
+    tokens = trainer.heldout.batch(torch.arange(rows).numpy()).tokens[:, :length]
+    batch = Batch(tokens, torch.arange(length).expand(rows, length), tokens)
+    with torch.no_grad():
+        trainer.loss.eval()(batch)
+    logits = hidden[0] @ head.T
+    export(trainer, here / "out" if rank.first else None)
+    if rank.first:
+        save_file({"tokens": tokens.contiguous(), "logits": logits.detach().contiguous()}, here / "seen.safetensors")
+"""
+
+# What vLLM makes of the same tokens: the logarithm of each next token's probability, for the whole vocabulary.
+ASK = """
+import json, sys
+from pathlib import Path
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    here, prompts, vocabulary = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+    model = LLM(
+        str(here / "base"), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4, enable_lora=True,
+        max_lora_rank=8, max_logprobs=vocabulary,
+    )
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=vocabulary)
+    found = {}
+    for name, adapter in (("base", None), ("adapter", LoRARequest("adapter", 1, str(here / "out" / "adapter")))):
+        answers = model.generate([{"prompt_token_ids": one} for one in prompts], sampling, lora_request=adapter)
+        found[name] = [
+            [[place[token].logprob for token in range(vocabulary)] for place in answer.prompt_logprobs[1:]]
+            for answer in answers
+        ]
+    (here / "vllm.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a base model, the adapter that two processes trained in shards, and the logits they had."""
+    here = tmp_path_factory.mktemp("adapter")
+    write_data(here / "data")
+    write_base(LlamaConfig(**SHAPE, tie_word_embeddings=False), here / "base")
+    (here / "train.py").write_text(TRAIN)
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = [str(here / "train.py"), str(here), str(ROWS), str(LENGTH)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*program, *arguments], check=True, env=environment, timeout=300)
+    return here
+
+
+def test_peft_gives_the_logits_that_sharded_training_had(place: Path) -> None:
+    seen = load_file(place / "seen.safetensors")
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(place / "base")
+        before = base(input_ids=seen["tokens"]).logits.clone()
+        adapted = PeftModel.from_pretrained(base, place / "out" / "adapter")(input_ids=seen["tokens"]).logits
+        merged = AutoModelForCausalLM.from_pretrained(place / "out" / "model")(input_ids=seen["tokens"]).logits
+    torch.testing.assert_close(adapted, seen["logits"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(merged, seen["logits"], rtol=1e-3, atol=1e-3)
+    assert (before - adapted).abs().max() > 0.1, "it has learned something"
+
+
+def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp_path: Path) -> None:
+    seen = load_file(place / "seen.safetensors")
+    (tmp_path / "ask.py").write_text(ASK)
+    prompts = json.dumps(seen["tokens"].tolist())
+    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    asked = subprocess.run(
+        [str(Settings().serving_python), str(tmp_path / "ask.py"), str(place), prompts, str(VOCABULARY)],
+        env={**os.environ, **quiet}, cwd=tmp_path, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr[-4000:]
+    found = {name: torch.tensor(value) for name, value in json.loads((place / "vllm.json").read_text()).items()}
+    ours = seen["logits"].log_softmax(-1)[:, :-1]  # logits are defined up to a constant for each token
+    torch.testing.assert_close(found["adapter"], ours, rtol=0, atol=1e-3)
+    assert (found["base"] - ours).abs().max() > 0.1, "the base alone says something else"
