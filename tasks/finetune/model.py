@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
@@ -39,9 +39,40 @@ def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, s
             pad_token_id=tokenizer.pad_token_id,
         )
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return _load(base, dtype)
+
+
+def build_quantised(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base model with its linear layers in 4 bits (NF4, the constants quantised too), but for the output layer.
+
+    As in QLoRA (https://arxiv.org/abs/2305.14314); products are in `dtype`. Four bits lie in elements of that type too,
+    since FSDP casts what it gathers.
+    """
+    from bitsandbytes.nn import Linear4bit  # takes a second, and few need it
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    causal = _load(base, dtype, quantization_config=quantisation, device_map={"": device})
+    for module in causal.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # it repacks weights for inference, and then trains no more
+    return causal
+
+
+def _load(base: Base, dtype: torch.dtype, **how: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base.location, revision=base.revision or None, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            base.location,
+            revision=base.revision or None,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **how,
         )
     except (OSError, ValueError) as error:
         raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None

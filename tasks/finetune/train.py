@@ -24,7 +24,15 @@ from tasks.finetune.flops import flops_per_token, peak_flops
 from tasks.finetune.gpu import CoolDown, gpu_temperature
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.memory import explained
-from tasks.finetune.model import DTYPES, add_adapter, build_empty, build_model, load_config, load_sharded
+from tasks.finetune.model import (
+    DTYPES,
+    add_adapter,
+    build_empty,
+    build_model,
+    build_quantised,
+    load_config,
+    load_sharded,
+)
 from tasks.finetune.parallel import parallelize, sync_gradients
 from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.progress import TrainingProgress
@@ -76,8 +84,6 @@ class Trainer:
         self.rank, self.job = rank, job
         self.recipe = recipe = for_processes(job.training, rank.world)
         self.context: int = json.loads((job.data / "dataset.json").read_text())["context"]
-        if recipe.method == "qlora":
-            raise ForgeError("training.method qlora: this version of Forge does not train it yet; set it to lora")
         self.tokenizer = AutoTokenizer.from_pretrained(job.data / "tokenizer", trust_remote_code=False)
         self.rows, self.heldout = PackedRows(job.data / "train"), PackedRows(job.data / "heldout")
         self.order = Order(len(self.rows), recipe.rows_per_step, recipe.epochs, recipe.seed)
@@ -87,9 +93,12 @@ class Trainer:
         self._size = measure_model(config)
         self._how = how = resolve_parallelism(self._size, recipe, self.context, gpu)
         sharded = how in ("fsdp", "hybrid")
-        empty = sharded and bool(job.base.location)
+        quantised = recipe.method == "qlora"
+        empty = sharded and bool(job.base.location) and not quantised
         dtype = DTYPES[recipe.precision] if recipe.lora else torch.float32
-        if empty:
+        if quantised:  # where it is to be sharded, a GPU may have no room for the whole
+            self.causal = build_quantised(job.base, dtype, torch.device("cpu") if sharded else rank.device)
+        elif empty:
             self.causal = build_empty(job.base, dtype)
         else:
             causal = build_model(job.model, job.base, self.tokenizer, self.context, recipe.seed, dtype)

@@ -100,8 +100,6 @@ def check_training(recipe: TrainingRecipe) -> list[GPU]:
             "torchrun -m tasks.finetune on each node"
         )
     gpus = training_gpus()
-    if recipe.method == "qlora":
-        problems.append("training.method qlora: this version of Forge does not train it yet; set it to lora")
     if gpus and recipe.processes > len(gpus):
         problems.append(
             f"training.processes {recipe.processes}: each takes a GPU, and there are {len(gpus)}; set it to {len(gpus)}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tasks.settings import Settings
-from tests.finetune.job import PROJECT, SMALL, VOCABULARY, write_base, write_data
+from tests.finetune.job import PROJECT, SMALL, VOCABULARY, curve, run, write_base, write_data, write_recipe
 
 ROWS, LENGTH = 3, 24
 SHAPE = {**SMALL, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2}  # vLLM wants heads of 32
@@ -126,3 +126,15 @@ def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp
     ours = seen["logits"].log_softmax(-1)[:, [end - 1 for end in ends]].flatten(0, 1)
     torch.testing.assert_close(found["adapter"], ours, rtol=0, atol=1e-3)
     assert (found["base"] - ours).abs().max() > 0.1, "the base alone says something else"
+
+
+@pytest.mark.long
+def test_a_quantised_base_in_shards_is_trained_as_a_whole_one_is(place: Path, tmp_path: Path) -> None:
+    curves = []
+    for how in ("ddp", "fsdp"):
+        training = {"method": "qlora", "lora": {"rank": 4}, "processes": 2, "parallelism": how}
+        recipe = write_recipe(tmp_path / f"{how}.yaml", place / "base", **training)
+        run(recipe, place / "data", tmp_path / how, processes=2)
+        curves.append([point["loss"] for point in curve(tmp_path / how)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0][-1] < curves[0][0]

@@ -19,6 +19,7 @@ from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
+from tasks.finetune.model import build_quantised
 from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.schedule import share
 from tasks.finetune.train import Job, Trainer
@@ -223,6 +224,28 @@ def test_an_adapter_that_was_exported_has_the_logits_that_training_had(shape: st
     torch.testing.assert_close(adapted, ours, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(merged, ours, rtol=1e-3, atol=1e-3)
     assert (before - ours).abs().max() > 0.01, "it has learned something"
+
+
+def test_an_adapter_of_a_quantised_base_is_trained_exported_and_gone_on_with(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    how = {"method": "qlora", "lora": Lora(rank=4, dropout=0.1)}
+    whole = trained(job(places, tmp_path / "whole", **how))
+    assert whole.facts.curve[-1]["loss"] < 0.95 * whole.facts.curve[0]["loss"]
+    broken = job(places, tmp_path / "checkpoints", **how)
+    stopped(broken, after=6)
+    assert same(trained(broken), whole)
+    export(whole, tmp_path / "out")
+    tokens = whole.heldout.batch(torch.arange(2).numpy()).tokens[:, :20]
+    with torch.no_grad():
+        ours = whole.causal.eval()(input_ids=tokens).logits
+        base = build_quantised(Base(location=str(places[1])), torch.float32, torch.device("cpu"))
+        before = base(input_ids=tokens).logits.clone()
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")(input_ids=tokens).logits
+    torch.testing.assert_close(adapted, ours, rtol=1e-3, atol=1e-3)
+    assert (before - ours).abs().max() > 0.01, "it has learned something"
+    exact = AutoModelForCausalLM.from_pretrained(places[1])(input_ids=tokens).logits
+    assert (before - exact).abs().max() > 0.01, "it is quantised"
 
 
 def test_what_is_exported_is_complete(places: tuple[Path, Path], tmp_path: Path) -> None:

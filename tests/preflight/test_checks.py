@@ -71,10 +71,6 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
     ("change", "says"),
     [
         (
-            {"training": {**SMALL["training"], "method": "qlora", "lora": {}}, "model": {"base": "/nowhere/model"}},
-            "training.method qlora: this version of Forge does not train it yet",
-        ),
-        (
             {"training": {**SMALL["training"], "nodes": 2}},
             "training.nodes 2: this version of Forge trains on one node only",
         ),
