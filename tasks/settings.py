@@ -31,7 +31,10 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of the Prometheus endpoint that a training run has while it lasts; 0: none"
     )
-    s3_endpoint: str = Field("", description="URL of the S3 server that s3:// sources are on, such as http://host:9000")
+    checkpoint_copies: str = Field(
+        "", description="s3://bucket/prefix that checkpoints are copied to, so that a run goes on on another machine"
+    )
+    s3_endpoint: str = Field("", description="URL of the S3 server that s3:// URIs are on, such as http://host:9000")
     s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")
     s3_region: str = Field("us-east-1", description="Region of that server")
@@ -42,6 +45,13 @@ class Settings(BaseSettings):
         if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+/?", endpoint):
             raise ValueError("must be http://host:port or https://host:port")
         return endpoint
+
+    @field_validator("checkpoint_copies")
+    @classmethod
+    def _bucket(cls, uri: str) -> str:
+        if uri and not re.fullmatch(r"s3://[^/]+/.*[^/]/*", uri):
+            raise ValueError("must be s3://bucket/prefix")
+        return uri.rstrip("/")
 
     @property
     def store_root(self) -> Path:

@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, written while training goes on, readable at any world size."""
 
+import datetime
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from tasks.errors import ForgeError
+from tasks.finetune.bucket import FACTS, Bucket
 from tasks.finetune.processes import Rank
 
-FACTS = "facts.json"
+READ_OR_WRITTEN = datetime.timedelta(hours=1)  # at most, by the rank that takes longest
 # One process needs no group to save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 PARTIAL = ".partial"
@@ -25,13 +27,15 @@ PARTIAL = ".partial"
 class Checkpoints:
     """Of one training job, in a directory that all ranks see. A checkpoint is complete when it bears its name.
 
-    Beside weights and optimizer there is `facts.json`: the steps done, and what the loop knows.
+    Beside weights and optimizer there is `facts.json`: the steps done, and what the loop knows. Where there is a bucket
+    they are copied there, and from there where it has a later one.
     """
 
-    def __init__(self, directory: Path, rank: Rank, keep: int) -> None:
+    def __init__(self, directory: Path, rank: Rank, keep: int, bucket: Bucket | None = None) -> None:
         self.directory, self.rank, self.keep = directory, rank, keep
+        self.bucket = bucket if rank.first else None
         # Of its own: async_save aborts the process where training's collectives share the group.
-        self._group = distributed.new_group(backend="gloo") if rank.world > 1 else None
+        self._group = distributed.new_group(backend="gloo", timeout=READ_OR_WRITTEN) if rank.world > 1 else None
         self._saving: Future[Any] | None = None
         self._step = 0  # that is being saved
         self._best: int | None = None
@@ -43,6 +47,10 @@ class Checkpoints:
     def load(self, model: Any, optimizer: Any, step: int | None = None) -> dict[str, Any] | None:
         """Restore a step's checkpoint, by default the latest one's; returns its facts, or None if there is none."""
         self.wait()
+        if self.bucket and step is None:
+            newest = self.bucket.newest()
+            if newest is not None and newest > max(self._steps(), default=-1):
+                self.bucket.download(self._place(newest).name, self._place(newest))
         if self._group:
             distributed.barrier(self._group)
         steps = self._steps()
@@ -94,6 +102,12 @@ class Checkpoints:
         if self.rank.first:
             self._complete(self._place(self._step))
 
+    def settle(self) -> None:
+        """Until all that was saved is complete, its copy too."""
+        self.wait()
+        if self.bucket:
+            self.bucket.wait()
+
     def poll(self) -> None:
         """Give a checkpoint that is written by now its name."""
         if self._saving is not None and self._saving.done():
@@ -102,13 +116,19 @@ class Checkpoints:
     def remove(self) -> None:
         """All of them: the job is done."""
         self.wait()
+        if self.bucket:
+            self.bucket.remove()
         if self.rank.first:
             _discard(self.directory)
 
     def _complete(self, place: Path) -> None:
         os.rename(place.with_name(place.name + PARTIAL), place)
-        for step in self._steps()[: -self.keep]:
-            if step != self._best:
+        steps = self._steps()
+        kept = {*steps[-self.keep :], self._best}
+        if self.bucket:
+            self.bucket.copy(place, {self._place(step).name for step in kept if step is not None})
+        for step in steps:
+            if step not in kept:
                 _discard(self._place(step))
 
     def _steps(self) -> list[int]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 from tasks.contracts import Base, Dataset, Model
+from tasks.finetune.bucket import Bucket
 from tasks.finetune.export import export
 from tasks.finetune.processes import Rank
 from tasks.finetune.telemetry import Telemetry
@@ -36,7 +37,8 @@ def train(
     """
     started = time.time()
     key = job_key(dataset.digest, base, model, recipe)
-    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key)
+    copies = Bucket(f"{settings.checkpoint_copies}/{key}", settings) if settings.checkpoint_copies else None
+    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key, copies)
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
         trainer.train(telemetry)

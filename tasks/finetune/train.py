@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from tasks.cluster import architecture_config, find_gpus, measure_model, resolve_parallelism
 from tasks.contracts import Base
 from tasks.errors import ForgeError
+from tasks.finetune.bucket import Bucket
 from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.data import Order, PackedRows
 from tasks.finetune.flops import flops_per_token, peak_flops
@@ -57,6 +58,7 @@ class Job:
     model: ModelRecipe
     training: TrainingRecipe
     checkpoints: Path  # a directory that is this job's alone, and all ranks see
+    copies: Bucket | None = None  # where they are copied to
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Trainer:
         self.autocast = torch.autocast(
             rank.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and not sharded
         )
-        self.checkpoints = Checkpoints(job.checkpoints, rank, recipe.keep_checkpoints)
+        self.checkpoints = Checkpoints(job.checkpoints, rank, recipe.keep_checkpoints, job.copies)
         self.facts = Facts(**(self.checkpoints.load(self.causal, self.optimizer) or {}))
         self.seconds_to_first_step = 0.0
 
@@ -172,7 +174,7 @@ class Trainer:
                     self.checkpoints.save(self.causal, self.optimizer, asdict(facts))
                     saved_at = time.monotonic()
                 if stop and facts.step < steps:
-                    self.checkpoints.wait()
+                    self.checkpoints.settle()
                     raise Stopped(
                         f"training was told to stop after step {facts.step:,} of {steps:,}; all of it is saved, "
                         "and the same command goes on from there"

@@ -16,6 +16,7 @@ from tasks.registry import open_registry
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
 from tasks.storage import digest_directory, open_store
+from tasks.storage.remote import connect, split
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
         store = attempt(lambda: open_store(places))
         if store is not None or settings.mlflow_uri:
             attempt(lambda: open_registry(places))
+        attempt(lambda: check_copies(places))
         attempt(lambda: check_vllm(places))
         attempt(lambda: check_port(places))
     if problems or loaded is None or store is None or found is None or base is None:
@@ -170,6 +172,17 @@ def _not_to_be_had(name: str, error: Exception) -> ForgeError:
         f"base model {name}: neither a directory here nor to be had from the hub ({reason}); give model.base the path "
         "of a directory in Hugging Face format, or make the hub reachable (a gated model needs HF_TOKEN)"
     )
+
+
+def check_copies(settings: Settings) -> None:
+    """The bucket that checkpoints are to be copied to is there."""
+    uri = settings.checkpoint_copies
+    if not uri:
+        return
+    bucket, _ = split(uri)
+    with connect(f"FORGE_CHECKPOINT_COPIES {uri}", settings) as client:
+        if not client.bucket_exists(bucket):
+            raise ForgeError(f"FORGE_CHECKPOINT_COPIES {uri}: there is no bucket {bucket}; make it, or name another")
 
 
 def check_vllm(settings: Settings) -> None:

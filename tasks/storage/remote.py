@@ -55,7 +55,7 @@ def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tupl
     etags and sizes, not of their keys. ForgeError where it cannot be reached or holds no data file.
     """
     if source.startswith(S3):
-        with _s3(source, settings) as client:
+        with connect(f"data {source}", settings) as client:
             files = _objects(client, source, suffixes)
             return source, digest_json(sorted((file.etag, file.size) for file in files))
     with _hub(source) as (api, uri):
@@ -71,10 +71,10 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
     """
     directory.mkdir(parents=True, exist_ok=True)
     if source.startswith(S3):
-        with _s3(source, settings) as client:
+        with connect(f"data {source}", settings) as client:
             files = _objects(client, source, suffixes)
             _check_room(source, files, directory)
-            bucket, _ = _split(source)
+            bucket, _ = split(source)
             # Keys may hold anything, .. and names too long for a file included: only the ending is kept.
             paths = [directory / f"{number:06}{_suffix(file, suffixes)}" for number, file in enumerate(files)]
             stop = threading.Event()
@@ -104,8 +104,8 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
 
 
 @contextlib.contextmanager
-def _s3(source: str, settings: Settings) -> Iterator["Minio"]:
-    """A client of the server that the settings name; what it raises becomes a ForgeError."""
+def connect(what: str, settings: Settings) -> Iterator["Minio"]:
+    """A client of the S3 server that the settings name; what it raises becomes a ForgeError about `what`."""
     from minio import Minio
     from minio.error import MinioException, S3Error
     from urllib3 import PoolManager, Retry, Timeout
@@ -117,7 +117,7 @@ def _s3(source: str, settings: Settings) -> Iterator["Minio"]:
         "FORGE_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
     }
     if missing := [name for name, value in given.items() if not value]:
-        raise ForgeError(f"data {source}: S3 needs a server and credentials; set {', '.join(missing)}")
+        raise ForgeError(f"{what}: S3 needs a server and credentials; set {', '.join(missing)}")
     endpoint, access_key, secret_key = given.values()
     url = urlsplit(endpoint)
     # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
@@ -143,31 +143,31 @@ def _s3(source: str, settings: Settings) -> Iterator["Minio"]:
             "AuthorizationHeaderMalformed": "check FORGE_S3_REGION",
         }
         mend = mends.get(error.code or "", "check FORGE_S3_ACCESS_KEY, FORGE_S3_SECRET_KEY and what they may read")
-        raise ForgeError(f"data {source}: {endpoint} answers {error.code} ({error.message}); {mend}") from None
+        raise ForgeError(f"{what}: {endpoint} answers {error.code} ({error.message}); {mend}") from None
     except HTTPError as error:
         reason = getattr(error, "reason", None) or error
         raise ForgeError(
-            f"data {source}: {endpoint} cannot be read ({reason}); check FORGE_S3_ENDPOINT and the network"
+            f"{what}: {endpoint} cannot be read ({reason}); check FORGE_S3_ENDPOINT and the network"
         ) from None
     except (MinioException, SyntaxError):  # ElementTree's errors are SyntaxErrors
         raise ForgeError(
-            f"data {source}: {endpoint} does not answer as S3 does; give FORGE_S3_ENDPOINT the port of its S3 API"
+            f"{what}: {endpoint} does not answer as S3 does; give FORGE_S3_ENDPOINT the port of its S3 API"
         ) from None
     except ValueError as error:
-        raise ForgeError(f"data {source}: {error}; mend the name, or FORGE_S3_ENDPOINT or FORGE_S3_REGION") from None
+        raise ForgeError(f"{what}: {error}; mend the name, or FORGE_S3_ENDPOINT or FORGE_S3_REGION") from None
     except OSError as error:
-        raise ForgeError(f"data {source}: cannot be written here ({error}); free space, or set FORGE_HOME") from None
+        raise ForgeError(f"{what}: cannot be written here ({error}); free space, or set FORGE_HOME") from None
 
 
 def _objects(client: "Minio", source: str, suffixes: tuple[str, ...]) -> list[File]:
-    bucket, key = _split(source)
+    bucket, key = split(source)
     objects = client.list_objects(bucket, prefix=key, recursive=True)
     files = (File(item.object_name or "", item.size or 0, item.etag or "") for item in objects)
     return _select(source, files, key, suffixes)
 
 
-def _split(source: str) -> tuple[str, str]:
-    """The bucket and the key or prefix."""
+def split(source: str) -> tuple[str, str]:
+    """The bucket and the key or prefix of an S3 URI."""
     bucket, _, key = source.removeprefix(S3).partition("/")
     return bucket, key
 
