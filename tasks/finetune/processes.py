@@ -66,7 +66,7 @@ def joined(failure: Path) -> Iterator[Rank]:
     doing is then in a file beside `failure`, and where the hanging one was is in the message.
     """
     stop = threading.Event()
-    _end_with_parent(stop)
+    _end_with_parent()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACES)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -79,6 +79,8 @@ def joined(failure: Path) -> Iterator[Rank]:
     try:
         if world > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        # Only now: until others answer, a wait for them would sit through the signal.
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
         yield Rank(rank, world, device, stop, stack)
     except Exception as error:
         if world > 1 and isinstance(error, RuntimeError):  # what collectives raise
@@ -157,9 +159,9 @@ def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
     return found
 
 
-def _end_with_parent(stop: threading.Event) -> None:
-    """End at once on Ctrl-C, after the step on SIGTERM, and when the launcher dies, even by SIGKILL (on Linux)."""
+def _end_with_parent() -> None:
+    """End at once on Ctrl-C, on SIGTERM, and when the launcher dies, even by SIGKILL (on Linux)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
