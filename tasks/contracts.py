@@ -6,6 +6,8 @@ path, does not make later stages run again, and an artifact of a store that has 
 one that is still there.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -72,18 +74,24 @@ class Model(Artifact):
 
 
 class Evaluation(Artifact):
-    """Scores of a model on the held-out rows, before (the base model) and after; `report` is an HTML page.
+    """A model's figures on the held-out rows, beside those of what it was trained from (base) and of the champion.
 
-    Scores are shares in [0, 1]; `nll` is the mean over items of nats a token of the expected answer;
-    `json_validity` is None when no expected answer is JSON.
+    Scores are shares in [0, 1]; `nll` is the mean over items of nats a token of the expected answer, None where it is
+    no number; `json_validity` is None when no expected answer is JSON, `score_champion` when there is no champion or
+    the model is it. `verdict` is the gate's, with its reason in one line; `report` is an HTML page.
     """
 
     items: int
+    score: float
+    score_base: float
+    score_champion: float | None = None
     exact_match: float
-    exact_match_before: float
-    nll: float
-    nll_before: float
+    nll: float | None
+    nll_base: float | None
     json_validity: float | None
+    champion: str = ""
+    verdict: Literal["pass", "refuse", "inconclusive"]
+    reason: str
     report: str
 
 

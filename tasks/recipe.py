@@ -5,6 +5,7 @@ section runs again only what depends on it.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class DataRecipe(Section):
         "group", description="rows with one value stay on one side of the split; else the first question"
     )
     slice_column: str = Field("slice", description="scores are also given by value of this column, where rows have it")
+    check_column: str = Field("check", description="how this row's answer is judged, where rows have it")
     shards: int = Field(1, ge=1, le=1000, description="tasks that prepare the source side by side on the cluster")
 
 
@@ -159,12 +161,60 @@ class TrainingRecipe(Section):
         return self
 
 
+class Check(Section):
+    """How an answer is judged against the expected one; its score is in [0, 1]."""
+
+    kind: Literal["exact", "normalised", "json", "regex", "number", "rouge"] = Field(
+        description="the same text; the same but for case, spacing and punctuation; the share of JSON fields that are "
+        "right; a match of pattern; the last number within tolerance; ROUGE-L"
+    )
+    pattern: str = Field("", description="regex: found anywhere in the answer")
+    tolerance: float = Field(0.0, ge=0, description="number: as a share of the expected number")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Check":
+        if bool(self.pattern) != (self.kind == "regex"):
+            raise ValueError("a check of kind regex needs a pattern, and no other has one")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error}") from None
+        return self
+
+
 class EvaluationRecipe(Section):
     """What is measured on held-out rows."""
 
     items: int = Field(512, ge=1, description="held-out prompts that are answered and scored")
     max_new_tokens: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
+    check: Check | None = Field(
+        None, description="of rows without one of their own; without it, json where JSON is expected, else exact"
+    )
+    samples: int = Field(0, ge=0, le=64, description="answers drawn a prompt, beside the greedy one that is judged")
+    temperature: float = Field(0.7, gt=0, le=2, description="of the drawn answers")
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="what answers; auto is vllm, which will serve, where there is a GPU, else transformers"
+    )
+    harness_tasks: list[str] = Field(
+        [], description="tasks of lm-evaluation-harness, by name or as YAML files, that the model is also scored on"
+    )
+
+
+class GateRecipe(Section):
+    """What a model must show, on the same items as the champion, to take its place. See docs/evaluation.md."""
+
+    measure: Literal["score", "nll"] = Field(
+        "score", description="what models are compared by; margins are in its unit"
+    )
+    margin: float = Field(0.04, gt=0, description="how much worse than the champion it may not be, at 95 %")
+    require_improvement: bool = Field(False, description="it must be better than the champion, at 95 %")
+    slice_margin: float = Field(0.15, gt=0, description="the same as margin, for each slice")
+    slice_items: int = Field(50, ge=10, description="slices with fewer items are not judged")
+    min_items: int = Field(30, ge=2, description="with fewer items nothing is decided")
+    floor: float = Field(0.0, ge=0, le=1, description="what the mean score must reach, at 95 %")
+    json_validity: float = Field(0.99, ge=0, le=1, description="share of valid JSON where JSON is expected")
+    ended: float = Field(0.95, ge=0, le=1, description="share of answers that end within max_new_tokens")
 
 
 class ServingRecipe(Section):
@@ -183,6 +233,7 @@ class Recipe(Section):
     model: ModelRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe
+    gate: GateRecipe = GateRecipe()
     serving: ServingRecipe = ServingRecipe()
 
     @model_validator(mode="after")

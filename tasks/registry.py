@@ -6,6 +6,7 @@ side by side break the database for good.
 
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
+PACKAGE_DIGEST = "package_digest"  # the tag of a version and of its run
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
@@ -53,6 +55,27 @@ def open_registry(settings: Settings) -> "MlflowClient":
         reason = str(error).splitlines()[0]
         raise ForgeError(f"MLflow {uri}: cannot be used ({reason}); start it, or mend FORGE_MLFLOW_URI") from None
     return client
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that serves, and its package: where it is, and the digest that it was registered with (or "")."""
+
+    version: str
+    uri: str
+    digest: str
+    run_id: str
+
+
+def find_champion(client: "MlflowClient", name: str) -> Champion | None:
+    """The champion of a name, where the name is registered and has one."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        return None
+    version = champion_version(client, name)
+    if version is None:
+        return None
+    found = client.get_model_version(name, version)
+    return Champion(version, found.source or "", found.tags.get(PACKAGE_DIGEST, ""), found.run_id or "")
 
 
 def champion_version(client: "MlflowClient", name: str) -> str | None:

@@ -1,39 +1,58 @@
-"""The main job, on one screen: from rows to a better model that serves."""
+"""The main job, on one screen: from rows to a better model that serves, if it is better."""
 
-from flytekit import workflow
+from flytekit import conditional, workflow
 
+from tasks.contracts import Dataset, Evaluation, Model
 from tasks.evaluate.task import evaluate_model
 from tasks.finetune.task import train_model
 from tasks.preflight.task import preflight
 from tasks.preprocess.task import preprocess_data
+from tasks.recipe import Recipe
 from tasks.register.task import register_model
 from tasks.rollout.task import roll_out
-from tasks.summary.task import summarise
+from tasks.summary.task import hold_back, summarise
 
 
 @workflow
 def training_pipeline(data_path: str = "", recipe: str = "tiny-cpu") -> str:
-    """Train a model on conversations, evaluate it, register it and serve it; returns the API's address.
+    """Train a model on conversations, evaluate it, and, if the gate lets it, register it and serve it.
 
     Stages whose inputs have not changed are not run again. Nothing costly starts before preflight has found the
-    recipe, the data, the store, MLflow and vLLM in order.
+    recipe, the data, the store, MLflow and vLLM in order. A model that the gate holds back is no error: the champion
+    goes on serving, and the result says why.
 
     Args:
         data_path: a JSONL file of chat messages, or a directory of them; without it, the recipe's own data
         recipe: the name of a shipped recipe, or the path of a YAML file
 
     Returns:
-        the base URL of the OpenAI-compatible API that now serves the model
+        the base URL of the OpenAI-compatible API that now serves the model, or why the gate held it back
     """
     plan = preflight(data_path=data_path, recipe=recipe)
     settled = plan.recipe
     dataset = preprocess_data(source=plan.source, data=settled.data, base=plan.base)
     model = train_model(dataset=dataset, base=plan.base, model=settled.model, training=settled.training)
-    evaluation = evaluate_model(dataset=dataset, model=model, evaluation=settled.evaluation)
-    version = register_model(recipe=settled, dataset=dataset, model=model, evaluation=evaluation)
-    deployment = roll_out(version=version, evaluation=evaluation, serving=settled.serving)
+    judged = evaluate_model(
+        name=settled.name, dataset=dataset, model=model, evaluation=settled.evaluation, gate=settled.gate
+    )
+    return (
+        conditional("gate")
+        .if_(judged.passed.is_true())
+        .then(release(recipe=settled, started=plan.started, dataset=dataset, model=model, evaluation=judged.evaluation))
+        .else_()
+        .then(
+            hold_back(recipe=settled, started=plan.started, dataset=dataset, model=model, evaluation=judged.evaluation)
+        )
+    )
+
+
+@workflow
+def release(recipe: Recipe, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
+    """Register a model that has passed, and serve it; returns the API's base URL."""
+    version = register_model(recipe=recipe, dataset=dataset, model=model, evaluation=evaluation)
+    deployment = roll_out(version=version, evaluation=evaluation, serving=recipe.serving)
     return summarise(
-        started=plan.started,
+        started=started,
         dataset=dataset,
         model=model,
         evaluation=evaluation,

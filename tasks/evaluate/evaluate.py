@@ -1,98 +1,230 @@
-"""The stage's work: score the model and what it was trained from on the same items, and write the report."""
+"""The stage's work: candidate, base and champion answer the same items; the gate decides, and the report says why."""
 
 import dataclasses
+import functools
 import json
+import math
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+from pyarrow import parquet
 from rich.progress import Progress
 
 from tasks.contracts import Base, Dataset, Evaluation, Model
 from tasks.errors import ForgeError
-from tasks.evaluate.report import render_report
-from tasks.evaluate.score import Answer, answer_all, by_slice, read_items, summarise
-from tasks.recipe import EvaluationRecipe
+from tasks.evaluate.cache import answers_of, chosen_engine
+from tasks.evaluate.gate import Reference, decide
+from tasks.evaluate.items import Item, digest_items, read_items
+from tasks.evaluate.record import record_evaluation
+from tasks.evaluate.report import Page, render_report
+from tasks.evaluate.score import Judged, judge_all, places_by_slice, summarise
+from tasks.recipe import EvaluationRecipe, GateRecipe
+from tasks.registry import Champion, find_champion, open_registry
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_directory
+from tasks.storage.package import MANIFEST, verify_package
 
-CARD = "evaluation.json"
-REPORT = "report.html"
+CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"
 
 
-def evaluate(dataset: Dataset, model: Model, recipe: EvaluationRecipe, store: DirectoryStore) -> Evaluation:
-    """Answer the held-out prompts with the base model and with the trained one, score both, publish answers and report.
+def evaluate(
+    name: str,
+    dataset: Dataset,
+    model: Model,
+    recipe: EvaluationRecipe,
+    gate: GateRecipe,
+    store: DirectoryStore,
+    settings: Settings,
+) -> Evaluation:
+    """Compare a trained model with what it was trained from and with the champion of `name`; publish all of it.
 
-    The result is a directory: `items.jsonl` (each prompt with the expected answer, both models' answers and NLL),
-    `report.html`, and the card `evaluation.json`.
+    The result is a directory: `items.parquet` (each prompt with the expected answer, and every model's answer, score
+    and NLL), `report.html`, and the card `evaluation.json` (figures, verdict). It is logged to MLflow too.
+
+    Raises ForgeError where nothing is held out, a model cannot be loaded, or the champion's package is gone or damaged.
     """
     started = time.time()
     directory = store.path(model.uri)
-    items = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items)
+    items, passed_over = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items, recipe.check)
     if not items:
-        raise ForgeError(f"evaluation: the data set {dataset.uri} has no held-out rows; raise data.heldout_fraction")
-    base = model.base
-    if base.location.startswith("file://"):
-        base = Base(location=str(store.path(base.location)))
-
-    def answers(name: str, of: Base) -> list[Answer]:
+        raise ForgeError(
+            f"evaluation: the data set {dataset.uri} has no held-out conversation with an answer to score "
+            f"({passed_over} rows passed over); raise data.heldout_fraction, or give data.heldout_source"
+        )
+    digest, _ = digest_directory(directory / "model")
+    champion = find_champion(open_registry(settings), name)
+    models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, store)}
+    if champion is not None:
+        package = champion_package(name, champion, store)
+        if package[1] != digest:
+            models["champion"] = package
+    judged: dict[str, Judged] = {}
+    for who, (of, its_digest) in models.items():
         with Progress() as progress:
-            bar = progress.add_task(f"evaluate {name} training", total=len(items))
+            bar = progress.add_task(f"evaluate the {who}", total=len(items))
+            tell = functools.partial(_show, progress, bar)
+            judged[who] = judge_all(items, answers_of(of, its_digest, items, recipe, store, settings, tell))
+    reference = None
+    if champion is None:
+        reference = Reference("base", judged["base"])
+    elif "champion" in judged:
+        reference = Reference("champion", judged["champion"])
+    slices = places_by_slice(items)
+    verdict = decide(judged["candidate"], reference, slices, gate)
+    harness: dict[str, float] = {}
+    if recipe.harness_tasks:
+        from tasks.evaluate.harness import run_harness
 
-            def tell(done: int) -> None:
-                progress.update(bar, completed=done)
-
-            return answer_all(of, items, recipe.max_new_tokens, recipe.batch_size, tell)
-
-    before = answers("before", base)
-    after = answers("after", Base(location=str(directory / "model")))
-    scores, scores_before = summarise(items, after), summarise(items, before)
+        harness = run_harness(directory / "model", recipe.harness_tasks, settings)
+    scores = {who: summarise(items, of) for who, of in judged.items()}
+    training = json.loads((directory / "training.json").read_text())
     with store.stage() as staged:
-        with (staged / "items.jsonl").open("w", encoding="utf-8") as file:
-            for item, old, new in zip(items, before, after, strict=True):
-                value = {
-                    **dataclasses.asdict(item),
-                    "answer": new.text,
-                    "nll": new.nll,
-                    "exact": new.exact,
-                    "answer_before": old.text,
-                    "nll_before": old.nll,
-                    "exact_before": old.exact,
-                }
-                file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        training = json.loads((directory / "training.json").read_text())
-        slices = {"after": by_slice(items, after), "before": by_slice(items, before)}
-        facts = {
-            "Model": model.digest,
-            "Data set": dataset.digest,
-            "Trained from": " ".join(training["base"].values()).strip(),
-        }
-        page = render_report(items, before, after, slices, training, facts)
-        (staged / REPORT).write_text(page, encoding="utf-8")
+        parquet.write_table(items_table(items, judged), staged / ITEMS, compression="zstd")
+        page = Page(
+            name=name,
+            items=items,
+            judged=judged,
+            scores=scores,
+            slices=slices,
+            verdict=verdict,
+            gate=gate,
+            reference="" if reference is None else reference.name,
+            champion="" if champion is None else champion.version,
+            harness=harness,
+            training=training,
+            lineage={
+                "Model": model.digest,
+                "Data set": dataset.digest,
+                "Trained from": " ".join(training["base"].values()).strip(),
+                "Champion": f"version {champion.version}, {champion.digest}" if champion else "none yet",
+                "Items": digest_items(items),
+                "Answered by": chosen_engine(recipe),
+            },
+        )
+        (staged / REPORT).write_text(render_report(page), encoding="utf-8")
         card = {
             "kind": "evaluation",
-            "model": {"uri": model.uri, "digest": model.digest},
+            "model": {"uri": model.uri, "digest": model.digest, "package_digest": digest},
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
+            "champion": None if champion is None else dataclasses.asdict(champion),
+            "items": {"digest": digest_items(items), "passed_over": passed_over},
             "recipe": recipe.model_dump(mode="json"),
-            "before": dataclasses.asdict(scores_before),
-            "after": dataclasses.asdict(scores),
-            "slices": {name: {k: dataclasses.asdict(v) for k, v in part.items()} for name, part in slices.items()},
+            "gate": gate.model_dump(mode="json"),
+            "verdict": verdict.as_json(),
+            "scores": {who: dataclasses.asdict(figures) for who, figures in scores.items()},
+            "speed": {who: speed_of(of) for who, of in judged.items()},
+            "slices": {part: slice_figures(items, judged, places) for part, places in slices.items()},
+            "harness": harness,
         }
-        (staged / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        digest, _ = digest_directory(staged)
+        (staged / CARD).write_text(json.dumps(without_nan(card), indent=2) + "\n")
+        its_digest, _ = digest_directory(staged)
         uri = store.publish(staged, "evaluations")
-    print(
-        f"evaluate: exact match {scores_before.exact_match:.1%} -> {scores.exact_match:.1%} "
-        f"on {len(items)} held-out prompts"
-    )
-    return Evaluation(
+    mine, base = scores["candidate"], scores["base"]
+    result = Evaluation(
         uri=uri,
-        digest=digest,
+        digest=its_digest,
         store=store.identity,
         started=started,
         seconds=time.time() - started,
         items=len(items),
-        exact_match=scores.exact_match,
-        exact_match_before=scores_before.exact_match,
-        nll=scores.nll,
-        nll_before=scores_before.nll,
-        json_validity=scores.json_validity,
+        score=mine.score,
+        score_base=base.score,
+        score_champion=scores["champion"].score if "champion" in scores else None,
+        exact_match=mine.exact_match,
+        nll=without_nan(mine.nll),
+        nll_base=without_nan(base.nll),
+        json_validity=mine.json_validity,
+        champion="" if champion is None else champion.version,
+        verdict=verdict.outcome,
+        reason=verdict.reason,
         report=str(store.path(uri) / REPORT),
     )
+    record_evaluation(settings, name, result, {"dataset": dataset.digest, "package_digest": digest}, harness)
+    print(f"evaluate: {verdict.reason}", flush=True)
+    return result
+
+
+def without_nan(value: Any) -> Any:
+    """A value that JSON can hold: None in place of what is no number."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(progress: Progress, bar: Any, done: int) -> None:
+    progress.update(bar, completed=done)
+
+
+def base_of(model: Model, store: DirectoryStore) -> tuple[Base, str]:
+    """What a model was trained from, and its digest."""
+    base = model.base
+    if base.location.startswith("file://"):
+        path = store.path(base.location)
+        return Base(location=str(path)), digest_directory(path)[0]
+    local = Path(base.location).is_dir()  # whose revision is a digest, which no hub knows
+    return Base(location=base.location) if local else base, base.revision
+
+
+def champion_package(name: str, champion: Champion, store: DirectoryStore) -> tuple[Base, str]:
+    """The champion's package and its digest, verified file by file."""
+    what = f"champion {name} version {champion.version}"
+    mend = "put it back, or take the alias champion from the version in MLflow, to start without one"
+    try:
+        package = store.path(champion.uri)
+    except ForgeError:
+        raise ForgeError(f"{what}: its package {champion.uri} is gone; {mend}") from None
+    try:
+        digest = champion.digest or json.loads((package / MANIFEST).read_text())["digest"]
+        verify_package(package, digest)
+    except (OSError, ValueError, KeyError):
+        raise ForgeError(f"{what}: {package / MANIFEST} is missing or broken; {mend}") from None
+    except ForgeError as error:
+        raise ForgeError(
+            f"{what}: {error.message.removesuffix('; delete the package and run again')}; {mend}"
+        ) from None
+    return Base(location=str(package)), digest
+
+
+def items_table(items: Sequence[Item], judged: Mapping[str, Judged]) -> pa.Table:
+    """Each item with every model's answer, as columns such as `candidate_score`; messages and tools are JSON."""
+    columns: dict[str, Any] = {
+        "messages": [json.dumps(item.messages, ensure_ascii=False) for item in items],
+        "tools": [json.dumps(item.tools, ensure_ascii=False) if item.tools else None for item in items],
+        "expected": [item.expected for item in items],
+        "slice": [item.slice for item in items],
+        "check": [item.check.model_dump_json(exclude_defaults=True) for item in items],
+    }
+    for who, of in judged.items():
+        columns |= {
+            f"{who}_answer": [answer.text for answer in of.answers],
+            f"{who}_score": of.score,
+            f"{who}_exact": of.exact == 1,
+            f"{who}_nll": of.nll,
+            f"{who}_ended": [answer.ended for answer in of.answers],
+            f"{who}_tokens": [answer.tokens for answer in of.answers],
+            f"{who}_seconds": [answer.seconds for answer in of.answers],
+            f"{who}_samples": pa.array([list(answer.samples) for answer in of.answers], pa.list_(pa.string())),
+        }
+    return pa.table(columns)
+
+
+def speed_of(judged: Judged) -> dict[str, float]:
+    """How fast a model answered: generated tokens a second, and the median and longest wait for a batch (seconds)."""
+    waits = sorted(answer.seconds for answer in judged.answers)
+    batches = {answer.seconds for answer in judged.answers}  # each batch's time stands with each of its items
+    return {
+        "tokens_per_second": round(sum(answer.tokens for answer in judged.answers) / max(sum(batches), 1e-9), 1),
+        "median_seconds": round(waits[len(waits) // 2], 3),
+        "longest_seconds": round(waits[-1], 3),
+    }
+
+
+def slice_figures(items: Sequence[Item], judged: Mapping[str, Judged], places: Any) -> dict[str, Any]:
+    """Every model's figures for one slice."""
+    part = [items[place] for place in places]
+    return {who: dataclasses.asdict(summarise(part, of.part(places))) for who, of in judged.items()}

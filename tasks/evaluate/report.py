@@ -1,19 +1,26 @@
-"""The report: one self-contained HTML page with the scores, the loss curve and sample answers, for light and dark."""
+"""The report: one self-contained HTML page, the verdict first, that one can send to a colleague. Light and dark."""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.evaluate.score import Answer, Item, Scores, summarise
+from tasks.evaluate.gate import Verdict, measured
+from tasks.evaluate.items import Item
+from tasks.evaluate.score import Judged, Scores
+from tasks.evaluate.statistics import CONFIDENCE, Interval, score_interval
+from tasks.recipe import GateRecipe
 
-SAMPLES = 12
+REGRESSIONS, SAMPLES = 20, 12
 INK = "#7a7a7a"  # replaced by the page's own text colour
-BEFORE, AFTER = "#9aa5b1", "#2f7ed8"
+COLOURS = {"base": "#9aa5b1", "champion": "#d98a1f", "candidate": "#2f7ed8"}
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "forge",
@@ -32,27 +39,107 @@ STYLE: Any = {
 }
 
 
-def render_report(
-    items: Sequence[Item],
-    before: Sequence[Answer],
-    after: Sequence[Answer],
-    slices: Mapping[str, Mapping[str, Scores]],
-    training: Mapping[str, Any],
-    lineage: Mapping[str, str],
-) -> str:
-    """The page. `slices` holds the scores by slice of "before" and "after"; `training` is the card of the model."""
-    samples = sorted(zip(items, before, after, strict=True), key=lambda sample: sample[2].exact)[:SAMPLES]
+@dataclass(frozen=True)
+class Page:
+    """All that a report shows. `judged` and `scores` have an entry for candidate, base and, if there is one, champion.
+
+    `reference` is what the candidate was compared with, or "" where it is the champion itself.
+    """
+
+    name: str
+    items: Sequence[Item]
+    judged: Mapping[str, Judged]
+    scores: Mapping[str, Scores]
+    slices: Mapping[str, np.ndarray]
+    verdict: Verdict
+    gate: GateRecipe
+    reference: str
+    champion: str
+    harness: Mapping[str, float]
+    training: Mapping[str, Any]
+    lineage: Mapping[str, str]
+
+    @property
+    def models(self) -> list[str]:
+        """The models in the order in which they came to be."""
+        return [who for who in COLOURS if who in self.judged]
+
+    def interval(self, who: str, places: np.ndarray | None = None) -> Interval:
+        """A model's mean score, of some items or all, with the bounds of the gate's confidence."""
+        score = self.judged[who].score
+        return score_interval(score if places is None else score[places])
+
+    def regressions(self) -> list[tuple[Item, int]]:
+        """The items on which the candidate lost most, and where they are; ties by likelihood."""
+        if not self.reference:
+            return []
+        new, old = self.judged["candidate"], self.judged[self.reference]
+        lost = measured(new, self.gate) - measured(old, self.gate)
+        less_likely = np.nan_to_num(new.nll - old.nll, nan=np.inf)
+        order = sorted(np.flatnonzero(lost < 0).tolist(), key=lambda at: (lost[at], -less_likely[at]))
+        return [(self.items[at], at) for at in order[:REGRESSIONS]]
+
+    def samples(self) -> list[tuple[Item, int]]:
+        """Some items, the wrong answers first, and where they are."""
+        order = np.argsort(self.judged["candidate"].score, kind="stable")[:SAMPLES].tolist()
+        return [(self.items[at], at) for at in order]
+
+
+def render_report(page: Page) -> str:
+    """The page as HTML."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(
-        before=summarise(items, before),
-        after=summarise(items, after),
-        slices=[(name, slices["before"][name], scores) for name, scores in slices["after"].items()],
-        samples=samples,
-        loss_plot=plot_loss(training["curve"]),
-        slice_plot=plot_slices(slices),
-        training=training,
-        lineage=lineage,
+        page=page,
+        verdict=page.verdict,
+        models=page.models,
+        score_plot=plot_scores(page),
+        loss_plot=plot_loss(page.training["curve"]),
+        slice_plot=plot_slices(page) if len(page.slices) > 1 else "",
+        confidence=f"{CONFIDENCE:.0%}",
     )
+
+
+def plot_scores(page: Page) -> str:
+    """Each model's mean score with its bounds, as SVG."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.8 + 0.45 * len(page.models)))
+        axes = figure.subplots()
+        for place, who in enumerate(page.models):
+            _bounds(axes, page.interval(who), place, who)
+        axes.set_yticks(range(len(page.models)), page.models)
+        axes.set(xlabel="score (%)", xlim=(-2, 102), ylim=(-0.6, len(page.models) - 0.4))
+        return _svg(figure)
+
+
+def plot_slices(page: Page) -> str:
+    """Each model's mean score by slice with its bounds, as SVG."""
+    names = list(page.slices)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.2 * (len(page.models) + 0.6) * len(names)))
+        axes = figure.subplots()
+        for row, name in enumerate(reversed(names)):
+            for at, who in enumerate(page.models):
+                label = who if row == 0 else None
+                _bounds(
+                    axes,
+                    page.interval(who, page.slices[name]),
+                    row + (at - (len(page.models) - 1) / 2) * 0.24,
+                    who,
+                    label,
+                )
+        axes.set_yticks(range(len(names)), [_short(name) for name in reversed(names)])
+        axes.set(xlabel="score (%)", xlim=(-2, 102), ylim=(-0.6, len(names) - 0.4))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        return _svg(figure)
+
+
+def _bounds(axes: Axes, found: Interval, place: float, who: str, label: str | None = None) -> None:
+    axes.plot([100 * found.low, 100 * found.high], [place, place], color=COLOURS[who], linewidth=2.5, alpha=0.55)
+    axes.plot([100 * found.estimate], [place], "o", color=COLOURS[who], markersize=6, label=label)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
@@ -60,29 +147,13 @@ def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3))
         axes = figure.subplots()
-        axes.plot([p["step"] for p in curve], [p["loss"] for p in curve], color=BEFORE, label="training")
+        axes.plot([p["step"] for p in curve], [p["loss"] for p in curve], color=COLOURS["base"], label="training")
         heldout = [p for p in curve if "heldout_loss" in p]
         steps, losses = [p["step"] for p in heldout], [p["heldout_loss"] for p in heldout]
-        axes.plot(steps, losses, color=AFTER, marker="o", label="held out")
+        axes.plot(steps, losses, color=COLOURS["candidate"], marker="o", label="held out")
         axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.legend()
-        return _svg(figure)
-
-
-def plot_slices(slices: Mapping[str, Mapping[str, Scores]]) -> str:
-    """Exact match by slice, before and after training, as SVG."""
-    names = list(slices["after"])
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3))
-        axes = figure.subplots()
-        places = range(len(names))
-        for shift, which, colour in ((-0.2, "before", BEFORE), (0.2, "after", AFTER)):
-            heights = [100 * slices[which][name].exact_match for name in names]
-            axes.bar([place + shift for place in places], heights, width=0.4, color=colour, label=f"{which} training")
-        axes.set(ylabel="exact match (%)", ylim=(0, 105))
-        axes.set_xticks(list(places), names)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2)
         return _svg(figure)
 
 

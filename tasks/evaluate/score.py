@@ -1,180 +1,168 @@
-"""Answers and scores of one model on held-out conversations: exact match, JSON validity and NLL."""
+"""The score of an answer, by the kind of its check, and the mean scores of many."""
 
-import json
+import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+import numpy as np
+from rapidfuzz.distance import LCSseq
 
-from tasks.contracts import Base
-from tasks.errors import ForgeError
+from tasks.evaluate.answer import Answer
+from tasks.evaluate.items import Item, is_json, parse_json
+from tasks.recipe import Check
 
-transformers_logging.disable_progress_bar()
+# Words; where a script writes none, its characters (Han, kana, Thai to Khmer).
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff]|\w+?(?=[\u3040-\u30ff"
+                   r"\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff]|\W|$)")  # fmt: skip
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+
+
+def judge(check: Check, expected: str, answer: str) -> float:
+    """How right an answer is, in [0, 1]; white space at the ends never counts."""
+    return KINDS[check.kind](check, expected.strip(), answer.strip())
+
+
+def _exact(check: Check, expected: str, answer: str) -> float:
+    return float(answer == expected)
+
+
+def _normalised(check: Check, expected: str, answer: str) -> float:
+    return float(normalise(answer) == normalise(expected))
+
+
+def normalise(text: str) -> str:
+    """A text in lower case, without punctuation, its compatibility forms and its spacing evened out."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c if not unicodedata.category(c).startswith("P") else " " for c in folded).split())
+
+
+def _json(check: Check, expected: str, answer: str) -> float:
+    """Share of the fields of either that both have, with the same value."""
+    if not is_json(answer):
+        return 0.0
+    wanted, given = dict(fields(parse_json(expected))), dict(fields(parse_json(answer)))
+    return sum(given.get(name, _MISSING) == value for name, value in wanted.items()) / len(wanted.keys() | given.keys())
+
+
+_MISSING = object()
+
+
+def fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """The leaves of a JSON value with their paths; true is not 1, and an empty object or list is a leaf."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from fields(part, (*path, key))
+    elif isinstance(value, list) and value:
+        for at, part in enumerate(value):
+            yield from fields(part, (*path, at))
+    else:
+        yield path, (type(value) is bool, str(value) if isinstance(value, dict | list) else value)
+
+
+def _regex(check: Check, expected: str, answer: str) -> float:
+    return float(re.search(check.pattern, answer) is not None)
+
+
+def _number(check: Check, expected: str, answer: str) -> float:
+    wanted, given = last_number(expected), last_number(answer)
+    if wanted is None or given is None:
+        return 0.0
+    return float(math.isclose(given, wanted, rel_tol=0, abs_tol=abs(wanted) * check.tolerance + 1e-12))
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, in which commas group digits; None where there is none."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _rouge(check: Check, expected: str, answer: str) -> float:
+    """ROUGE-L's F1 (Lin 2004, https://aclanthology.org/W04-1013): of the longest common subsequence of words."""
+    wanted, given = WORDS.findall(normalise(expected)), WORDS.findall(normalise(answer))
+    common = LCSseq.similarity(wanted, given)
+    return 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
+
+
+KINDS: dict[str, Callable[[Check, str, str], float]] = {
+    "exact": _exact,
+    "normalised": _normalised,
+    "json": _json,
+    "regex": _regex,
+    "number": _number,
+    "rouge": _rouge,
+}
 
 
 @dataclass(frozen=True)
-class Item:
-    """A held-out conversation: `messages` up to the last assistant turn, and that turn as `expected`."""
+class Judged:
+    """One model's answers and their figures, an entry an item; `nll` is nats a token.
 
-    messages: list[dict[str, str]]
-    expected: str
-    slice: str
+    `valid` says whether the answer is JSON, and is NaN where none is expected.
+    """
+
+    answers: list[Answer]
+    score: np.ndarray
+    exact: np.ndarray
+    valid: np.ndarray
+    nll: np.ndarray
+
+    def part(self, at: np.ndarray) -> "Judged":
+        """The items at some places."""
+        answers = [self.answers[place] for place in at]
+        return Judged(answers, self.score[at], self.exact[at], self.valid[at], self.nll[at])
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model answered (greedy), and the mean negative log likelihood (nats a token) of the expected answer."""
-
-    text: str
-    nll: float
-    exact: bool
+def judge_all(items: Sequence[Item], answers: Sequence[Answer]) -> Judged:
+    """Judge a model's answers to items."""
+    pairs = list(zip(items, answers, strict=True))
+    return Judged(
+        list(answers),
+        np.array([judge(item.check, item.expected, answer.text) for item, answer in pairs]),
+        np.array([float(answer.text.strip() == item.expected.strip()) for item, answer in pairs]),
+        np.array([float(is_json(answer.text)) if is_json(item.expected) else np.nan for item, answer in pairs]),
+        np.array([answer.nll / answer.nll_tokens for answer in answers]),
+    )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over items: shares in [0, 1], NLL in nats a token; json_validity is None where no item expects JSON."""
+    """Figures over items: shares in [0, 1]; `nll` is the mean over items of nats a token, `perplexity` over tokens.
+
+    `json_validity` is None where no item expects JSON, `sampled_score` where no answers were drawn.
+    """
 
     items: int
+    score: float
     exact_match: float
     json_validity: float | None
     nll: float
+    perplexity: float
+    ended: float
+    sampled_score: float | None
 
 
-def read_items(path: Path, most: int) -> list[Item]:
-    """The first held-out conversations (they are stored in the order of their digests, so this is a fair draw).
-
-    Plain texts and conversations with tools are passed over: exact match says nothing of them.
-    """
-    items: list[Item] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if "messages" not in row or any(
-                message["role"] == "tool" or len(message) > 2 for message in row["messages"]
-            ):
-                continue
-            items.append(Item(row["messages"][:-1], row["messages"][-1]["content"], row["slice"]))
-            if len(items) == most:
-                break
-    return items
-
-
-def answer_all(
-    of: Base, items: Sequence[Item], max_new_tokens: int, batch_size: int, tell: Callable[[int], None]
-) -> list[Answer]:
-    """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done."""
-    options: Any = {"revision": of.revision or None, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(of.location, padding_side="left", **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        of.location, dtype="auto", attn_implementation="sdpa", use_safetensors=True, **options
-    )
-    model = model.to(device).eval()
-    prompts = [tokens_of(tokenizer, item.messages, add_generation_prompt=True) for item in items]
-    whole = [
-        tokens_of(
-            tokenizer, [*item.messages, {"role": "assistant", "content": item.expected}], add_generation_prompt=False
-        )
-        for item in items
-    ]
-    texts, nlls = [""] * len(items), [0.0] * len(items)
-    done = 0
-    for batch in batches([len(prompt) for prompt in prompts], batch_size):
-        for at, text in zip(
-            batch, generate(model, tokenizer, [prompts[at] for at in batch], max_new_tokens), strict=True
-        ):
-            texts[at] = text
-        nll = answer_nll(model, [whole[at] for at in batch], [len(prompts[at]) for at in batch])
-        for at, value in zip(batch, nll, strict=True):
-            nlls[at] = value
-        done += len(batch)
-        tell(done)
-    return [
-        Answer(text, nll, text.strip() == item.expected.strip())
-        for item, text, nll in zip(items, texts, nlls, strict=True)
-    ]
-
-
-def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, the longest first, so that little is padded."""
-    ordered = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def tokens_of(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    """A conversation as the chat template gives it."""
-    tokens: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
-    return tokens
-
-
-@torch.inference_mode()
-def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy answers to prompts, as one left-padded batch."""
-    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    output = model.generate(
-        **padded, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-    )
-    room = model.config.max_position_embeddings
-    answers = [
-        row[: room - len(prompt)]
-        for row, prompt in zip(output[:, padded["input_ids"].shape[1] :], prompts, strict=True)
-    ]  # as far as the server goes, which ends an answer where the context ends
-    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return texts
-
-
-@torch.inference_mode()
-def answer_nll(model: Any, whole: list[list[int]], prompt_lengths: list[int]) -> list[float]:
-    """Mean negative log likelihood (nats) of each answer's tokens, the end of its turn included, given its prompt."""
-    longest = max(len(tokens) for tokens in whole)
-    tokens = torch.zeros(len(whole), longest, dtype=torch.long)
-    attention = torch.zeros_like(tokens)
-    scored = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (sequence, start) in enumerate(zip(whole, prompt_lengths, strict=True)):
-        if start >= len(sequence):
-            raise ForgeError("evaluation: the chat template gives no tokens to an answer; mend its assistant turn")
-        tokens[row, : len(sequence)] = torch.tensor(sequence)
-        attention[row, : len(sequence)] = 1
-        scored[row, start : len(sequence)] = True
-    logits = model(input_ids=tokens.to(model.device), attention_mask=attention.to(model.device)).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:].to(model.device), reduction="none")
-    mask = scored[:, 1:].to(model.device)
-    means: list[float] = ((losses * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
-    return means
-
-
-def summarise(items: Sequence[Item], answers: Sequence[Answer]) -> Scores:
-    """Mean scores over items; at least one item."""
-    valid = [is_json(answer.text) for item, answer in zip(items, answers, strict=True) if is_json(item.expected)]
+def summarise(items: Sequence[Item], judged: Judged) -> Scores:
+    """Mean figures; at least one item."""
+    answers = judged.answers
+    expects = ~np.isnan(judged.valid)
+    drawn = [judge(i.check, i.expected, text) for i, a in zip(items, answers, strict=True) for text in a.samples]
+    nats, tokens = sum(answer.nll for answer in answers), sum(answer.nll_tokens for answer in answers)
     return Scores(
         items=len(items),
-        exact_match=sum(answer.exact for answer in answers) / len(items),
-        json_validity=sum(valid) / len(valid) if valid else None,
-        nll=sum(answer.nll for answer in answers) / len(items),
+        score=float(judged.score.mean()),
+        exact_match=float(judged.exact.mean()),
+        json_validity=float(judged.valid[expects].mean()) if expects.any() else None,
+        nll=float(judged.nll.mean()),
+        perplexity=math.exp(min(nats / tokens, 700.0)) if math.isfinite(nats) else math.nan,
+        ended=sum(answer.ended for answer in answers) / len(answers),
+        sampled_score=float(np.mean(drawn)) if drawn else None,
     )
 
 
-def by_slice(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Scores]:
-    """Scores of each slice, in the order of their names."""
-    return {
-        name: summarise(*zip(*((i, a) for i, a in zip(items, answers, strict=True) if i.slice == name), strict=True))
-        for name in sorted({item.slice for item in items})
-    }
-
-
-def is_json(text: str) -> bool:
-    """Whether a text is a JSON object or array."""
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except ValueError:
-        return False
+def places_by_slice(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """Where the items of each slice are, in the order of the slices' names."""
+    names = np.array([item.slice for item in items])
+    return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
+
+from tasks.recipe import Check
 
 ROLES = ("system", "user", "assistant", "tool")
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -33,6 +36,7 @@ class Row:
     text: str | None
     group: str
     slice: str
+    check: str = ""  # how an answer is judged, as JSON
 
     @property
     def content(self) -> dict[str, Any]:
@@ -68,12 +72,14 @@ def canonical(value: Any) -> bytes:
 
 
 def digests(row: Row) -> tuple[bytes, bytes]:
-    """16 bytes each: of what the model learns from, and of that with group and slice (which rows are ordered by).
+    """16 bytes each: of what the model learns from, and of that with the columns beside it (which rows are ordered by).
 
     Raises Invalid where no file can hold a text.
     """
     content = hashlib.blake2b(canonical(row.content), digest_size=16).digest()
-    return content, hashlib.blake2b(content + canonical([row.group, row.slice]), digest_size=16).digest()
+    return content, hashlib.blake2b(
+        content + canonical([row.group, row.slice, *([row.check] if row.check else [])]), digest_size=16
+    ).digest()
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,6 +238,23 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
         raise Invalid("no assistant turn", "no assistant turn: there is nothing to learn; add the answer")
     if turns[-1]["role"] != "assistant":
         raise Invalid("roles out of order", "user and assistant must take turns, the assistant last; add the answer")
+
+
+def check_judgement(value: Any, name: str) -> str:
+    """How a row's answer is judged, as JSON: a kind of `Check`, or an object (or its JSON text) with its fields."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = parse(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, str):
+        value = {"kind": value}
+    try:
+        return Check.model_validate(value).model_dump_json(exclude_defaults=True)
+    except ValidationError as error:
+        finding = error.errors()[0]
+        where = ".".join([name, *(str(part) for part in finding["loc"])])
+        message = finding["msg"].removeprefix("Value error, ")
+        raise Invalid(
+            "bad check", f'{where}: {message}; write "exact", or {{"kind": "number", "tolerance": 0.01}}'
+        ) from None
 
 
 def check_column(value: Any, name: str) -> str:

@@ -12,6 +12,7 @@ from tasks.preprocess.rows import (
     Invalid,
     Row,
     check_column,
+    check_judgement,
     check_messages,
     check_text,
     check_tools,
@@ -148,7 +149,7 @@ def to_row(value: Any, shape: Shape, recipe: DataRecipe, ignored: Counter[str]) 
     """
     if not has(value, shape):
         raise Invalid("not of the shape", f"a row of shape {shape.name} must have {_columns(shape.needs)}")
-    used = {*shape.needs, *shape.takes, recipe.group_column, recipe.slice_column}
+    used = {*shape.needs, *shape.takes, recipe.group_column, recipe.slice_column, recipe.check_column}
     for column in value:
         if column not in used:
             ignored[printable(column)] += 1
@@ -157,12 +158,14 @@ def to_row(value: Any, shape: Shape, recipe: DataRecipe, ignored: Counter[str]) 
     messages = [] if text is not None else check_messages(converted["messages"], ignored)
     tools = check_tools(converted.get("tools"))
     group, part = value.get(recipe.group_column), value.get(recipe.slice_column)
+    judged = value.get(recipe.check_column)
     return Row(
         messages,
         tools,
         text,
         group=check_column(group, recipe.group_column) if group is not None else prompt_of(messages, text),
         slice=check_column(part, recipe.slice_column) if part is not None else "all",
+        check=check_judgement(judged, recipe.check_column) if judged is not None else "",
     )
 
 

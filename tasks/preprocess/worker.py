@@ -5,11 +5,12 @@ is held out, its JSON go to files that only this process writes; the table says 
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -202,8 +203,7 @@ class Worker:
             return documents, []
         slices: dict[str, int] = {}
         rows = [
-            canonical({**of.row.content, "group": of.row.group, "slice": of.row.slice}) + b"\n" if of.heldout else b""
-            for of in (document.of for document in made)
+            canonical(heldout_row(of.row)) + b"\n" if of.heldout else b"" for of in (document.of for document in made)
         ]
         documents["key"] = [document.of.key for document in made]
         documents["content"] = [document.of.content for document in made]
@@ -232,6 +232,12 @@ class Worker:
         return documents, list(slices)
 
 
+def heldout_row(row: Row) -> dict[str, Any]:
+    """What evaluation gets to see of a row."""
+    judged = {"check": json.loads(row.check)} if row.check else {}
+    return {**row.content, "group": row.group, "slice": row.slice, **judged}
+
+
 def _roles(row: Row) -> list[int]:
     counts = [0] * len(ROLES)
     for message in row.messages:
@@ -257,7 +263,8 @@ def split_row(row: Row) -> list[Row]:
         return [row]
     middle = begins[len(begins) // 2]
     parts = [system + turns[:middle], system + turns[middle:]]
-    return [Row(part, row.tools, None, row.group, row.slice) for part in parts]
+    checks = ("", row.check)  # which is of the last answer
+    return [Row(part, row.tools, None, row.group, row.slice, check) for part, check in zip(parts, checks, strict=True)]
 
 
 _worker: Worker | None = None

@@ -9,11 +9,10 @@ from filelock import FileLock
 from tasks.contracts import Dataset, Evaluation, Model, Version
 from tasks.recipe import Recipe
 from tasks.register.package import build_package
-from tasks.registry import artifact_root, open_registry
+from tasks.registry import PACKAGE_DIGEST, artifact_root, open_registry
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_json
 
-DIGEST = "package_digest"
 EVALUATION = "evaluation_digest"
 
 
@@ -40,7 +39,7 @@ def register(
             run_id = record_run(client, recipe, dataset, evaluation, training, digest, settings)
             if not client.search_registered_models(f"name = '{recipe.name}'"):
                 client.create_registered_model(recipe.name)
-            tags = {DIGEST: digest, "dataset_digest": dataset.digest, EVALUATION: evaluation.digest}
+            tags = {PACKAGE_DIGEST: digest, "dataset_digest": dataset.digest, EVALUATION: evaluation.digest}
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
             print(f"register: {recipe.name} version {found.version} is {uri}")
         else:
@@ -62,7 +61,7 @@ def register(
 
 def find_version(client: Any, name: str, digest: str) -> Any:
     """The version whose package has this digest, or None."""
-    found = client.search_model_versions(f"name = '{name}' and tags.{DIGEST} = '{digest}'")
+    found = client.search_model_versions(f"name = '{name}' and tags.{PACKAGE_DIGEST} = '{digest}'")
     return found[0] if found else None
 
 
@@ -88,12 +87,14 @@ def record_run(
         if experiment
         else client.create_experiment(recipe.name, artifact_location=artifact_root(settings))
     )
-    for run in client.search_runs([experiment_id], f"tags.{DIGEST} = '{digest}'"):
+    for run in client.search_runs([experiment_id], f"tags.{PACKAGE_DIGEST} = '{digest}'"):
         if run.info.status == "FINISHED":
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)
     run_id = str(
-        client.create_run(experiment_id, tags={DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}").info.run_id
+        client.create_run(
+            experiment_id, tags={PACKAGE_DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}"
+        ).info.run_id
     )
     now = int(time.time() * 1000)
     metrics = [
@@ -122,7 +123,7 @@ def log_evaluation(client: Any, run_id: str, evaluation: Evaluation) -> None:
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
     """The scores of an evaluation that there are."""
-    names = ("exact_match", "exact_match_before", "nll", "nll_before", "json_validity")
+    names = ("score", "score_base", "score_champion", "exact_match", "nll", "nll_base", "json_validity")
     return {name: value for name in names if (value := getattr(evaluation, name)) is not None}
 
 

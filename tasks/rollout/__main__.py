@@ -3,9 +3,9 @@
 import click
 from openai import OpenAIError
 
+from tasks.endpoint import ask as ask_once
+from tasks.endpoint import client_of
 from tasks.errors import ForgeError
-from tasks.rollout.prove import ask as ask_once
-from tasks.rollout.prove import client_of
 from tasks.rollout.rollout import rollout_lock
 from tasks.rollout.server import LocalServer
 from tasks.settings import load_settings

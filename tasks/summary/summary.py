@@ -17,29 +17,38 @@ def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, 
     return {name: round(stage.seconds, 1) if stage.started >= started else None for name, stage in stages.items()}
 
 
-def facts_of(
-    dataset: Dataset, evaluation: Evaluation, deployment: Deployment, stages: Mapping[str, Result], started: float
-) -> dict[str, Any]:
-    """The run's facts as one flat mapping."""
+def facts_of(dataset: Dataset, evaluation: Evaluation, stages: Mapping[str, Result], started: float) -> dict[str, Any]:
+    """The facts of a run up to its evaluation, as one flat mapping."""
     seconds = seconds_by_stage(stages, started)
+    return {
+        "verdict": evaluation.verdict,
+        "reason": evaluation.reason,
+        "champion_before": evaluation.champion,
+        "train_rows": dataset.train_rows,
+        "heldout_rows": dataset.heldout_rows,
+        "items": evaluation.items,
+        "score": evaluation.score,
+        "score_base": evaluation.score_base,
+        "score_champion": evaluation.score_champion,
+        "exact_match": evaluation.exact_match,
+        "json_validity": evaluation.json_validity,
+        "nll": evaluation.nll,
+        "nll_base": evaluation.nll_base,
+        "report": evaluation.report,
+        "seconds": round(time.time() - started, 1),
+        **{f"seconds_{name}": value or 0.0 for name, value in seconds.items()},
+        "cached": ", ".join(name for name, value in seconds.items() if value is None),
+    }
+
+
+def released(deployment: Deployment) -> dict[str, Any]:
+    """The facts of what serves now."""
     return {
         "name": deployment.name,
         "version": deployment.version,
         "digest": deployment.digest,
         "endpoint": deployment.endpoint,
-        "train_rows": dataset.train_rows,
-        "heldout_rows": dataset.heldout_rows,
-        "items": evaluation.items,
-        "exact_match": evaluation.exact_match,
-        "exact_match_before": evaluation.exact_match_before,
-        "json_validity": evaluation.json_validity,
-        "nll": evaluation.nll,
-        "nll_before": evaluation.nll_before,
         "answers_as_in_evaluation": deployment.agreement,
-        "report": evaluation.report,
-        "seconds": round(time.time() - started, 1),
-        **{f"seconds_{name}": value or 0.0 for name, value in seconds.items()},
-        "cached": ", ".join(name for name, value in seconds.items() if value is None),
     }
 
 
@@ -49,28 +58,67 @@ def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
 
 
 def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:
-    """Print the summary."""
-
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-
-    seconds = seconds_by_stage(stages, started)
-    times = "  ".join(f"{name} {'cached' if value is None else f'{value:.0f} s'}" for name, value in seconds.items())
-    valid = [("valid JSON", percent(facts["json_validity"]))] if facts["json_validity"] is not None else []
-    before, after = percent(facts["exact_match_before"]), percent(facts["exact_match"])
+    """Print the summary of a run whose model serves."""
     lines = [
-        ("data", f"{facts['train_rows']:,} conversations to train on, {facts['heldout_rows']:,} held out"),
-        ("exact match", f"{before} → [bold]{after}[/] on {facts['items']} held-out prompts"),
-        ("NLL", f"{facts['nll_before']:.4f} → {facts['nll']:.4f} nats a token"),
-        *valid,
+        *_figures(facts),
         ("model", f"{facts['name']} version {facts['version']}, champion, sha256 {facts['digest']}"),
         ("serves at", f"{facts['endpoint']} ({facts['answers_as_in_evaluation']} answers as in evaluation)"),
         ("report", facts["report"]),
-        ("time", f"{facts['seconds']:.0f} s: {times}"),
+        ("time", _times(facts, stages, started)),
         ("ask it", 'make ask Q="..."'),
         ("registry", "make ui"),
         ("stop it", "make stop"),
     ]
+    _print(lines, console)
+
+
+def show_held_back(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:
+    """Print the summary of a run whose model the gate held back."""
+    champion = (
+        f"version {facts['champion_before']} stays the champion" if facts["champion_before"] else "no champion yet"
+    )
+    lines = [
+        *_figures(facts),
+        ("gate", f"[bold]{facts['reason']}[/]"),
+        ("so", f"nothing was registered or rolled out; {champion}"),
+        ("see more", f"{facts['report']}, or the experiment forge-evaluation in make ui"),
+        ("time", _times(facts, stages, started)),
+    ]
+    _print(lines, console)
+
+
+def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        ("data", f"{facts['train_rows']:,} conversations to train on, {facts['heldout_rows']:,} held out"),
+        (
+            "score",
+            f"{_percent(facts['score_base'])} → [bold]{_percent(facts['score'])}[/] on {facts['items']} held-out "
+            "prompts",
+        ),
+    ]
+    if facts["score_champion"] is not None:
+        lines.append(("champion", f"version {facts['champion_before']} scored {_percent(facts['score_champion'])}"))
+    lines.append(("NLL", f"{_nats(facts['nll_base'])} → {_nats(facts['nll'])} nats a token"))
+    if facts["json_validity"] is not None:
+        lines.append(("valid JSON", _percent(facts["json_validity"])))
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _times(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float) -> str:
+    seconds = seconds_by_stage(stages, started)
+    times = "  ".join(f"{name} {'cached' if value is None else f'{value:.0f} s'}" for name, value in seconds.items())
+    return f"{facts['seconds']:.0f} s: {times}"
+
+
+def _print(lines: list[tuple[str, str]], console: Console) -> None:
     console.print()
     for label, text in lines:
         console.print(f"[dim]{label:<12}[/] {text}", soft_wrap=True, highlight=False)

@@ -1,113 +1,196 @@
-"""Scores agree with an independent reckoning, and the report shows them."""
+"""A whole evaluation: what it leaves, what the champion has to do with it, and models of which nothing can be told."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
-from tasks.contracts import Base
+from tasks.contracts import Evaluation, Model
 from tasks.errors import ForgeError
+from tasks.evaluate import cache
 from tasks.evaluate.evaluate import evaluate
-from tasks.evaluate.score import Answer, Item, answer_all, batches, by_slice, is_json, read_items, summarise, tokens_of
-from tasks.recipe import Recipe
+from tasks.evaluate.record import EXPERIMENT
+from tasks.recipe import GateRecipe, Recipe
+from tasks.register.register import register
+from tasks.registry import open_registry, promote
+from tasks.settings import Settings
 from tests.conftest import Trained
 
-
-@pytest.fixture
-def items(trained: Trained) -> list[Item]:
-    return read_items(trained.store.path(trained.dataset.uri) / "heldout.jsonl", 12)
+ANY = GateRecipe(measure="nll", json_validity=0, ended=0)
 
 
 @pytest.fixture
-def directory(trained: Trained) -> Path:
-    return trained.store.path(trained.model.uri) / "model"
+def settings(tmp_path: Path) -> Settings:
+    """A registry of the test's own."""
+    return Settings(home=tmp_path / "registry")
 
 
-def answers(directory: Path, items: list[Item], batch_size: int) -> list[Answer]:
-    return answer_all(Base(location=str(directory)), items, 32, batch_size, lambda done: None)
+def judge(trained: Trained, recipe: Recipe, settings: Settings, model: Model | None = None, **options) -> Evaluation:
+    """Evaluate a model (the trained one, unless told) against the registry of the settings."""
+    gate = options.pop("gate", ANY)
+    wanted = recipe.evaluation.model_copy(update=options)
+    return evaluate(recipe.name, trained.dataset, model or trained.model, wanted, gate, trained.store, settings)
 
 
-def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:
-    assert [a.text for a in answers(directory, items, 12)] == [a.text for a in answers(directory, items, 1)]
+def damaged(trained: Trained, tmp_path: Path, change) -> Model:
+    """The trained model with its weights changed."""
+    directory = tmp_path / "damaged"
+    shutil.copytree(trained.store.path(trained.model.uri), directory)
+    file = directory / "model" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return trained.model.model_copy(update={"uri": directory.as_uri()})
 
 
-def test_nll_is_transformers_own_loss(directory: Path, items: list[Item]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    for item, answer in zip(items, answers(directory, items, 5), strict=True):
-        prompt = tokens_of(tokenizer, item.messages, add_generation_prompt=True)
-        reply = {"role": "assistant", "content": item.expected}
-        whole = torch.tensor([tokens_of(tokenizer, [*item.messages, reply], add_generation_prompt=False)])
-        labels = whole.clone()
-        labels[:, : len(prompt)] = -100
-        with torch.no_grad():
-            assert answer.nll == pytest.approx(model(input_ids=whole, labels=labels).loss.item(), rel=1e-4)
-
-
-def test_batches_hold_each_item_once_and_like_lengths_together() -> None:
-    lengths = [3, 9, 1, 9, 4]
-    found = list(batches(lengths, 2))
-    assert found == [[1, 3], [4, 0], [2]]
-
-
-def test_scores_are_means_and_slices_add_up() -> None:
-    items = [Item([], '{"a":1}', "x"), Item([], "word", "x"), Item([], "[1]", "y")]
-    given = [Answer('{"a":1}', 1.0, True), Answer("other", 2.0, False), Answer("[1", 6.0, False)]
-    scores = summarise(items, given)
-    assert (scores.items, scores.exact_match, scores.json_validity, scores.nll) == (3, 1 / 3, 0.5, 3.0)
-    slices = by_slice(items, given)
-    assert {name: (part.items, part.exact_match) for name, part in slices.items()} == {"x": (2, 0.5), "y": (1, 0.0)}
-    assert summarise([items[1]], [given[1]]).json_validity is None
-
-
-@pytest.mark.parametrize(("text", "valid"), [('{"a": 1}', True), ("[]", True), ("1", False), ("{", False), ("", False)])
-def test_json_is_an_object_or_an_array(text: str, valid: bool) -> None:
-    assert is_json(text) is valid
+def crowned(trained: Trained, recipe: Recipe, settings: Settings) -> Path:
+    """Make the trained model the champion; returns its package."""
+    version = register(recipe, trained.dataset, trained.model, trained.evaluation, settings, trained.store)
+    promote(open_registry(settings), recipe.name, version.version)
+    return trained.store.path(version.uri)
 
 
 def test_the_evaluation_says_what_its_items_say(trained: Trained, recipe: Recipe) -> None:
     evaluation = trained.evaluation
     directory = trained.store.path(evaluation.uri)
-    lines = [json.loads(line) for line in (directory / "items.jsonl").read_text().splitlines()]
-    assert len(lines) == evaluation.items == recipe.evaluation.items
-    assert evaluation.exact_match == sum(line["answer"] == line["expected"] for line in lines) / len(lines)
-    assert evaluation.nll == pytest.approx(sum(line["nll"] for line in lines) / len(lines))
-    assert evaluation.nll < evaluation.nll_before, "training helped"
+    rows = parquet.read_table(directory / "items.parquet").to_pylist()
+    assert len(rows) == evaluation.items == recipe.evaluation.items
+    assert evaluation.exact_match == sum(row["candidate_answer"] == row["expected"] for row in rows) / len(rows)
+    assert evaluation.nll == pytest.approx(sum(row["candidate_nll"] for row in rows) / len(rows))
+    assert evaluation.nll < evaluation.nll_base, "training helped"
+    assert (evaluation.verdict, evaluation.champion, evaluation.score_champion) == ("pass", "", None)
     card = json.loads((directory / "evaluation.json").read_text())
-    assert sum(part["items"] for part in card["slices"]["after"].values()) == evaluation.items
+    assert sum(part["candidate"]["items"] for part in card["slices"].values()) == evaluation.items
+    assert card["verdict"]["outcome"] == "pass"
+    assert [finding["rule"] for finding in card["verdict"]["findings"]][-1] == "base"
+    assert card["speed"]["candidate"]["tokens_per_second"] > 0
 
 
-def test_the_same_evaluation_has_the_same_digest(trained: Trained, recipe: Recipe) -> None:
-    again = evaluate(trained.dataset, trained.model, recipe.evaluation, trained.store)
-    assert again.digest == trained.evaluation.digest
+def test_no_model_answers_the_same_twice(
+    trained: Trained, recipe: Recipe, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = judge(trained, recipe, settings)
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("it answered again")
+
+    monkeypatch.setattr(cache, "answer_all", never)
+    assert judge(trained, recipe, settings).digest == first.digest
+    judge(trained, recipe, settings, gate=GateRecipe(min_items=33))  # another gate is no other question
+    with pytest.raises(AssertionError, match="answered again"):
+        judge(trained, recipe, settings, max_new_tokens=8)
 
 
-def test_the_report_is_one_page_with_the_scores_and_both_plots(trained: Trained) -> None:
+def test_every_evaluation_is_a_run_in_mlflow_once(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    found = judge(trained, recipe, settings)
+    judge(trained, recipe, settings)
+    client = open_registry(settings)
+    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert run.data.metrics["score"] == found.score
+    assert (run.data.tags["verdict"], run.data.tags["reason"]) == ("pass", found.reason)
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["report.html"]
+
+
+def test_the_champion_s_own_model_is_told_from_others(
+    trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    crowned(trained, recipe, settings)
+    again = judge(trained, recipe, settings)
+    assert (again.verdict, again.champion) == ("pass", "1")
+    assert "the champion already" in again.reason
+    worse = damaged(trained, tmp_path, lambda weights: [weight.mul_(0.5) for weight in weights.values()])
+    found = judge(trained, recipe, settings, worse)
+    assert found.verdict == "refuse"
+    assert found.reason.startswith("refused by champion: NLL ")
+    page = Path(found.report).read_text()
+    assert "Where it is worse than the champion" in page
+    assert found.reason in page
+
+
+@pytest.mark.parametrize("damage", ["gone", "without its manifest", "damaged"])
+def test_a_champion_that_cannot_be_trusted_stops_everything(
+    damage: str, trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    package = crowned(trained, recipe, settings)
+    kept = tmp_path / "kept"
+    shutil.copytree(package, kept)
+    try:
+        if damage == "gone":
+            shutil.rmtree(package)
+        elif damage == "damaged":
+            (package / "config.json").write_text("{}")
+        else:
+            (package / "manifest.json").unlink()
+        with pytest.raises(ForgeError, match=r"champion dates version 1: .*alias champion") as caught:
+            judge(trained, recipe, settings)
+        assert {"gone": "is gone", "damaged": "config.json is damaged"}.get(damage, "manifest") in caught.value.message
+    finally:
+        shutil.rmtree(package, ignore_errors=True)
+        shutil.copytree(kept, package)
+
+
+def test_weights_that_are_no_numbers_are_refused(
+    trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    def poison(weights: dict) -> None:
+        weights["model.norm.weight"].fill_(float("nan"))
+
+    found = judge(trained, recipe, settings, damaged(trained, tmp_path, poison))
+    assert found.verdict == "refuse"
+    assert "finite" in found.reason
+    card = (trained.store.path(found.uri) / "evaluation.json").read_text()
+    assert "NaN" not in card, "it stays JSON"
+
+
+def test_a_model_that_never_ends_its_turn_is_refused(
+    trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    end = json.loads((trained.store.path(trained.model.uri) / "model" / "config.json").read_text())["eos_token_id"]
+
+    def endless(weights: dict) -> None:
+        weights["model.embed_tokens.weight"][end].zero_()  # tied to the output: never the likeliest
+
+    found = judge(trained, recipe, settings, damaged(trained, tmp_path, endless), gate=GateRecipe(json_validity=0))
+    assert found.verdict == "refuse"
+    ended = json.loads((trained.store.path(found.uri) / "evaluation.json").read_text())["scores"]["candidate"]["ended"]
+    assert ended < 0.95
+
+
+def test_one_item_decides_nothing(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    found = judge(trained, recipe, settings, items=1)
+    assert found.verdict == "inconclusive"
+    assert "1 items; gate.min_items is 30" in found.reason
+
+
+def test_nothing_held_out_is_an_error(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "heldout.jsonl").write_text('{"text": "plain", "slice": "s"}\n')
+    empty = trained.dataset.model_copy(update={"uri": tmp_path.as_uri()})
+    with pytest.raises(ForgeError, match=r"no held-out conversation .*1 rows passed over"):
+        evaluate("dates", empty, trained.model, recipe.evaluation, ANY, trained.store, settings)
+
+
+def test_the_report_is_one_page_for_light_and_dark(trained: Trained) -> None:
     page = Path(trained.evaluation.report).read_text()
-    assert page.count("<svg") == 2
-    assert f"{100 * trained.evaluation.exact_match:.1f} %" in page
+    assert page.count("<svg") == 3
+    assert f"{100 * trained.evaluation.score:.1f} %" in page
+    assert trained.evaluation.reason in page
+    assert "light-dark(" in page
     assert not re.search(r"(src|href)=.(?!#)", page.replace("xlink:href", "href")), "nothing is fetched"
     assert "#7a7a7a" not in page, "plots take the page's own text colour"
 
 
-def test_markup_in_answers_stays_text(trained: Trained) -> None:
-    from tasks.evaluate.report import render_report
-
-    items = [Item([{"role": "user", "content": "<script>alert(1)</script>"}], "x", "<b>")]
-    given = [Answer("<img src=x>", 1.0, False)]
-    slices = {"before": by_slice(items, given), "after": by_slice(items, given)}
-    training = json.loads((trained.store.path(trained.model.uri) / "training.json").read_text())
-    page = render_report(items, given, given, slices, training, {})
+def test_markup_in_rows_stays_text(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
+    rows = (trained.store.path(trained.dataset.uri) / "heldout.jsonl").read_text().splitlines()
+    asked = {"role": "user", "content": "<script>alert(1)</script>"}
+    bad = {"messages": [asked, {"role": "assistant", "content": "<img src=x>"}], "slice": "<b>"}
+    (tmp_path / "heldout.jsonl").write_text("\n".join([json.dumps(bad), *rows]))
+    dataset = trained.dataset.model_copy(update={"uri": tmp_path.as_uri()})
+    found = evaluate("dates", dataset, trained.model, recipe.evaluation, ANY, trained.store, settings)
+    page = Path(found.report).read_text()
     assert "<script>" not in page
     assert "<img src=x>" not in page
-    assert "&lt;b&gt;" in page
-
-
-def test_nothing_held_out_is_an_error(trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "heldout.jsonl").write_text("")
-    empty = trained.dataset.model_copy(update={"uri": tmp_path.as_uri()})
-    with pytest.raises(ForgeError, match="no held-out rows"):
-        evaluate(empty, trained.model, recipe.evaluation, trained.store)
+    assert "&lt;script&gt;" in page

@@ -3,6 +3,8 @@
 The tests of this file go on from one another's home, so the ones that change it put it back.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,11 +41,11 @@ def versions(home: Home) -> list[str]:
 
 def test_a_model_is_trained_registered_and_serves(home: Home) -> None:
     facts = home.facts()
-    assert facts["nll"] < facts["nll_before"] / 4
+    assert facts["nll"] < facts["nll_base"] / 4
     assert facts["items"] == 64
     assert Path(facts["report"]).read_text().startswith("<!doctype html>")
     assert versions(home) == [facts["version"]] == [champion_version(open_registry(home.settings), "dates")]
-    for part in ("exact match", "dates version 1", facts["digest"], facts["endpoint"], facts["report"], "make ui"):
+    for part in ("score", "dates version 1", facts["digest"], facts["endpoint"], facts["report"], "make ui"):
         assert part in home.first_output  # type: ignore[attr-defined]
     served = home.served()
     assert served is not None
@@ -65,7 +67,7 @@ def test_again_runs_nothing_again(home: Home) -> None:
     status, output = home.run()
     assert status == 0, output
     facts = home.facts()
-    assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
+    assert facts["cached"] == "preprocess_data, train_model"
     assert (facts["version"], facts["digest"], versions(home)) == (before["version"], before["digest"], ["1"])
     assert home.served() == server, "the same process serves"
 
@@ -99,3 +101,69 @@ def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
         assert "Traceback" not in output
     assert versions(home) == ["1"]
     assert home.served() == server
+
+
+def test_a_bad_fine_tune_is_refused_and_the_champion_serves_on(home: Home) -> None:
+    server, first = home.served(), versions(home)
+    rows = [json.loads(line) for line in (dataset(home) / "heldout.jsonl").read_text().splitlines()]
+    clean = write_jsonl(home.directory / "clean.jsonl", rows[:150])
+    answers = [row["messages"][1] for row in rows]
+    ruined = [
+        {**row, "messages": [row["messages"][0], answers[(at + 7) % len(answers)]]}
+        for at, row in enumerate(rows[150:] * 12)
+    ]
+    bad = write_jsonl(home.directory / "ruined.jsonl", ruined)
+    for sections in (
+        {"training": {"learning_rate": 1.0}},
+        {"data": {"source": str(bad), "heldout_source": str(clean)}},
+    ):
+        home.write_recipe(**sections)
+        try:
+            status, output = home.run()
+        finally:
+            home.write_recipe()
+        assert status == 0, output
+        facts = home.facts()
+        assert facts["verdict"] == "refuse"
+        assert facts["reason"].startswith("refused by champion: NLL ")
+        assert facts["reason"] in " ".join(output.split())
+        assert "version 1 stays the champion" in output
+        assert facts["report"] in output
+        assert "register:" not in output
+        assert "roll_out:" not in output
+        assert "dates: refused" in Path(facts["report"]).read_text()
+        assert versions(home) == first
+        assert home.served() == server
+
+
+def dataset(home: Home) -> Path:
+    """The directory of the data set that the pipeline made."""
+    (found,) = (home.settings.store_root / "datasets").iterdir()
+    return found
+
+
+def test_the_champion_is_asked_again_and_its_fall_is_told(home: Home) -> None:
+    status, output = home.run(workflow="champion_check")
+    assert status == 0, output
+    assert re.search(
+        r"dates version 1 scores [\d.]+% on 64 held-out prompts \(95 % bounds .*when it was promoted", output
+    )
+    client = open_registry(home.settings)
+    run_id = client.get_model_version("dates", "1").run_id
+    promoted = client.get_run(run_id).data.metrics["score"]
+    client.log_metric(run_id, "score", 0.99)
+    try:
+        status, output = home.run(workflow="champion_check")
+    finally:
+        client.log_metric(run_id, "score", promoted)
+    assert status == 1
+    text = " ".join(output.replace("│", " ").split())
+    assert "99.0% when it was promoted: it has fallen by more than gate.margin" in text
+    assert "Traceback" not in output
+    checks = client.search_runs(
+        [client.get_experiment_by_name("forge-evaluation").experiment_id],
+        "tags.fallen LIKE '%'",
+        order_by=["start_time"],
+    )
+    assert [run.data.tags["fallen"] for run in checks] == ["false", "true"]
+    assert checks[0].data.metrics["drift"] == pytest.approx(0, abs=0.05), "served as it was evaluated"

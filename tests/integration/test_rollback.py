@@ -48,7 +48,8 @@ def second_version(home: Home, breakage: str) -> tuple[Version, Evaluation]:
     version = Version(
         uri=package.as_uri(), digest=breakage, store=store.identity, name="dates", version=str(made.version), run_id=""
     )
-    scores = {name: facts[name] for name in ("items", "exact_match", "exact_match_before", "nll", "nll_before")}
+    names = ("items", "score", "score_base", "exact_match", "nll", "nll_base", "verdict", "reason")
+    scores = {name: facts[name] for name in names}
     evaluation = Evaluation(
         uri=Path(facts["report"]).parent.as_uri(),
         digest="",

@@ -11,11 +11,11 @@ from tasks.contracts import Version
 from tasks.errors import ForgeError
 from tasks.recipe import Recipe
 from tasks.register import register as module
-from tasks.register.package import verify_package
 from tasks.register.register import register
 from tasks.registry import champion_version, open_registry, promote
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
+from tasks.storage.package import verify_package
 from tests.conftest import Trained
 
 

@@ -1,0 +1,131 @@
+"""`python -m benchmarks.evaluate`: Forge's answers to the demonstration's held-out prompts, beside transformers'.
+
+The last line on stdout is one JSON object. See docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import pipeline
+
+from tasks.contracts import Base, Source
+from tasks.evaluate.answer import Answerer, answer_all, ask, batches
+from tasks.evaluate.items import Item, read_items
+from tasks.finetune.processes import Rank
+from tasks.finetune.run import train
+from tasks.preprocess.prepare import prepare
+from tasks.preprocess.sources import digest_source
+from tasks.recipe import EvaluationRecipe, load_recipe
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+
+BATCH = 32  # the peer's
+
+
+def main() -> None:
+    """Train the demonstration's model for a part of its epoch, and measure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as home:
+        model, items = make_model(Path(home), options.prompts)
+        say(f"{len(items)} prompts, {torch.get_num_threads()} threads")
+        print(json.dumps(measure(model, items, options.rounds)))
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
+    """The default recipe's model after a third of its epoch, which ends its answers, and held-out prompts."""
+    recipe = load_recipe("tiny-cpu")
+    store = DirectoryStore(home / "store")
+    source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
+    dataset = prepare(source, recipe.data, Base(), store)
+    training = recipe.training.model_copy(update={"epochs": 0.33, "processes": 1})
+    rank = Rank(0, 1, torch.device("cpu"))
+    model = train(rank, dataset, Base(), recipe.model, training, store, Settings(home=home))
+    if model is None:
+        raise RuntimeError("the first rank returns a model")
+    items, _ = read_items(store.path(dataset.uri) / "heldout.jsonl", prompts, None)
+    return store.path(model.uri) / "model", items
+
+
+def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
+    """Seconds of each way to answer all prompts, in turn, several times."""
+    recipe = EvaluationRecipe.model_validate({"max_new_tokens": 48})
+    base = Base(location=str(directory))
+    mine = Answerer(base, recipe, "cpu")
+    prompts = [ask(mine.tokenizer, item).prompt for item in items]
+    generator: Any = pipeline("text-generation", model=mine.model, tokenizer=mine.tokenizer)
+    chats = [item.messages for item in items]
+
+    def forge() -> list[str]:
+        texts = [""] * len(prompts)
+        for batch in batches([len(prompt) for prompt in prompts], recipe.batch_size):
+            for at, tokens in zip(batch, mine.generate([prompts[at] for at in batch]), strict=True):
+                texts[at] = mine.text(tokens)
+        return texts
+
+    @torch.inference_mode()
+    def one() -> list[str]:
+        return [one_answer(mine, prompt, recipe.max_new_tokens) for prompt in prompts]
+
+    def piped() -> list[str]:
+        found = generator(
+            chats, batch_size=BATCH, do_sample=False, max_new_tokens=recipe.max_new_tokens, return_full_text=False
+        )
+        return [answer[0]["generated_text"] for answer in found]
+
+    def whole() -> list[str]:
+        return [answer.text for answer in answer_all(base, items, recipe, ["cpu"], lambda done: None)]
+
+    ways: dict[str, Callable[[], Sequence[str]]] = {"forge": forge, "one": one, "pipeline": piped, "whole": whole}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    texts: dict[str, Sequence[str]] = {}
+    for number in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            texts[name] = way()
+            seconds[name].append(time.perf_counter() - started)
+        say(f"round {number + 1}: " + ", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()))
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    same = {
+        name: sum(a.strip() == b.strip() for a, b in zip(texts["forge"], texts[name], strict=True)) for name in texts
+    }
+    return {
+        "ratio_one": round(median["one"] / median["forge"], 2),
+        "ratio_pipeline": round(median["pipeline"] / median["forge"], 2),
+        "prompts": len(items),
+        **{f"{name}_seconds": round(taken, 3) for name, taken in median.items()},
+        "same_as_one": same["one"],
+        "same_as_pipeline": same["pipeline"],
+    }
+
+
+def one_answer(model: Answerer, prompt: list[int], max_new_tokens: int) -> str:
+    """One prompt's answer by transformers alone."""
+    tokens = torch.tensor([prompt])
+    output = model.model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    return model.text(output[0, len(prompt) :].tolist())
+
+
+if __name__ == "__main__":
+    main()

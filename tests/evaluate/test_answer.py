@@ -1,0 +1,151 @@
+"""What a model says, beside transformers alone, and which held-out rows it is asked."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks.contracts import Base
+from tasks.errors import ForgeError
+from tasks.evaluate.answer import Answer, Answerer, answer_all, ask, batches, render
+from tasks.evaluate.items import Item, digest_items, read_items
+from tasks.recipe import Check, EvaluationRecipe
+from tests.conftest import Trained, chat, write_jsonl
+
+EXACT = Check(kind="exact")
+LONGER = Item(
+    [
+        {"role": "system", "content": "Dates."},
+        {"role": "user", "content": "EN: May 1, 1999"},
+        {"role": "assistant", "content": "1999"},
+        {"role": "user", "content": "And as JSON?"},
+    ],
+    '{"date":"1999-05-01"}',
+    "en",
+    EXACT,
+)
+
+
+@pytest.fixture
+def items(trained: Trained) -> list[Item]:
+    found, _ = read_items(trained.store.path(trained.dataset.uri) / "heldout.jsonl", 11, None)
+    return [*found, LONGER]
+
+
+@pytest.fixture
+def directory(trained: Trained) -> Path:
+    return trained.store.path(trained.model.uri) / "model"
+
+
+def answers(
+    directory: Path, items: list[Item], batch_size: int, devices: tuple = ("cpu",), **options: int
+) -> list[Answer]:
+    recipe = EvaluationRecipe(max_new_tokens=32, batch_size=batch_size, **options)
+    return answer_all(Base(location=str(directory)), items, recipe, devices, lambda done: None)
+
+
+def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:
+    together, alone = answers(directory, items, 12), answers(directory, items, 1)
+    assert [(a.text, a.tokens, a.ended) for a in together] == [(a.text, a.tokens, a.ended) for a in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+def test_two_devices_answer_as_one(directory: Path, items: list[Item]) -> None:
+    """Two processes; here both have the CPU."""
+    told: list[int] = []
+    recipe = EvaluationRecipe(max_new_tokens=32, batch_size=5)
+    found = answer_all(Base(location=str(directory)), items, recipe, ("cpu", "cpu"), told.append)
+    assert [a.text for a in found] == [a.text for a in answers(directory, items, 5)]
+    assert sorted(told) == told
+    assert told[-1] == len(items)
+
+
+def test_greedy_answers_are_transformers_own(directory: Path, items: list[Item]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for item, answer in zip(items, answers(directory, items, 5), strict=True):
+        prompt = torch.tensor([ask(tokenizer, item).prompt])
+        output = model.generate(prompt, do_sample=False, max_new_tokens=32, pad_token_id=0)[0, prompt.shape[1] :]
+        assert answer.text == tokenizer.decode(output, skip_special_tokens=True)
+        assert answer.ended == (output[-1] == model.generation_config.eos_token_id)
+        assert answer.tokens == len(output)
+
+
+def test_nll_is_transformers_own_loss(directory: Path, items: list[Item]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for item, answer in zip(items, answers(directory, items, 5), strict=True):
+        asked = ask(tokenizer, item)
+        whole = torch.tensor([asked.whole])
+        labels = torch.full_like(whole, -100)
+        labels[0, asked.scored] = whole[0, asked.scored]
+        with torch.no_grad():
+            loss = model(input_ids=whole, labels=labels).loss.item()
+        assert answer.nll / answer.nll_tokens == pytest.approx(loss, rel=1e-5)
+
+
+def test_scored_are_the_assistant_s_turns_with_their_ends(directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    asked = ask(tokenizer, LONGER)
+    end = tokenizer.eos_token
+    assert tokenizer.decode([asked.whole[place] for place in asked.scored]) == f"1999{end}{LONGER.expected}{end}"
+    assert asked.whole[: len(asked.prompt)] == asked.prompt == render(tokenizer, LONGER, LONGER.messages)
+
+
+def test_drawn_answers_are_kept_and_always_the_same(directory: Path, items: list[Item]) -> None:
+    first, again = answers(directory, items, 12, samples=2), answers(directory, items, 12, samples=2)
+    assert [a.samples for a in first] == [a.samples for a in again]
+    assert all(len(answer.samples) == 2 for answer in first)
+    assert any(answer.samples[0] != answer.samples[1] for answer in first)
+    assert [a.text for a in first] == [a.text for a in answers(directory, items, 12)]
+
+
+def test_a_conversation_over_the_context_is_answered_by_nothing(directory: Path, items: list[Item]) -> None:
+    long = Item([{"role": "user", "content": "x" * 500}], "y", "en", EXACT)
+    *rest, last = answers(directory, [*items, long], 20)
+    assert (last.text, last.ended) == ("", False)
+    assert math.isnan(last.nll)
+    assert [a.text for a in rest] == [a.text for a in answers(directory, items, 20)]
+
+
+def test_logits_never_stand_whole_in_memory(
+    directory: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = answers(directory, items, 12)
+    monkeypatch.setattr("tasks.evaluate.answer.LOGITS_BYTES", 1)
+    model = Answerer(Base(location=str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
+    asked = [ask(model.tokenizer, item) for item in items]
+    assert model.nll(asked) == pytest.approx([answer.nll for answer in whole], rel=1e-5)
+
+
+def test_what_is_no_model_is_one_message(tmp_path: Path, items: list[Item]) -> None:
+    with pytest.raises(ForgeError, match=r"evaluation: .*nowhere"):
+        answers(tmp_path / "nowhere", items, 4)
+
+
+def test_batches_hold_each_item_once_and_like_lengths_together() -> None:
+    assert list(batches([3, 9, 1, 9, 4], 2)) == [[1, 3], [4, 0], [2]]
+
+
+def test_rows_say_how_they_are_judged_and_some_are_passed_over(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [
+        {**chat("a", '{"x": 1}'), "slice": "s"},
+        {"text": "plain", "slice": "s"},
+        {**chat("b", "word"), "slice": "s", "check": {"kind": "number", "tolerance": 0.1}},
+        {"messages": [{"role": "user", "content": "c"}, call], "slice": "s"},
+        {**chat("d", "word"), "slice": "t", "tools": [{"name": "f"}]},
+        {**chat("e", "word"), "slice": "t"},
+    ]
+    path = write_jsonl(tmp_path / "heldout.jsonl", rows)
+    items, passed_over = read_items(path, 4, None)
+    assert passed_over == 2
+    assert [item.question for item in items] == ["a", "b", "d", "e"]
+    assert [item.check.kind for item in items] == ["json", "number", "exact", "exact"]
+    assert items[2].tools == [{"name": "f"}]
+    told, _ = read_items(path, 4, Check(kind="rouge"))
+    assert [item.check.kind for item in told] == ["rouge", "number", "rouge", "rouge"]
+    assert digest_items(told) != digest_items(items)
