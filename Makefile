@@ -8,7 +8,7 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess bench-finetune bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,9 @@ bench-preprocess: .venv .venv-trl ## Measure preprocessing against TRL's; ARGS="
 
 bench-finetune: .venv .venv-trl ## Measure training against TRL's and Hugging Face's; ARGS="--precision bf16" for half
 	@exec $(BIN)/python -m benchmarks.finetune $(ARGS)
+
+bench-evaluate: .venv ## Measure evaluation's answers against transformers'
+	@exec $(BIN)/python -m benchmarks.evaluate $(ARGS)
 
 bench-scaling: .venv ## Measure training on two processes against one
 	@exec $(BIN)/python -m benchmarks.scaling $(ARGS)

@@ -55,7 +55,7 @@ def check_drift(
     found = score_interval(score)
     fallen = found.high < promoted - gate.margin
     says = (
-        f"{name} version {champion.version} scores {found.estimate:.1%} on {len(items)} held-out prompts (95 % bounds "
+        f"{name} version {champion.version} scores {found.estimate:.1%} on {len(items)} held-out prompts (95% bounds "
         f"{found.low:.1%} to {found.high:.1%}), {promoted:.1%} when it was promoted"
     )
     tags = {"model": name, "version": champion.version, ITEMS: digest_items(items), "fallen": str(fallen).lower()}

@@ -125,7 +125,7 @@ def _floor(score: np.ndarray, floor: float) -> Finding:
     """The mean score reaches a floor: Wilson's bounds where items are right or wrong, else the bootstrap's."""
     found = score_interval(score)
     outcome: Outcome = "pass" if found.low >= floor else "refuse" if found.high < floor else "inconclusive"
-    says = f"score {found.estimate:.1%} (95 % bounds {found.low:.1%} to {found.high:.1%}); gate.floor is {floor:.1%}"
+    says = f"score {found.estimate:.1%} (95% bounds {found.low:.1%} to {found.high:.1%}); gate.floor is {floor:.1%}"
     return Finding("floor", outcome, found.estimate, found.low, found.high, floor, len(score), says)
 
 
@@ -176,7 +176,7 @@ class Comparison:
         elif nothing_differs:
             outcome, why = "inconclusive", "both score the same on every item, which tells nothing of either"
         elif found.low > threshold:
-            outcome, why = "pass", "it is better" if margin is None else f"no worse than by {_number(margin, recipe)}"
+            outcome, why = "pass", "it is better" if margin is None else f"no worse than by {_gap(margin, recipe)}"
         else:
             outcome, why = "inconclusive", self._undecided(recipe, margin)
         sign = 1 if recipe.measure == "score" else -1
@@ -185,8 +185,8 @@ class Comparison:
         ends = sorted((sign * found.low, sign * found.high))
         says = (
             f"{what} {_number(ours, recipe)} against {_number(theirs, recipe)}, difference "
-            f"{_number(sign * found.estimate, recipe, '+')} (95 % bounds {_number(ends[0], recipe, '+')} to "
-            f"{_number(ends[1], recipe, '+')}) on {len(self.new)} items: {why}"
+            f"{_gap(sign * found.estimate, recipe, '+')} (95% bounds {_gap(ends[0], recipe, '+', '')} to "
+            f"{_gap(ends[1], recipe, '+', '')}) on {len(self.new)} items: {why}"
         )
         return Finding(rule, outcome, found.estimate, found.low, found.high, threshold, len(self.new), says)
 
@@ -200,9 +200,13 @@ class Comparison:
             wanted = items_to_decide(deviation, margin)
             if wanted <= len(self.new):  # it would be decided, if they were equally good
                 wanted = items_to_decide(deviation, margin + shift) if margin + shift > 0 else None
-            asked = f"that it is no worse than by {_number(margin, recipe)} is not shown"
+            asked = f"that it is no worse than by {_gap(margin, recipe)} is not shown"
         return asked + (f"; about {wanted:,} items would decide" if wanted else "")
 
 
-def _number(value: float, recipe: GateRecipe, sign: str = "") -> str:
-    return f"{value:{sign}.1%}" if recipe.measure == "score" else f"{value:{sign}.4f}"
+def _number(value: float, recipe: GateRecipe) -> str:
+    return f"{value:.1%}" if recipe.measure == "score" else f"{value:.4f}"
+
+
+def _gap(value: float, recipe: GateRecipe, sign: str = "", unit: str = " points") -> str:
+    return f"{100 * value:{sign}.1f}{unit}" if recipe.measure == "score" else f"{value:{sign}.4f}"

@@ -176,7 +176,7 @@ def test_nothing_held_out_is_an_error(trained: Trained, recipe: Recipe, settings
 def test_the_report_is_one_page_for_light_and_dark(trained: Trained) -> None:
     page = Path(trained.evaluation.report).read_text()
     assert page.count("<svg") == 3
-    assert f"{100 * trained.evaluation.score:.1f} %" in page
+    assert f"{100 * trained.evaluation.score:.1f}%" in page
     assert trained.evaluation.reason in page
     assert "light-dark(" in page
     assert not re.search(r"(src|href)=.(?!#)", page.replace("xlink:href", "href")), "nothing is fetched"

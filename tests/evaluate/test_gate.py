@@ -125,7 +125,7 @@ def test_a_refusal_is_one_line_with_rule_and_figures() -> None:
     found = against(judged(new), judged(old))
     assert found.outcome == "refuse"
     assert "\n" not in found.reason
-    for part in ("refused by champion", f"score {new.mean():.1%} against {old.mean():.1%}", "95 % bounds", "500 items"):
+    for part in ("refused by champion", f"score {new.mean():.1%} against {old.mean():.1%}", "95% bounds", "500 items"):
         assert part in found.reason
     (finding,) = [finding for finding in found.findings if finding.rule == "champion"]
     assert finding.high is not None

@@ -146,7 +146,7 @@ def test_the_champion_is_asked_again_and_its_fall_is_told(home: Home) -> None:
     status, output = home.run(workflow="champion_check")
     assert status == 0, output
     assert re.search(
-        r"dates version 1 scores [\d.]+% on 64 held-out prompts \(95 % bounds .*when it was promoted", output
+        r"dates version 1 scores [\d.]+% on 64 held-out prompts \(95% bounds .*when it was promoted", output
     )
     client = open_registry(home.settings)
     run_id = client.get_model_version("dates", "1").run_id

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 
 from tasks.errors import ForgeError
 from tasks.preprocess.formats import RawFile, read_blocks
-from tasks.preprocess.rows import Invalid
-from tasks.preprocess.shapes import detect, shape_named, to_row
+from tasks.preprocess.rows import Invalid, digests
+from tasks.preprocess.shapes import SHAPES, detect, shape_named, to_row
 from tasks.preprocess.sources import find_files
+from tasks.preprocess.worker import heldout_row, split_row
 from tasks.recipe import DataRecipe
 from tasks.storage import DirectoryStore
-from tests.conftest import write_jsonl
+from tests.conftest import chat, write_jsonl
 from tests.preprocess.test_zoo import prepare_file
 
 RECIPE = DataRecipe(context=128)
@@ -202,3 +204,38 @@ def test_the_shape_and_why_are_told(store: DirectoryStore, tmp_path: Path, capsy
     told = capsys.readouterr().out
     assert f"shape alpaca: {path}:1 is alpaca (it has instruction and output)" in told
     assert "columns not used: id" in told
+
+
+@pytest.mark.parametrize(
+    ("column", "kept"),
+    [
+        ("json", '{"kind":"json"}'),
+        ({"kind": "number", "tolerance": 0.01}, '{"kind":"number","tolerance":0.01}'),
+        ('{"kind": "regex", "pattern": "a+"}', '{"kind":"regex","pattern":"a+"}'),
+    ],
+)
+def test_a_row_may_say_how_its_answer_is_judged(column: object, kept: str) -> None:
+    row = to_row({**chat("q", "a"), "check": column}, SHAPES[0], RECIPE, Counter())
+    assert row.check == kept
+    assert digests(row) != digests(to_row(chat("q", "a"), SHAPES[0], RECIPE, Counter()))
+    assert heldout_row(row)["check"] == json.loads(kept)
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        ("fuzzy", "check.kind: Input should be"),
+        ({"kind": "regex"}, "a check of kind regex needs a pattern"),
+        ({"kind": "regex", "pattern": "("}, "pattern is no regular expression"),
+        (3, "check: Input should be"),
+    ],
+)
+def test_a_check_that_is_none_is_refused(column: object, says: str) -> None:
+    with pytest.raises(Invalid, match=re.escape(says)):
+        to_row({**chat("q", "a"), "check": column}, SHAPES[0], RECIPE, Counter())
+
+
+def test_of_a_split_row_the_last_part_keeps_the_check() -> None:
+    row = to_row({"messages": [*chat("q", "a")["messages"], *chat("r", "b")["messages"]], "check": "json"},
+                 SHAPES[0], RECIPE, Counter())  # fmt: skip
+    assert [part.check for part in split_row(row)] == ["", '{"kind":"json"}']
