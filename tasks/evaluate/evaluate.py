@@ -61,12 +61,13 @@ def evaluate(
         package = champion_package(name, champion, store)
         if package[1] != digest:
             models["champion"] = package
+    engine = chosen_engine(recipe, settings)
     judged: dict[str, Judged] = {}
     for who, (of, its_digest) in models.items():
         with Progress() as progress:
             bar = progress.add_task(f"evaluate the {who}", total=len(items))
             tell = functools.partial(_show, progress, bar)
-            judged[who] = judge_all(items, answers_of(of, its_digest, items, recipe, store, settings, tell))
+            judged[who] = judge_all(items, answers_of(of, its_digest, items, recipe, store, settings, engine, tell))
     reference = None
     if champion is None:
         reference = Reference("base", judged["base"])
@@ -101,7 +102,7 @@ def evaluate(
                 "Trained from": " ".join(training["base"].values()).strip(),
                 "Champion": f"version {champion.version}, {champion.digest}" if champion else "none yet",
                 "Items": digest_items(items),
-                "Answered by": chosen_engine(recipe),
+                "Answered by": engine,
             },
         )
         (staged / REPORT).write_text(render_report(page), encoding="utf-8")

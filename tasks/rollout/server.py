@@ -20,16 +20,11 @@ import psutil
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage import write_atomically
+from tasks.vllm_environment import saved_dtype, vllm_environment
 
 STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
 DIRECT = build_opener(ProxyHandler({}))  # no proxy leads to this machine
 VLLM = "vllm.entrypoints.openai.api_server"
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -122,14 +117,13 @@ class LocalServer:
             saved_dtype(Path(spec.path)),
             "--enforce-eager",
         ]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
         with signals_deferred(), log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=vllm_environment(),
                 cwd=self.settings.serving,
                 start_new_session=True,
             )
@@ -174,12 +168,6 @@ def start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return None if state in "ZX" else int(fields[18])
-
-
-def saved_dtype(model: Path) -> str:
-    """The precision that a model was saved and evaluated in; vLLM by itself would take fp32 down to bf16."""
-    config = json.loads((model / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def port_is_free(port: int) -> bool:

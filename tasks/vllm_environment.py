@@ -1,0 +1,26 @@
+"""What vLLM is started with on this machine, by evaluation and by rollout, so that both get the same answers of it."""
+
+import json
+import os
+from pathlib import Path
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def vllm_environment(**more: str) -> dict[str, str]:
+    """The variables of a process of vLLM: this process's, but of vLLM's own those given here alone.
+
+    Kubernetes gives pods a VLLM_PORT where a Service is named vllm, and vLLM does not start with it.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT | more
+
+
+def saved_dtype(model: Path) -> str:
+    """The precision that a model was saved and evaluated in; vLLM by itself would take fp32 down to bf16."""
+    config = json.loads((model / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
