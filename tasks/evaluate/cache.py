@@ -8,7 +8,7 @@ from pyarrow import parquet
 
 from tasks.contracts import Base
 from tasks.evaluate.answer import Answer, Tell, answer_all, devices_here
-from tasks.evaluate.items import Item, digest_items
+from tasks.evaluate.items import Item
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_json
@@ -28,8 +28,9 @@ def answers_of(
     tell: Tell,
 ) -> list[Answer]:
     """A model's answers to items: those kept under the model's digest, or new ones, which are then kept."""
+    asked = [[item.messages, item.tools, item.expected] for item in items]
     drawn = [recipe.samples, recipe.temperature] if recipe.samples else []
-    key = digest_json([FORM, digest, digest_items(items), recipe.max_new_tokens, drawn, engine])
+    key = digest_json([FORM, digest, asked, recipe.max_new_tokens, drawn, engine])
     place = f"answers/sha256-{key}"
     if store.exists(place):
         answers = read_answers(store, store.uri(place))

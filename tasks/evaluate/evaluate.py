@@ -16,16 +16,16 @@ from rich.progress import Progress
 from tasks.contracts import Base, Dataset, Evaluation, Model
 from tasks.errors import ForgeError
 from tasks.evaluate.cache import answers_of, chosen_engine
+from tasks.evaluate.champion import champion_package
 from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.report import Page, render_report
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, summarise
 from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.registry import Champion, find_champion, open_registry
+from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_directory
-from tasks.storage.package import MANIFEST, verify_package
 
 CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"
 
@@ -58,9 +58,9 @@ def evaluate(
     champion = find_champion(open_registry(settings), name)
     models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, store)}
     if champion is not None:
-        package = champion_package(name, champion, store)
-        if package[1] != digest:
-            models["champion"] = package
+        package, its_digest = champion_package(name, champion, store)
+        if its_digest != digest:
+            models["champion"] = Base(location=str(package)), its_digest
     engine = chosen_engine(recipe, settings)
     judged: dict[str, Judged] = {}
     for who, (of, its_digest) in models.items():
@@ -169,26 +169,6 @@ def base_of(model: Model, store: DirectoryStore) -> tuple[Base, str]:
         return Base(location=str(path)), digest_directory(path)[0]
     local = Path(base.location).is_dir()  # whose revision is a digest, which no hub knows
     return Base(location=base.location) if local else base, base.revision
-
-
-def champion_package(name: str, champion: Champion, store: DirectoryStore) -> tuple[Base, str]:
-    """The champion's package and its digest, verified file by file."""
-    what = f"champion {name} version {champion.version}"
-    mend = "put it back, or take the alias champion from the version in MLflow, to start without one"
-    try:
-        package = store.path(champion.uri)
-    except ForgeError:
-        raise ForgeError(f"{what}: its package {champion.uri} is gone; {mend}") from None
-    try:
-        digest = champion.digest or json.loads((package / MANIFEST).read_text())["digest"]
-        verify_package(package, digest)
-    except (OSError, ValueError, KeyError):
-        raise ForgeError(f"{what}: {package / MANIFEST} is missing or broken; {mend}") from None
-    except ForgeError as error:
-        raise ForgeError(
-            f"{what}: {error.message.removesuffix('; delete the package and run again')}; {mend}"
-        ) from None
-    return Base(location=str(package)), digest
 
 
 def items_table(items: Sequence[Item], judged: Mapping[str, Judged]) -> pa.Table:

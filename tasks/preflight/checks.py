@@ -4,19 +4,23 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.cluster import GPU, architecture_config, check_fit, measure_model, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
+from tasks.evaluate.champion import find_package
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
-from tasks.registry import open_registry
+from tasks.registry import find_champion, open_registry
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
-from tasks.storage import digest_directory, open_store
+from tasks.storage import DirectoryStore, digest_directory, open_store
 from tasks.storage.remote import connect, split
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 T = TypeVar("T")
 
@@ -53,7 +57,10 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
         places = settings
         store = attempt(lambda: open_store(places))
         if store is not None or settings.mlflow_uri:
-            attempt(lambda: open_registry(places))
+            client = attempt(lambda: open_registry(places))
+            if client is not None and store is not None and loaded is not None:
+                registry, kept, name = client, store, loaded.name
+                attempt(lambda: check_champion(registry, kept, name))
         attempt(lambda: check_copies(places))
         attempt(lambda: check_vllm(places))
         attempt(lambda: check_port(places))
@@ -172,6 +179,13 @@ def _not_to_be_had(name: str, error: Exception) -> ForgeError:
         f"base model {name}: neither a directory here nor to be had from the hub ({reason}); give model.base the path "
         "of a directory in Hugging Face format, or make the hub reachable (a gated model needs HF_TOKEN)"
     )
+
+
+def check_champion(client: "MlflowClient", store: DirectoryStore, name: str) -> None:
+    """The champion that a new model will be compared with is there, if there is one."""
+    champion = find_champion(client, name)
+    if champion is not None:
+        find_package(name, champion, store)
 
 
 def check_copies(settings: Settings) -> None:

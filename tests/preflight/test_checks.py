@@ -15,7 +15,8 @@ from tasks.errors import ForgeError, Problems
 from tasks.preflight.checks import base_config, check_all, check_memory, check_training, check_vllm, find_base
 from tasks.preprocess import sample
 from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
-from tasks.settings import Settings
+from tasks.registry import open_registry, promote
+from tasks.settings import Settings, load_settings
 from tasks.storage import digest_directory
 from tests.conftest import SMALL, Trained, chat, write_jsonl
 
@@ -203,3 +204,14 @@ def test_two_shapes_are_found_before_anything_starts(recipe_file: Path, free_por
     write_jsonl(tmp_path / "rows" / "b.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(Problems, match=r"b.jsonl:1 is prompt, and .*a.jsonl:1 is chat"):
         check_all(str(tmp_path / "rows"), str(recipe_file))
+
+
+def test_a_champion_whose_package_is_gone_is_told_before_anything_starts(
+    recipe_file: Path, free_port: int, tmp_path: Path
+) -> None:
+    client = open_registry(load_settings())
+    client.create_registered_model(SMALL["name"])
+    version = client.create_model_version(SMALL["name"], source=(tmp_path / "gone").as_uri())
+    promote(client, SMALL["name"], version.version)
+    with pytest.raises(Problems, match=r"champion dates version 1: its package .* is gone; put it back, or"):
+        check_all("", str(recipe_file))
