@@ -174,7 +174,9 @@ class Comparison:
         if is_worse:
             outcome, why = "refuse", "it is worse, and not by chance"
         elif nothing_differs:
-            outcome, why = "inconclusive", "both score the same on every item, which tells nothing of either"
+            other = " (or set gate.measure to nll)" if recipe.measure == "score" else ""
+            why = f"the same on every item, which tells nothing of either; ask what tells models apart{other}"
+            outcome = "inconclusive"
         elif found.low > threshold:
             outcome, why = "pass", "it is better" if margin is None else f"no worse than by {_gap(margin, recipe)}"
         else:
