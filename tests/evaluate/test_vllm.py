@@ -144,9 +144,13 @@ def test_an_interrupt_leaves_nothing_running(fake: Path, started: list[int]) -> 
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # flytekit, once imported, has one of its own
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(vllm.run_worker(REQUEST, fake))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(vllm.run_worker(REQUEST, fake))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert Path(f"{fake}.up").exists()
     (session,) = started
     wait_until_dead(session)

@@ -103,8 +103,12 @@ def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
     assert home.served() == server
 
 
-def test_a_bad_fine_tune_is_refused_and_the_champion_serves_on(home: Home) -> None:
-    server, first = home.served(), versions(home)
+def test_a_mad_learning_rate_is_refused_and_the_champion_serves_on(home: Home) -> None:
+    refused(home, training={"learning_rate": 1.0})
+
+
+@pytest.mark.long
+def test_ruined_labels_are_refused_and_the_champion_serves_on(home: Home) -> None:
     rows = [json.loads(line) for line in (dataset(home) / "heldout.jsonl").read_text().splitlines()]
     clean = write_jsonl(home.directory / "clean.jsonl", rows[:150])
     answers = [row["messages"][1] for row in rows]
@@ -113,27 +117,29 @@ def test_a_bad_fine_tune_is_refused_and_the_champion_serves_on(home: Home) -> No
         for at, row in enumerate(rows[150:] * 12)
     ]
     bad = write_jsonl(home.directory / "ruined.jsonl", ruined)
-    for sections in (
-        {"training": {"learning_rate": 1.0}},
-        {"data": {"source": str(bad), "heldout_source": str(clean)}},
-    ):
-        home.write_recipe(**sections)
-        try:
-            status, output = home.run()
-        finally:
-            home.write_recipe()
-        assert status == 0, output
-        facts = home.facts()
-        assert facts["verdict"] == "refuse"
-        assert facts["reason"].startswith("refused by champion: NLL ")
-        assert facts["reason"] in " ".join(output.split())
-        assert "version 1 stays the champion" in output
-        assert facts["report"] in output
-        assert "register:" not in output
-        assert "roll_out:" not in output
-        assert "dates: refused" in Path(facts["report"]).read_text()
-        assert versions(home) == first
-        assert home.served() == server
+    refused(home, data={"source": str(bad), "heldout_source": str(clean)})
+
+
+def refused(home: Home, **sections: dict) -> None:
+    """Run with a recipe that makes a bad model: the gate says why, nothing later runs, and it is no error."""
+    server, first = home.served(), versions(home)
+    home.write_recipe(**sections)
+    try:
+        status, output = home.run()
+    finally:
+        home.write_recipe()
+    assert status == 0, output
+    facts = home.facts()
+    assert facts["verdict"] == "refuse"
+    assert facts["reason"].startswith("refused by champion: NLL ")
+    assert facts["reason"] in " ".join(output.split())
+    assert "version 1 stays the champion" in output
+    assert facts["report"] in output
+    assert "register:" not in output
+    assert "roll_out:" not in output
+    assert "dates: refused" in Path(facts["report"]).read_text()
+    assert versions(home) == first
+    assert home.served() == server
 
 
 def dataset(home: Home) -> Path:
