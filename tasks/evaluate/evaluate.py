@@ -21,7 +21,7 @@ from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.report import Page, render_report
-from tasks.evaluate.score import Judged, judge_all, places_by_slice, summarise
+from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
@@ -192,17 +192,6 @@ def items_table(items: Sequence[Item], judged: Mapping[str, Judged]) -> pa.Table
             f"{who}_samples": pa.array([list(answer.samples) for answer in of.answers], pa.list_(pa.string())),
         }
     return pa.table(columns)
-
-
-def speed_of(judged: Judged) -> dict[str, float]:
-    """How fast a model answered: generated tokens a second, and the median and longest wait for a batch (seconds)."""
-    waits = sorted(answer.seconds for answer in judged.answers)
-    batches = {answer.seconds for answer in judged.answers}  # each batch's time stands with each of its items
-    return {
-        "tokens_per_second": round(sum(answer.tokens for answer in judged.answers) / max(sum(batches), 1e-9), 1),
-        "median_seconds": round(waits[len(waits) // 2], 3),
-        "longest_seconds": round(waits[-1], 3),
-    }
 
 
 def slice_figures(items: Sequence[Item], judged: Mapping[str, Judged], places: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tasks.evaluate.gate import Verdict, measured
 from tasks.evaluate.items import Item
-from tasks.evaluate.score import Judged, Scores
+from tasks.evaluate.score import Judged, Scores, speed_of
 from tasks.evaluate.statistics import CONFIDENCE, Interval, score_interval
 from tasks.recipe import GateRecipe
 
@@ -92,6 +92,7 @@ def render_report(page: Page) -> str:
         page=page,
         verdict=page.verdict,
         models=page.models,
+        speed={who: speed_of(of) for who, of in page.judged.items()},
         score_plot=plot_scores(page),
         loss_plot=plot_loss(page.training["curve"]),
         slice_plot=plot_slices(page) if len(page.slices) > 1 else "",

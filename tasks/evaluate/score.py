@@ -162,6 +162,17 @@ def summarise(items: Sequence[Item], judged: Judged) -> Scores:
     )
 
 
+def speed_of(judged: Judged) -> dict[str, float]:
+    """How fast a model answered: generated tokens a second, and the median and longest wait for a batch (seconds)."""
+    waits = sorted(answer.seconds for answer in judged.answers)
+    batches = {answer.seconds for answer in judged.answers}  # each batch's time stands with each of its items
+    return {
+        "tokens_per_second": round(sum(answer.tokens for answer in judged.answers) / max(sum(batches), 1e-9), 1),
+        "median_seconds": round(waits[len(waits) // 2], 3),
+        "longest_seconds": round(waits[-1], 3),
+    }
+
+
 def places_by_slice(items: Sequence[Item]) -> dict[str, np.ndarray]:
     """Where the items of each slice are, in the order of the slices' names."""
     names = np.array([item.slice for item in items])

@@ -64,7 +64,7 @@ def test_equal_models_with_eight_slices_are_hardly_ever_refused() -> None:
         return outcomes(draw, ITEMS, drop=0)
 
     eight = {f"slice {at}": np.arange(ITEMS)[at::8] for at in range(8)}
-    found = rates(equal_in_eight_slices, eight, trials=1000)
+    found = rates(equal_in_eight_slices, eight, trials=500)
     assert found["refuse"] <= 0.05
     assert found["pass"] >= 0.9
 
