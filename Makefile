@@ -8,10 +8,10 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-scaling lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is done twice)
 	@$(MAKE) --no-print-directory -j2 .venv .venv-serving
@@ -24,6 +24,9 @@ setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is
 
 .venv-trl:
 	@images/install .venv-trl benchmarks/trl
+
+.venv-harness: ## Install lm-evaluation-harness, for evaluation.harness_tasks
+	@images/install .venv-harness images/harness
 
 run: setup ## Preprocess, train, evaluate, register and serve: the whole pipeline, ARGS="..." for its inputs
 	@exec $(BIN)/pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
@@ -40,7 +43,7 @@ stop: ## Stop the server that `make run` left serving
 test: setup ## The tests that one runs before every commit
 	$(BIN)/pytest -m "not long"
 
-test-long: setup ## The tests that take longer: interruptions at every stage
+test-long: setup .venv-harness ## The tests that take longer: interruptions at every stage
 	$(BIN)/pytest -m long
 
 lint: setup ## ruff and mypy
@@ -63,7 +66,7 @@ bench-scaling: .venv ## Measure training on two processes against one
 lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --custom-compile-command "make lock" images/uv.in -o images/uv.lock
-	for folder in images/pipeline images/serving benchmarks/trl; do \
+	for folder in images/pipeline images/serving images/harness benchmarks/trl; do \
 	  $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
 	    --no-emit-index-url --custom-compile-command "make lock" --excludes $$folder/excludes.txt \
 	    $$folder/requirements.in -o $$folder/requirements.lock || exit 1; \
@@ -71,4 +74,4 @@ lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 
 clean: ## Stop serving and remove what runs and set-up left (environments, models, registry)
 	@[ ! -f .venv/.installed ] || $(BIN)/python -m tasks.rollout stop
-	rm -rf .forge .venv .venv-serving .venv-trl .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .forge .venv .venv-serving .venv-trl .venv-harness .pytest_cache .mypy_cache .ruff_cache

@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     serving_python: Path = Field(
         PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
     )
+    harness_python: Path = Field(
+        PROJECT / ".venv-harness" / "bin" / "python",
+        description="Python of the environment that holds lm-evaluation-harness",
+    )
     serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of the Prometheus endpoint that a training run has while it lasts; 0: none"

@@ -79,7 +79,7 @@ def evaluate(
     if recipe.harness_tasks:
         from tasks.evaluate.harness import run_harness
 
-        harness = run_harness(directory / "model", recipe.harness_tasks, settings)
+        harness = run_harness(directory / "model", recipe.harness_tasks, settings, recipe.batch_size)
     scores = {who: summarise(items, of) for who, of in judged.items()}
     training = json.loads((directory / "training.json").read_text())
     with store.stage() as staged:

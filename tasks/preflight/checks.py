@@ -10,6 +10,7 @@ from tasks.cluster import GPU, architecture_config, check_fit, measure_model, tr
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
+from tasks.evaluate.harness import check_harness
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
@@ -62,6 +63,9 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
                 registry, kept, name = client, store, loaded.name
                 attempt(lambda: check_champion(registry, kept, name))
         attempt(lambda: check_copies(places))
+        if loaded is not None and loaded.evaluation.harness_tasks:
+            tasks = loaded.evaluation.harness_tasks
+            attempt(lambda: check_harness(tasks, places))
         attempt(lambda: check_vllm(places))
         attempt(lambda: check_port(places))
     if problems or loaded is None or store is None or found is None or base is None:
