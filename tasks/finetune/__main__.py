@@ -1,6 +1,7 @@
 """Training without Flyte: `torchrun --nproc_per_node=2 -m tasks.finetune --recipe R --data D --out O`."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -10,10 +11,10 @@ from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.export import export
 from tasks.finetune.processes import Rank, joined
-from tasks.finetune.run import telemetry_of
+from tasks.finetune.run import copies_of, job_key, telemetry_of
 from tasks.finetune.train import Job, Trainer
 from tasks.recipe import load_recipe
-from tasks.settings import load_settings
+from tasks.settings import Settings, load_settings
 
 
 def main() -> int:
@@ -24,27 +25,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     options = parser.parse_args()
     try:
-        recipe = load_recipe(options.recipe)
-        if not (options.data / "dataset.json").is_file():
+        recipe, settings = load_recipe(options.recipe), load_settings()
+        card = options.data / "dataset.json"
+        if not card.is_file():
             raise ForgeError(f"{options.data}: not a prepared data set (it has no dataset.json)")
         if options.out.exists():
             raise ForgeError(f"{options.out}: is there already; name another directory, or remove it")
         checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
         base = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
-        job = Job(options.data, base, recipe.model, recipe.training, checkpoints)
+        key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
+        copies = copies_of(key, settings)
+        job = Job(options.data, base, recipe.model, recipe.training, checkpoints, copies)
         # Of this launcher's alone: an earlier one's failure is not this one's.
         with joined(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
-            train(rank, job, options.out)
+            train(rank, job, options.out, settings)
     except ForgeError as error:
         print(error.message, file=sys.stderr)
         return 1
     return 0
 
 
-def train(rank: Rank, job: Job, out: Path) -> None:
+def train(rank: Rank, job: Job, out: Path, settings: Settings) -> None:
     """Train, and have the model appear in the directory when all of it is there."""
     trainer = Trainer(rank, job)
-    with telemetry_of(trainer, load_settings(), name=out.name) as telemetry:
+    with telemetry_of(trainer, settings, name=out.name) as telemetry:
         trainer.train(telemetry)
     if not rank.first:
         export(trainer, None)

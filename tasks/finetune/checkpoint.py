@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import distributed
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from tasks.errors import ForgeError
@@ -48,19 +48,24 @@ class Checkpoints:
         """Restore a step's checkpoint, by default the latest one's; returns its facts, or None if there is none."""
         self.wait()
         if self.bucket and step is None:
-            newest = self.bucket.newest()
-            if newest is not None and newest > max(self._steps(), default=-1):
-                self.bucket.download(self._place(newest).name, self._place(newest))
+            self._fetch(self.bucket)
         if self._group:
             distributed.barrier(self._group)
         steps = self._steps()
         if not steps:
             return None
         directory = self._place(steps[-1] if step is None else step)
-        facts: dict[str, Any] = json.loads((directory / FACTS).read_text())
+        facts = _facts(directory)
         self._best = facts.get("best_step")
         state = _state(model, optimizer)
-        dcp.load(state, storage_reader=FileSystemReader(directory), process_group=self._group, no_dist=not self._group)
+        reader = FileSystemReader(directory)
+        try:
+            dcp.load(state, storage_reader=reader, process_group=self._group, no_dist=not self._group)
+        except CheckpointException as error:
+            raise ForgeError(
+                f"training: the checkpoint {directory} cannot be read ({reason(error)}); remove it, and the same "
+                "command goes on from what else is saved"
+            ) from None
         set_state_dict(
             model,
             optimizer,
@@ -95,18 +100,20 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         try:
             saving.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise ForgeError(
-                f"training: the checkpoint in {self.directory} cannot be written ({error}); free space there"
+                f"training: the checkpoint in {self.directory} cannot be written ({reason(error)}); free space there"
             ) from None
         if self.rank.first:
             self._complete(self._place(self._step))
 
     def settle(self) -> None:
-        """Until all that was saved is complete, its copy too."""
+        """Until all that was saved is complete, its copy too, and on all ranks: the first to leave has others ended."""
         self.wait()
         if self.bucket:
             self.bucket.wait()
+        if self._group:
+            distributed.barrier(self._group)
 
     def poll(self) -> None:
         """Give a checkpoint that is written by now its name."""
@@ -124,12 +131,26 @@ class Checkpoints:
     def _complete(self, place: Path) -> None:
         os.rename(place.with_name(place.name + PARTIAL), place)
         steps = self._steps()
-        kept = {*steps[-self.keep :], self._best}
+        best = [step for step in steps if step == self._best]
+        kept = {self._place(step) for step in (*steps[-self.keep :], *best)}
+        needed = kept
         if self.bucket:
-            self.bucket.copy(place, {self._place(step).name for step in kept if step is not None})
+            # The best one first: where the latest one is, whoever goes on from it finds the best one too.
+            self.bucket.copy([*(self._place(step) for step in best), place], {one.name for one in kept})
+            needed = kept | self.bucket.needed()
         for step in steps:
-            if step not in kept:
+            if self._place(step) not in needed:
                 _discard(self._place(step))
+
+    def _fetch(self, bucket: Bucket) -> None:
+        """From the bucket, the latest checkpoint where it has a later one, and the best one where that is not here."""
+        newest = bucket.newest()
+        if newest is not None and newest > max(self._steps(), default=-1):
+            bucket.download(self._place(newest))
+        steps = self._steps()
+        best = _facts(self._place(steps[-1])).get("best_step") if steps else None
+        if best is not None and best not in steps:
+            bucket.download(self._place(best))
 
     def _steps(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
@@ -145,6 +166,18 @@ def _discard(directory: Path) -> None:
     shutil.rmtree(left)
 
 
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be read or written, in a line; of several ranks' reasons the first one's."""
+    if isinstance(error, CheckpointException):
+        error, _ = error.failures[min(error.failures)]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((directory / FACTS).read_text())
+    return facts
+
+
 def _options(model: Any) -> StateDictOptions:
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
@@ -152,5 +185,9 @@ def _options(model: Any) -> StateDictOptions:
 
 def _state(model: Any, optimizer: Any) -> dict[str, Any]:
     """What is trained, and the optimizer's moments; a rank's share of them where they are sharded."""
-    weights, moments = get_state_dict(model, optimizer, options=_options(model))
+    options = _options(model)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    if options.ignore_frozen_params:  # but not what belongs to them: a quantised weight has its constants beside it
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = {name: weight for name, weight in weights.items() if name in trained}
     return {"model": weights, "optimizer": moments}

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
+from tasks.finetune.checkpoint import reason
 from tasks.recipe import Lora, ModelRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,7 +114,10 @@ def load_sharded(causal: Any, base: Base, device: torch.device) -> None:
             "missing); set training.parallelism to ddp"
         )
     state = {name: weight for name, weight in state.items() if name in wanted & names}
-    checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+    try:
+        checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+    except checkpoint.CheckpointException as error:
+        raise ForgeError(f"base model {base.location}: cannot be loaded ({reason(error)}); copy it anew") from None
 
 
 def local_directory(base: Base) -> Path:

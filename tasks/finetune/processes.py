@@ -59,7 +59,8 @@ def joined(failure: Path) -> Iterator[Rank]:
     """Join the group that torchrun's environment variables describe; leave it at the end.
 
     Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first
-    one has gone in the middle of a collective) raises the first one's instead. An error that may be such a
+    one has gone in the middle of a collective) raises the first one's instead. Where ranks name that file differently,
+    as those of different launchers do, the first rank's name counts once they have joined. An error that may be such a
     consequence waits a moment before it is written, in which a killed rank's launcher ends this one too.
 
     A rank that hangs is given up by the others when a collective has waited for COLLECTIVE_TIMEOUT. What each rank was
@@ -75,10 +76,16 @@ def joined(failure: Path) -> Iterator[Rank]:
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    stack = _stack_file(failure, rank).open("w", encoding="utf-8") if world > 1 else None
+    stack = None
+    if rank == 0:
+        failure.unlink(missing_ok=True)  # in another container, an earlier launcher had the same number
     try:
         if world > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            name = [failure.name]
+            distributed.broadcast_object_list(name)
+            failure = failure.with_name(name[0])
+            stack = _stack_file(failure, rank).open("w", encoding="utf-8")
         # Only now: until others answer, a wait for them would sit through the signal.
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         yield Rank(rank, world, device, stop, stack)

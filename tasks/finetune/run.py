@@ -37,8 +37,7 @@ def train(
     """
     started = time.time()
     key = job_key(dataset.digest, base, model, recipe)
-    copies = Bucket(f"{settings.checkpoint_copies}/{key}", settings) if settings.checkpoint_copies else None
-    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key, copies)
+    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key, copies_of(key, settings))
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
         trainer.train(telemetry)
@@ -71,6 +70,11 @@ def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Te
         flops_per_token=per_token, peak_flops=peak,
     ) as telemetry:  # fmt: skip
         yield telemetry
+
+
+def copies_of(key: str, settings: Settings) -> Bucket | None:
+    """Where a job's checkpoints are copied to, if anywhere."""
+    return Bucket(f"{settings.checkpoint_copies}/{key}", settings) if settings.checkpoint_copies else None
 
 
 def job_key(dataset: str, base: Base, model: ModelRecipe, recipe: TrainingRecipe) -> str:

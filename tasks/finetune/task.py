@@ -23,6 +23,9 @@ from tasks.storage import open_store
 from tasks.version import code_version
 
 RETRIES = 5  # of a run that a drained or reclaimed node ended; other failures are not tried again
+# One thread a process until it has counted the cores; and as many seconds, not 30, until the elastic agent kills
+# processes that it has told to end: as long may a checkpoint and its copy take.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 # The elastic agent takes these over and does not give them back.
 ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -40,9 +43,8 @@ class TrainingTask(PytorchElasticFunctionTask):
         local = FlyteContextManager.current_context().execution_state.is_local_execution()
         failure = failure_file(os.getpid())
         failure.unlink(missing_ok=True)
-        # One thread a process until it has counted the cores; elsewhere in this process, as it was.
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = threads or "1"
+        given = {name: value for name, value in ENVIRONMENT.items() if not os.environ.get(name)}
+        os.environ.update(given)
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         try:
             return super().execute(**kwargs)
@@ -60,8 +62,8 @@ class TrainingTask(PytorchElasticFunctionTask):
             raise ForgeError(describe_failure(found) if found else describe_exit(error.value, failure)) from None
         finally:
             Console().show_cursor()  # the bar of a process that was ended could not
-            if threads is None:
-                del os.environ["OMP_NUM_THREADS"]
+            for name in given:  # elsewhere in this process, as it was
+                del os.environ[name]
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

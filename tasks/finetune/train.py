@@ -252,7 +252,9 @@ class Trainer:
             improved = heldout < facts.best_loss
             facts.worse = 0 if improved else facts.worse + 1
             if improved:
-                facts.best_loss, facts.best_step = heldout, facts.step
+                facts.best_loss = heldout
+                if self.recipe.early_stopping:  # else it has no checkpoint
+                    facts.best_step = facts.step
         facts.curve.append(point)
         return improved
 

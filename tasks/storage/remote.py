@@ -32,6 +32,7 @@ FORM = "hf://datasets/OWNER/NAME[@revision][/path]"
 CONNECTIONS = 8
 ATTEMPTS = 3  # for a transfer that breaks off or arrives damaged; the clients retry requests that fail themselves
 CHUNK = 1 << 20  # bytes
+CONNECT = 5  # seconds
 MD5 = re.compile("[0-9a-f]{32}")
 
 
@@ -80,7 +81,7 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
             stop = threading.Event()
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 try:
-                    list(pool.map(lambda file, path: _download(client, bucket, file, path, stop), files, paths))
+                    list(pool.map(lambda file, path: download(client, bucket, file, path, stop), files, paths))
                 except BaseException:
                     stop.set()
                     raise
@@ -104,8 +105,11 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
 
 
 @contextlib.contextmanager
-def connect(what: str, settings: Settings) -> Iterator["Minio"]:
-    """A client of the S3 server that the settings name; what it raises becomes a ForgeError about `what`."""
+def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator["Minio"]:
+    """A client of the S3 server that the settings name; what it raises becomes a ForgeError about `what`.
+
+    `sending` is in how many seconds a request must be sent, connecting included: whoever uploads wants more of them.
+    """
     from minio import Minio
     from minio.error import MinioException, S3Error
     from urllib3 import PoolManager, Retry, Timeout
@@ -123,7 +127,7 @@ def connect(what: str, settings: Settings) -> Iterator["Minio"]:
     # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
     http = PoolManager(
         maxsize=CONNECTIONS,
-        timeout=Timeout(connect=5, read=20),
+        timeout=Timeout(connect=sending, read=20),  # urllib3 sends under the limit to connect
         retries=Retry(total=5, connect=2, read=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
     )
     try:
@@ -172,7 +176,7 @@ def split(source: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _download(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
+def download(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
     """Write one object to a path, whole or not at all; ends early where told to stop."""
     from urllib3.exceptions import ProtocolError, ReadTimeoutError
 

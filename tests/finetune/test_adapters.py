@@ -12,6 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tasks.contracts import Base
+from tasks.finetune.processes import Rank
+from tasks.finetune.train import Job, Trainer
+from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import Settings
 from tests.finetune.job import PROJECT, SMALL, VOCABULARY, curve, run, write_base, write_data, write_recipe
 
@@ -126,6 +130,49 @@ def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp
     ours = seen["logits"].log_softmax(-1)[:, [end - 1 for end in ends]].flatten(0, 1)
     torch.testing.assert_close(found["adapter"], ours, rtol=0, atol=1e-3)
     assert (found["base"] - ours).abs().max() > 0.1, "the base alone says something else"
+
+
+STOPPED = """
+import contextlib, json, sys
+from pathlib import Path
+from tasks.contracts import Base
+from tasks.finetune.processes import Stopped, joined
+from tasks.finetune.train import Job, Trainer
+from tasks.recipe import ModelRecipe, TrainingRecipe
+
+here, checkpoints, recipe = Path(sys.argv[1]), Path(sys.argv[2]), TrainingRecipe(**json.loads(sys.argv[3]))
+base = str(here / "base")
+with joined(checkpoints.with_name("failure.json")) as rank, contextlib.suppress(Stopped):
+    trainer = Trainer(rank, Job(here / "data", Base(location=base), ModelRecipe(base=base), recipe, checkpoints))
+    rank.stop.set()
+    trainer.train()
+"""
+
+
+def test_what_was_trained_on_a_quantised_base_in_shards_goes_on_on_a_whole_one(place: Path, tmp_path: Path) -> None:
+    how = {"rows_per_step": 8, "epochs": 1, "learning_rate": 0.01, "precision": "fp32", "method": "qlora"}
+    recipe = {**how, "lora": {"rank": 4}}
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    sharded = json.dumps({**recipe, "processes": 2, "parallelism": "fsdp"})
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = [str(tmp_path / "stopped.py"), str(place), str(tmp_path / "checkpoints"), sharded]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*program, *arguments], check=True, env=environment, timeout=300)
+    losses = []
+    for checkpoints, begins in (("checkpoints", 1), ("others", 0)):
+        base = str(place / "base")
+        whole = Job(
+            place / "data",
+            Base(location=base),
+            ModelRecipe(base=base),
+            TrainingRecipe(**recipe),
+            tmp_path / checkpoints,
+        )
+        trainer = Trainer(Rank(0, 1, torch.device("cpu")), whole)
+        assert trainer.facts.step == begins
+        trainer.train()
+        losses.append([point["loss"] for point in trainer.facts.curve])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.long

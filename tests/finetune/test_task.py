@@ -2,8 +2,12 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +19,9 @@ from torch import distributed
 from tasks.errors import ForgeError
 from tasks.finetune import processes
 from tasks.finetune.processes import Stopped, joined
-from tasks.finetune.task import RETRIES, Processes, failure_file, train_model
+from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_model
 from tasks.recipe import TrainingRecipe
+from tests.finetune.job import PROJECT
 
 TRAINING = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, processes=2)
 
@@ -40,11 +45,14 @@ def fails(training: TrainingRecipe, how: str) -> str:
                 os.kill(os.getpid(), 9)
             if how == "hang":
                 wedged()
-        if how == "drain":
+        if how.startswith("drain"):
             if rank.first:
                 os.kill(os.getppid(), signal.SIGTERM)
             while not rank.stop.is_set():  # an Event's own wait may hold the lock that the signal's handler wants
                 time.sleep(0.05)
+            if how != "drain" and rank.first:
+                time.sleep(35)  # more than the launcher waits of itself
+                Path(how.removeprefix("drain ")).touch()
             raise Stopped("all of it is saved")
         if how == "stopped" and rank.first:
             raise Stopped("all of it is saved")
@@ -91,10 +99,49 @@ def test_a_killed_rank_is_told() -> None:
 def test_on_the_cluster_flyte_tries_a_stopped_run_again(how: str) -> None:
     context = FlyteContextManager.current_context()
     state = context.new_execution_state()
+    before = [os.environ.get(name) for name in ENVIRONMENT]
     in_pod = context.with_execution_state(state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION))
     with FlyteContextManager.with_context(in_pod), pytest.raises(FlyteRecoverableException, match=r"stop|saved"):
         fails.execute(training=TRAINING, how=how)
     assert workers() == []
+    assert [os.environ.get(name) for name in ENVIRONMENT] == before
+
+
+@pytest.mark.long
+def test_a_drained_rank_has_time_to_save(tmp_path: Path) -> None:
+    with pytest.raises(FlyteRecoverableException):
+        fails.execute(training=TRAINING, how=f"drain {tmp_path / 'saved'}")
+    assert (tmp_path / "saved").exists()
+
+
+NODE = """
+import os, sys
+from pathlib import Path
+from torch import distributed
+from tasks.finetune.processes import joined
+
+with joined(Path(sys.argv[1]) / f"failure-{os.getppid()}.json") as rank:
+    if rank.rank == 1:
+        raise ValueError("the reason of rank one")
+    distributed.barrier()
+"""
+
+
+def test_on_several_nodes_the_first_failure_is_found_too(tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(NODE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(node), str(tmp_path / "node.py"), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    told = [node.communicate(timeout=120)[1] for node in nodes]
+    for said in told:
+        assert "training failed on rank 1: ValueError: the reason of rank one" in said
 
 
 def test_what_failed_for_another_reason_is_not_tried_again() -> None:

@@ -1,6 +1,7 @@
 """The loop on one process: it does what a plain loop does, and what breaks it off costs nothing."""
 
 import json
+import os
 import re
 import resource
 from collections.abc import Callable
@@ -142,6 +143,23 @@ def test_a_checkpoint_that_was_not_completed_does_not_count(places: tuple[Path, 
     again = Trainer(rank(), broken)
     assert again.facts.step == 4
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_or_read_is_told(places: tuple[Path, Path], tmp_path: Path) -> None:
+    trainer = Trainer(rank(), job(places, tmp_path / "checkpoints", checkpoint_steps=2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))  # bytes of a file, as on a disk that is full
+    try:
+        with pytest.raises(ForgeError, match=r"checkpoint in .* cannot be written \(.*File too large.*\); free space"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    whole = job(places, tmp_path / "others")
+    stopped(whole, 4)
+    (data,) = (tmp_path / "others" / "00000004").glob("*.distcp")
+    os.truncate(data, 100)
+    with pytest.raises(ForgeError, match=r"checkpoint .*00000004 cannot be read \(.*\); remove it"):
+        Trainer(rank(), whole)
 
 
 def test_only_the_last_checkpoints_are_kept(places: tuple[Path, Path], tmp_path: Path) -> None:

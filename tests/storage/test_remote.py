@@ -1,5 +1,6 @@
 """Remote sources, read over HTTP from an S3 server and from a server of the Hub's API, both in this process."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -77,28 +78,30 @@ def texts(fetched: list[tuple[str, Path]]) -> dict[str, str]:
 Answer = Callable[[str, Callable[[], bytes]], Iterable[bytes]]  # of a path, and of what gives its whole body
 
 
-@pytest.fixture
-def tampered(bucket: Bucket) -> Iterator[Callable[[Answer], Settings]]:
-    """Starts another server of the same bucket, whose bodies go through a function; returns settings for it."""
-    stops = []
+@contextlib.contextmanager
+def tampering(answer: Answer) -> Iterator[str]:
+    """URL of another server of the same buckets, whose bodies go through a function."""
+    moto = DomainDispatcherApplication(create_backend_app)
 
-    def start(answer: Answer) -> Settings:
-        moto = DomainDispatcherApplication(create_backend_app)
+    def app(environ: dict, start_response: Callable) -> Iterable[bytes]:
+        return answer(environ["PATH_INFO"], lambda: b"".join(moto(environ, start_response)))
 
-        def app(environ: dict, start_response: Callable) -> Iterable[bytes]:
-            return answer(environ["PATH_INFO"], lambda: b"".join(moto(environ, start_response)))
-
-        server = make_server("127.0.0.1", 0, app, threaded=True)
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
-        stops.append((server, thread))
-        return settings(f"http://127.0.0.1:{server.server_port}")
-
-    yield start
-    for server, thread in stops:
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def tampered(bucket: Bucket) -> Iterator[Callable[[Answer], Settings]]:
+    """Starts such a server; returns settings for it."""
+    with contextlib.ExitStack() as servers:
+        yield lambda answer: settings(servers.enter_context(tampering(answer)))
 
 
 def test_what_is_remote() -> None:
