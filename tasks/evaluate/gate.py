@@ -135,6 +135,9 @@ def _against(
     """Rules about the candidate beside the reference."""
     new, old = measured(candidate, recipe), measured(reference.judged, recipe)
     paired = np.isfinite(new) & np.isfinite(old)
+    if recipe.measure == "nll" and _counts(candidate) != _counts(reference.judged):
+        why = "their tokenizers differ, and so do nats a token; set gate.measure to score"
+        return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, 0, why)]
     if not paired.any():
         return [Finding(reference.name, "refuse", math.nan, None, None, 0.0, 0, "no item has finite figures of both")]
     improve = reference.name == "base" or recipe.require_improvement
@@ -154,6 +157,11 @@ def _against(
 def measured(judged: Judged, recipe: GateRecipe) -> np.ndarray:
     """What models are compared by, an entry an item: the higher the better."""
     return judged.score if recipe.measure == "score" else -judged.nll
+
+
+def _counts(judged: Judged) -> list[int]:
+    """How many tokens each item's expected answers are to a model."""
+    return [answer.nll_tokens for answer in judged.answers]
 
 
 class Comparison:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,6 +168,16 @@ def test_likelihoods_are_compared_where_the_recipe_says_so() -> None:
     assert better.outcome == "pass"
     assert worse.outcome == "refuse"
     assert f"NLL {(old + 0.3).mean():.4f} against {old.mean():.4f}, difference +0.3000" in worse.reason
+
+
+def test_likelihoods_of_other_tokens_are_not_compared() -> None:
+    score, nll = np.ones(ITEMS), np.ones(ITEMS)
+    others = [replace(answer, nll_tokens=2) for answer in judged(score).answers]
+    old = replace(judged(score, 2 * nll), answers=others)
+    found = against(judged(score, nll), old, GateRecipe(measure="nll"))
+    assert found.outcome == "inconclusive"
+    assert "their tokenizers differ" in found.reason
+    assert against(judged(score), replace(judged(np.zeros(ITEMS)), answers=others)).outcome == "pass"
 
 
 @pytest.mark.parametrize(
