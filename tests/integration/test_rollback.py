@@ -85,7 +85,7 @@ def test_what_served_before_serves_again(breakage: str, says: str, home: Home) -
 def test_a_swap_that_is_broken_off_leaves_what_served_before(home: Home) -> None:
     before = home.served()
     assert before is not None
-    home.write_recipe(training={"seed": 1})
+    home.write_recipe(training={"epochs": 2})  # better, so that the gate lets it through
     try:
         process = home.start()
         output = wait_for(process, "vLLM is starting")
