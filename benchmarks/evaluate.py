@@ -17,7 +17,8 @@ import torch
 from transformers import pipeline
 
 from tasks.contracts import Base, Source
-from tasks.evaluate.answer import Answerer, answer_all, ask, batches
+from tasks.evaluate.answer import Answerer, answer_all, batches
+from tasks.evaluate.ask import ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tasks.finetune.processes import Rank
 from tasks.finetune.run import train
@@ -89,7 +90,7 @@ def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
         return [answer[0]["generated_text"] for answer in found]
 
     def whole() -> list[str]:
-        return [answer.text for answer in answer_all(base, items, recipe, ["cpu"], lambda done: None)]
+        return [answer.text for answer in answer_all(base, ask_all(base, items), recipe, ["cpu"], lambda done: None)]
 
     ways: dict[str, Callable[[], Sequence[str]]] = {"forge": forge, "one": one, "pipeline": piped, "whole": whole}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -177,7 +177,7 @@ class Check(Section):
             raise ValueError("a check of kind regex needs a pattern, and no other has one")
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(f"pattern is no regular expression: {error}") from None
         return self
 

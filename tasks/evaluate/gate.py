@@ -138,8 +138,9 @@ def _against(
     if recipe.measure == "nll" and _counts(candidate) != _counts(reference.judged):
         why = "their tokenizers differ, and so do nats a token; set gate.measure to score"
         return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, 0, why)]
-    if not paired.any():
-        return [Finding(reference.name, "refuse", math.nan, None, None, 0.0, 0, "no item has finite figures of both")]
+    if paired.sum() < min(recipe.min_items, len(paired)):  # too few items in all is another rule's
+        why = f"{paired.sum()} items have figures of both; gate.min_items is {recipe.min_items}"
+        return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, int(paired.sum()), why)]
     improve = reference.name == "base" or recipe.require_improvement
     whole = Comparison(new[paired], old[paired])
     findings = [whole.finding(reference.name, recipe, None if improve else recipe.margin, whole.worse <= WORSE)]

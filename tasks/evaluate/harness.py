@@ -102,7 +102,8 @@ def read_results(document: dict) -> dict[str, float]:
         for name, value in metrics.items():
             metric, _, kind = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and kind:
-                scores[f"harness/{task}/{metric}" + ("" if kind == "none" else f".{kind}")] = float(value)
+                score = f"harness/{task}/{metric}" + ("" if kind == "none" else f".{kind}")
+                scores[re.sub(r"[^\w./ -]", "_", score)] = float(value)  # what MLflow takes: pass@1 is pass_1
     return scores
 
 

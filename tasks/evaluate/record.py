@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tasks.contracts import Evaluation
-from tasks.registry import artifact_root, open_registry
+from tasks.errors import ForgeError
+from tasks.registry import artifact_root, open_registry, tracking_uri
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,8 +19,28 @@ FIGURES = ("items", "score", "score_base", "score_champion", "exact_match", "nll
 def record_evaluation(
     settings: Settings, name: str, evaluation: Evaluation, tags: Mapping[str, str], more: Mapping[str, float]
 ) -> None:
-    """Write an evaluation's run, once."""
+    """Write an evaluation's run, once; ForgeError where MLflow does not take it."""
+    from mlflow.exceptions import MlflowException
+
     client = open_registry(settings)
+    try:
+        _record_once(client, settings, name, evaluation, tags, more)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise ForgeError(
+            f"MLflow {tracking_uri(settings)}: the evaluation {evaluation.uri} could not be recorded ({reason}); mend "
+            "it and run again"
+        ) from None
+
+
+def _record_once(
+    client: "MlflowClient",
+    settings: Settings,
+    name: str,
+    evaluation: Evaluation,
+    tags: Mapping[str, str],
+    more: Mapping[str, float],
+) -> None:
     found = client.search_runs([experiment_id(client, settings)], f"tags.`{DIGEST}` = '{evaluation.digest}'")
     if any(run.info.status == "FINISHED" for run in found):
         return

@@ -13,8 +13,8 @@ from typing import Any
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.evaluate.answer import SEED, Answer, Tell, ask, batches, load_tokenizer
-from tasks.evaluate.items import Item
+from tasks.evaluate.answer import SEED, Answer, Tell, batches
+from tasks.evaluate.ask import Asked, load_tokenizer
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
 from tasks.vllm_environment import saved_dtype, vllm_environment
@@ -26,7 +26,7 @@ LOOK = 0.1  # seconds between looks at what was answered
 
 
 def answer_all(
-    of: Base, items: Sequence[Item], recipe: EvaluationRecipe, settings: Settings, tell: Tell
+    of: Base, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
 
@@ -36,7 +36,6 @@ def answer_all(
     Raises ForgeError, with the end of vLLM's log, where vLLM ends without having answered.
     """
     tokenizer = load_tokenizer(of)
-    asked = [ask(tokenizer, item) for item in items]
     directory = local_directory(of)
     request = {
         "model": str(directory),
@@ -66,7 +65,7 @@ def answer_all(
                     samples=tuple(text(tokens) for tokens in one["samples"]),
                 )
             tell(len(answers))
-    return [answers[at] for at in range(len(items))]
+    return [answers[at] for at in range(len(asked))]
 
 
 def run_worker(request: dict[str, Any], python: Path) -> Generator[list[dict[str, Any]], None, None]:

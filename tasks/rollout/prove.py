@@ -18,14 +18,15 @@ def prove(endpoint: str, name: str, evaluation: Path, count: int, min_agreement:
     card = json.loads((evaluation / "evaluation.json").read_text())
     columns = ["messages", "tools", "candidate_answer"]
     rows = parquet.read_table(evaluation / "items.parquet", columns=columns).to_pylist()
-    rows = [row for row in rows if row["tools"] is None][:count]  # which the server would have to be set up for
-    items = [(json.loads(row["messages"]), row["candidate_answer"]) for row in rows]
+    items = [(json.loads(row["messages"]), row["candidate_answer"]) for row in rows[:count]]
+    tools = [json.loads(row["tools"] or "null") for row in rows[:count]]
     client = client_of(endpoint)
     try:
         served = [model.id for model in client.models.list()]
         if name not in served:
             raise ForgeError(f"the server at {endpoint} serves {', '.join(served)}, not {name}")
-        answers = [ask(client, name, messages, card["recipe"]["max_new_tokens"]) for messages, _ in items]
+        most = card["recipe"]["max_new_tokens"]
+        answers = [ask(client, name, messages, its, most) for (messages, _), its in zip(items, tools, strict=True)]
     except OpenAIError as error:
         raise ForgeError(f"the server at {endpoint} did not answer: {error}") from None
     # Strip as evaluation's own comparison does: white space at the ends is not told apart.

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
 from tasks.recipe import ServingRecipe
-from tasks.registry import open_registry, promote
+from tasks.registry import find_champion, open_registry, promote
 from tasks.rollout.prove import prove
 from tasks.rollout.server import LocalServer, Running, Spec, port_is_free
 from tasks.settings import Settings
@@ -50,6 +50,7 @@ def roll_out(
         return agreement
 
     with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
+        _check_verdict(version, evaluation, settings)
         before = server.running()
         if before is not None and before.spec == spec and before.healthy():
             action = "was serving already"
@@ -76,6 +77,18 @@ def roll_out(
         started=started,
         seconds=time.time() - started,
     )
+
+
+def _check_verdict(version: Version, evaluation: Evaluation, settings: Settings) -> None:
+    """The gate compared with a champion; ForgeError where another one has taken its place since."""
+    champion = find_champion(open_registry(settings), version.name)
+    now = "" if champion is None else champion.version
+    if now not in (evaluation.champion, version.version):
+        before = f"version {evaluation.champion}" if evaluation.champion else "no champion"
+        raise ForgeError(
+            f"{version.name} version {version.version} was compared with {before}, but the champion is "
+            f"{f'version {now}' if now else 'gone'} now; run again, and it is compared with what serves"
+        )
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ def verify_package(package: Path, digest: str) -> None:
     """Raise ForgeError, naming the file, unless the package's files are those of its manifest and digest."""
     try:
         manifest = json.loads((package / MANIFEST).read_text())
-    except (OSError, ValueError):
+        expected = {file["path"]: file["sha256"] for file in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
         raise ForgeError(
             f"package {package}: {MANIFEST} is missing or broken; delete the package and run again"
         ) from None
     found, files = digest_directory(package, exclude={MANIFEST})
-    expected = {file["path"]: file["sha256"] for file in manifest["files"]}
     for file in sorted(expected.keys() | files.keys()):
         if expected.get(file) != files.get(file):
             what = "missing" if file not in files else "not in the manifest" if file not in expected else "damaged"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tasks.contracts import Dataset, Deployment, Evaluation, Result
 from tasks.settings import Settings
@@ -79,7 +80,7 @@ def show_held_back(facts: Mapping[str, Any], stages: Mapping[str, Result], start
     )
     lines = [
         *_figures(facts),
-        ("gate", f"[bold]{facts['reason']}[/]"),
+        ("gate", f"[bold]{escape(facts['reason'])}[/]"),
         ("so", f"nothing was registered or rolled out; {champion}"),
         ("see more", f"{facts['report']}, or the experiment forge-evaluation in make ui"),
         ("time", _times(facts, stages, started)),

@@ -1,15 +1,17 @@
 """What a model says, beside transformers alone, and which held-out rows it is asked."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.evaluate.answer import Answer, Answerer, answer_all, ask, batches, render
+from tasks.evaluate.answer import Answer, Answerer, answer_all, batches
+from tasks.evaluate.ask import Asked, ask, ask_all, render
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.recipe import Check, EvaluationRecipe
 from tests.conftest import Trained, chat, write_jsonl
@@ -43,7 +45,8 @@ def answers(
     directory: Path, items: list[Item], batch_size: int, devices: tuple = ("cpu",), **options: int
 ) -> list[Answer]:
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=batch_size, **options)
-    return answer_all(Base(location=str(directory)), items, recipe, devices, lambda done: None)
+    of = Base(location=str(directory))
+    return answer_all(of, ask_all(of, items), recipe, devices, lambda done: None)
 
 
 def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:
@@ -57,7 +60,8 @@ def test_two_devices_answer_as_one(directory: Path, items: list[Item]) -> None:
     """Two processes; here both have the CPU."""
     told: list[int] = []
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=5)
-    found = answer_all(Base(location=str(directory)), items, recipe, ("cpu", "cpu"), told.append)
+    of = Base(location=str(directory))
+    found = answer_all(of, ask_all(of, items), recipe, ("cpu", "cpu"), told.append)
     assert [a.text for a in found] == [a.text for a in answers(directory, items, 5)]
     assert sorted(told) == told
     assert told[-1] == len(items)
@@ -119,6 +123,66 @@ def test_logits_never_stand_whole_in_memory(
     model = Answerer(Base(location=str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
     asked = [ask(model.tokenizer, item) for item in items]
     assert model.nll(asked) == pytest.approx([answer.nll for answer in whole], rel=1e-5)
+
+
+def with_template(directory: Path, to: Path, template: str) -> Base:
+    """The model with another chat template."""
+    shutil.copytree(directory, to)
+    (to / "chat_template.jinja").write_text(template)
+    return Base(location=str(to))
+
+
+def test_what_a_template_refuses_is_not_answered(
+    directory: Path, items: list[Item], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Many templates know no turn of system: a server would answer such a request with an error."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    template = (directory / "chat_template.jinja").read_text()
+    of = with_template(directory, tmp_path / "some", refusing + template)
+    asked = ask_all(of, items)
+    assert asked[:-1] == ask_all(Base(location=str(directory)), items)[:-1]
+    assert asked[-1] == Asked([], [], [])
+    assert "refuses 1 of 12 conversations (no system here)" in capfd.readouterr().out
+    *rest, last = answer_all(of, asked, EvaluationRecipe(max_new_tokens=32, batch_size=5), ("cpu",), lambda done: None)
+    assert (last.text, last.tokens, last.ended, last.nll_tokens) == ("", 0, False, 0)
+    assert math.isnan(last.nll)
+    assert [answer.text for answer in rest] == [answer.text for answer in answers(directory, items, 5)[:-1]]
+
+    all_of_them = with_template(directory, tmp_path / "all", "{{ raise_exception('not today') }}")
+    with pytest.raises(ForgeError, match=r"all: its chat template refuses every conversation \(not today\)"):
+        ask_all(all_of_them, items)
+
+
+def test_templates_tell_the_same_date_every_day(directory: Path, items: list[Item], tmp_path: Path) -> None:
+    template = (directory / "chat_template.jinja").read_text()
+    of = with_template(directory, tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + template)
+    (first, *_) = ask_all(of, items)
+    assert AutoTokenizer.from_pretrained(directory).decode(first.prompt).startswith("26 Jul 2024")
+
+
+def test_no_row_of_a_batch_is_padded_beyond_the_context(directory: Path, items: list[Item], tmp_path: Path) -> None:
+    """Learned positions end with the context, and one row's prompt nearly fills it; the others answer on."""
+    copy = tmp_path / "learned"
+    shutil.copytree(directory, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    torch.manual_seed(0)
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(n_positions=128, n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer), **ends)
+    GPT2LMHeadModel(config).save_pretrained(copy)
+    filling = [Item([{"role": "user", "content": "x" * count}], "", "en", EXACT) for count in range(80, 130, 7)]
+    together, alone = answers(copy, [*items, *filling], 99), answers(copy, [*items, *filling], 1)
+    assert [(a.text, a.tokens, a.ended) for a in together] == [(a.text, a.tokens, a.ended) for a in alone]
+    assert {a.tokens for a in together} >= {0, 32}
+    assert any(0 < a.tokens < 32 for a in together), "the context ended some"
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")])
+def test_broken_weights_are_one_message(directory: Path, items: list[Item], tmp_path: Path, devices: tuple) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ForgeError, match="broken cannot be loaded: "):
+        answers(broken, items, 4, devices)
 
 
 def test_what_is_no_model_is_one_message(tmp_path: Path, items: list[Item]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tasks.contracts import Evaluation, Model
 from tasks.errors import ForgeError
 from tasks.evaluate import cache
 from tasks.evaluate.evaluate import evaluate
-from tasks.evaluate.record import EXPERIMENT
+from tasks.evaluate.record import EXPERIMENT, record_evaluation
 from tasks.recipe import GateRecipe, Recipe
 from tasks.register.register import register
 from tasks.registry import open_registry, promote
@@ -83,6 +84,25 @@ def test_no_model_answers_the_same_twice(
     judge(trained, recipe, settings, gate=GateRecipe(min_items=33))  # another gate is no other question
     with pytest.raises(AssertionError, match="answered again"):
         judge(trained, recipe, settings, max_new_tokens=8)
+    monkeypatch.setattr("tasks.evaluate.evaluate.chosen_engine", lambda *arguments: "transformers 6.0.0, torch 3.0.0")
+    with pytest.raises(AssertionError, match="answered again"):  # another release may answer otherwise
+        judge(trained, recipe, settings)
+
+
+def test_a_python_without_vllm_answers_nothing(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    without = settings.model_copy(update={"serving_python": Path(sys.executable)})
+    with pytest.raises(ForgeError, match=r"evaluation\.engine vllm: vLLM is not installed for .*make setup"):
+        judge(trained, recipe, without, engine="vllm")
+
+
+def test_what_mlflow_does_not_take_is_one_message(trained: Trained, settings: Settings) -> None:
+    with pytest.raises(ForgeError, match=r"MLflow sqlite:.*could not be recorded \(.*mend it and run again"):
+        record_evaluation(settings, "dates", trained.evaluation, {}, {"pass@1": 0.5})
+    record_evaluation(settings, "dates", trained.evaluation, {}, {"pass_1": 0.5})
+    client = open_registry(settings)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["pass_1"] == 0.5
 
 
 def test_every_evaluation_is_a_run_in_mlflow_once(trained: Trained, recipe: Recipe, settings: Settings) -> None:

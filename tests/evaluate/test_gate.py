@@ -180,6 +180,15 @@ def test_likelihoods_of_other_tokens_are_not_compared() -> None:
     assert against(judged(score), replace(judged(np.zeros(ITEMS)), answers=others)).outcome == "pass"
 
 
+@pytest.mark.parametrize("both", [0, 1, 2, 29])
+def test_few_items_that_both_have_a_figure_of_decide_nothing(both: int) -> None:
+    """The champion's context is shorter: of most items it has no likelihood."""
+    champion = judged(np.zeros(ITEMS), np.r_[np.full(both, 9.0), np.full(ITEMS - both, np.nan)])
+    found = against(judged(np.ones(ITEMS)), champion, GateRecipe(measure="nll"))
+    assert found.outcome == "inconclusive"
+    assert f"{both} items have figures of both" in found.reason
+
+
 @pytest.mark.parametrize(
     ("candidate", "gate", "outcome", "rule"),
     [

@@ -98,5 +98,5 @@ def test_what_is_in_order_passes(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_results_are_flat_and_without_their_errors() -> None:
-    results = {"a": {"alias": "a", "sample_len": 5, "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 1}}
-    assert read_results({"results": results}) == {"harness/a/acc": 0.5, "harness/a/exact_match.strict": 1.0}
+    results = {"a": {"alias": "a", "sample_len": 5, "acc,none": 0.5, "acc_stderr,none": 0.1, "pass@1,strict": 1}}
+    assert read_results({"results": results}) == {"harness/a/acc": 0.5, "harness/a/pass_1.strict": 1.0}

@@ -16,6 +16,7 @@ import pytest
 from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate import answer, vllm
+from tasks.evaluate.ask import ask, ask_all, load_tokenizer
 from tasks.evaluate.items import Item, read_items
 from tasks.recipe import Check, EvaluationRecipe
 from tasks.settings import Settings
@@ -71,8 +72,8 @@ def wait_until_dead(session: int) -> None:
 
 def long_item(of: Base, tokens: int) -> Item:
     """A conversation of so many tokens in all; the tokenizer's are bytes."""
-    tokenizer = answer.load_tokenizer(of)
-    asked = answer.ask(tokenizer, Item([{"role": "user", "content": ""}], "{}", "", Check(kind="exact")))
+    tokenizer = load_tokenizer(of)
+    asked = ask(tokenizer, Item([{"role": "user", "content": ""}], "{}", "", Check(kind="exact")))
     content = "x" * (tokens - len(asked.whole))
     return Item([{"role": "user", "content": content}], "{}", "", Check(kind="exact"))
 
@@ -90,8 +91,8 @@ def test_both_engines_answer_alike(of: Base, items: list[Item], started: list[in
     room = 128
     items = [*items, long_item(of, room), long_item(of, room + 1), long_item(of, room + 40)]
     heard: list[int] = []
-    usual = answer.answer_all(of, items, RECIPE, ["cpu"], lambda done: None)
-    found = vllm.answer_all(of, items, RECIPE, Settings(), heard.append)
+    usual = answer.answer_all(of, ask_all(of, items), RECIPE, ["cpu"], lambda done: None)
+    found = vllm.answer_all(of, ask_all(of, items), RECIPE, Settings(), heard.append)
     assert heard[-1] == len(items)
     assert heard == sorted(heard)
     (session,) = started
@@ -120,13 +121,13 @@ def test_a_broken_model_is_named(of: Base, items: list[Item], tmp_path: Path) ->
     shutil.copytree(of.location, broken)
     (broken / "config.json").unlink()
     with pytest.raises(ForgeError, match=str(broken)):
-        vllm.answer_all(Base(location=str(broken)), items, RECIPE, Settings(), lambda done: None)
+        vllm.answer_all(Base(location=str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
 
 
 def test_a_python_that_is_not_there_is_named(of: Base, items: list[Item], tmp_path: Path) -> None:
     settings = Settings(serving_python=tmp_path / "nowhere" / "python")
     with pytest.raises(ForgeError, match=r"nowhere/python: No such file.*make setup"):
-        vllm.answer_all(of, items, RECIPE, settings, lambda done: None)
+        vllm.answer_all(of, ask_all(of, items), RECIPE, settings, lambda done: None)
 
 
 def test_the_end_of_the_log_says_why_vllm_ended(fake: Path) -> None:

@@ -56,6 +56,7 @@ def second_version(home: Home, breakage: str) -> tuple[Version, Evaluation]:
         store=store.identity,
         report=facts["report"],
         json_validity=None,
+        champion="1",
         **scores,
     )
     return version, evaluation

@@ -1,6 +1,7 @@
 """Preflight says all that is wrong, at once, and what to do about it."""
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.registry import open_registry, promote
 from tasks.settings import Settings, load_settings
 from tasks.storage import digest_directory
+from tasks.vllm_environment import vllm_release
 from tests.conftest import SMALL, Trained, chat, write_jsonl
 
 
@@ -161,6 +163,7 @@ def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> Non
 def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="vLLM is not installed"):
         check_vllm(Settings(home=tmp_path, serving_python=Path(sys.executable)))
+    assert re.fullmatch(r"vllm(-cpu)? \d+\.\d+\.\d+\S*", vllm_release(Settings(home=tmp_path).serving_python))
 
 
 def test_only_the_first_lines_are_read(recipe_file: Path, free_port: int, tmp_path: Path, monkeypatch) -> None:

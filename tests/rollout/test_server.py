@@ -14,10 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.contracts import Version
 from tasks.errors import ForgeError
-from tasks.rollout.rollout import rollout_lock
+from tasks.recipe import ServingRecipe
+from tasks.registry import open_registry, promote
+from tasks.rollout.rollout import roll_out, rollout_lock
 from tasks.rollout.server import LocalServer, Running, Spec, port_is_free, signals_deferred
 from tasks.settings import Settings
+from tests.conftest import Trained
 
 
 @pytest.fixture
@@ -150,3 +154,30 @@ def test_a_signal_waits_for_the_moment_to_pass() -> None:
         time.sleep(0.05)
         done = True
     assert done
+
+
+@pytest.mark.parametrize(
+    ("compared", "champion", "says"),
+    [
+        ("", "2", "compared with no champion, but the champion is version 2 now; run again"),
+        ("1", "2", "compared with version 1, but the champion is version 2 now"),
+        ("1", None, "compared with version 1, but the champion is gone now"),
+    ],
+)
+def test_a_verdict_on_a_champion_of_yesterday_rolls_nothing_out(
+    trained: Trained, tmp_path: Path, compared: str, champion: str | None, says: str
+) -> None:
+    settings = Settings(home=tmp_path)
+    client = open_registry(settings)
+    client.create_registered_model("dates")
+    for _ in range(3):
+        client.create_model_version("dates", source=trained.model.uri)
+    if champion:
+        promote(client, "dates", champion)
+    version = Version(
+        uri=trained.model.uri, digest="d", store=trained.store.identity, name="dates", version="3", run_id=""
+    )
+    evaluation = trained.evaluation.model_copy(update={"champion": compared})
+    with pytest.raises(ForgeError, match=says):
+        roll_out(version, evaluation, ServingRecipe(), settings, trained.store)
+    assert LocalServer(settings).running() is None

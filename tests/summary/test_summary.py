@@ -70,9 +70,9 @@ def test_the_terminal_shows_them() -> None:
 
 def test_the_terminal_shows_why_a_model_was_held_back() -> None:
     output = io.StringIO()
-    refused = EVALUATION.model_copy(update={"verdict": "refuse", "reason": "refused by ended: 3.0%", "nll": None})
+    refused = EVALUATION.model_copy(update={"verdict": "refuse", "reason": "refused by slice [/b]: 3.0%", "nll": None})
     show_held_back(facts_of(DATASET, refused, STAGES, started=100), STAGES, 100, Console(file=output, width=40))
     text = output.getvalue()
-    for part in ("refused by ended: 3.0%", "version 2 stays the champion", "/somewhere/report.html", "5.5000 → –"):
+    for part in ("refused by slice [/b]: 3.0%", "version 2 stays the champion", "/somewhere/report.html", "5.5000 → –"):
         assert part in text
     assert "serves at" not in text
