@@ -94,7 +94,7 @@ def render(tokenizer: Any, item: Item, messages: list[dict[str, Any]]) -> list[i
         strftime_now=TODAY.strftime,
         **tokenizer.special_tokens_map,
     )
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens
 
 
