@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     home: Path = Field(PROJECT / ".forge", description="Where the embedded store, registry and serving state live")
+    store: str = Field("", description="s3://bucket/prefix of the object store; empty: a directory under home")
+    copies_gb: float = Field(100, gt=0, description="GB of local copies that are kept of what the object store has")
     mlflow_uri: str = Field("", description="MLflow tracking server; empty: SQLite under home")
     serving_python: Path = Field(
         PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
@@ -50,7 +52,7 @@ class Settings(BaseSettings):
             raise ValueError("must be http://host:port or https://host:port")
         return endpoint
 
-    @field_validator("checkpoint_copies")
+    @field_validator("checkpoint_copies", "store")
     @classmethod
     def _bucket(cls, uri: str) -> str:
         if uri and not re.fullmatch(r"s3://[^/]+/.*[^/]/*", uri):

@@ -14,7 +14,7 @@ from tasks.evaluate.ask import ask_all
 from tasks.evaluate.items import Item
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore, digest_json
+from tasks.storage import Store, digest_json
 from tasks.vllm_environment import NO_VLLM, vllm_release
 
 FORM = 1  # raise it when an engine's answers change
@@ -26,7 +26,7 @@ def answers_of(
     digest: str,
     items: list[Item],
     recipe: EvaluationRecipe,
-    store: DirectoryStore,
+    store: Store,
     settings: Settings,
     engine: str,
     tell: Tell,
@@ -56,7 +56,7 @@ def answers_of(
     return answers
 
 
-def read_answers(store: DirectoryStore, uri: str) -> list[Answer]:
+def read_answers(store: Store, uri: str) -> list[Answer]:
     """Answers that were kept."""
     rows = parquet.read_table(store.path(uri) / FILE, columns=[field.name for field in fields(Answer)]).to_pylist()
     return [Answer(**{**row, "samples": tuple(row["samples"])}) for row in rows]

@@ -17,7 +17,7 @@ from tasks.evaluate.statistics import score_interval
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore
+from tasks.storage import Store
 
 AT_ONCE = 16  # requests
 ITEMS = "forge.items"  # the tag with the digest of what was asked
@@ -28,7 +28,7 @@ def check_drift(
     dataset: Dataset,
     recipe: EvaluationRecipe,
     gate: GateRecipe,
-    store: DirectoryStore,
+    store: Store,
     settings: Settings,
 ) -> str:
     """Ask the champion the held-out prompts; returns one line of figures, which MLflow gets too.

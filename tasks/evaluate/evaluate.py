@@ -25,7 +25,7 @@ from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, s
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore, digest_directory
+from tasks.storage import Store, digest_directory
 
 CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"
 
@@ -36,7 +36,7 @@ def evaluate(
     model: Model,
     recipe: EvaluationRecipe,
     gate: GateRecipe,
-    store: DirectoryStore,
+    store: Store,
     settings: Settings,
 ) -> Evaluation:
     """Compare a trained model with what it was trained from and with the champion of `name`; publish all of it.
@@ -161,10 +161,10 @@ def _show(progress: Progress, bar: Any, done: int) -> None:
     progress.update(bar, completed=done)
 
 
-def base_of(model: Model, store: DirectoryStore) -> tuple[Base, str]:
+def base_of(model: Model, store: Store) -> tuple[Base, str]:
     """What a model was trained from, and its digest."""
     base = model.base
-    if base.location.startswith("file://"):
+    if "://" in base.location:  # in the store
         path = store.path(base.location)
         return Base(location=str(path)), digest_directory(path)[0]
     local = Path(base.location).is_dir()  # whose revision is a digest, which no hub knows

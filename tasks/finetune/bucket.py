@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
-from tasks.storage.remote import File, connect, download, split
+from tasks.storage.s3 import File, connect, download, split
 
 if TYPE_CHECKING:
     from minio import Minio

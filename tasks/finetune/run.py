@@ -12,7 +12,7 @@ from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train import Job, Trainer
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore, digest_directory
+from tasks.storage import Store, digest_directory
 from tasks.storage.digest import digest_json
 
 # What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
@@ -28,7 +28,7 @@ def train(
     base: Base,
     model: ModelRecipe,
     recipe: TrainingRecipe,
-    store: DirectoryStore,
+    store: Store,
     settings: Settings,
 ) -> Model | None:
     """Train on a data set and publish the model; the first rank returns it.

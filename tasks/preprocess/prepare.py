@@ -22,14 +22,14 @@ from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe
-from tasks.storage import DirectoryStore, digest_directory, digest_json
+from tasks.storage import Store, digest_directory, digest_json
 
 CARD = "dataset.json"
 REPORT = "report.html"
 SHOWN = 10  # refused rows printed; all are in rejects.jsonl
 
 
-def prepare(source: Source, data: DataRecipe, base: Base, store: DirectoryStore) -> Dataset:
+def prepare(source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset:
     """Validate, deduplicate, split, tokenise and pack the source's rows, and publish the data set.
 
     The data set is a directory: `train/` and `heldout/` (packed arrays), `heldout.jsonl` (the held-out rows),
@@ -44,7 +44,7 @@ def prepare(source: Source, data: DataRecipe, base: Base, store: DirectoryStore)
         return assemble([part], source, data, base, store, started)
 
 
-def prepare_shard(source: Source, data: DataRecipe, base: Base, store: DirectoryStore, shard: int) -> Artifact:
+def prepare_shard(source: Source, data: DataRecipe, base: Base, store: Store, shard: int) -> Artifact:
     """Read one of the recipe's shards of the source, and publish what it came to for `prepare_from_shards`."""
     started = time.time()
     with store.stage() as directory:
@@ -56,9 +56,7 @@ def prepare_shard(source: Source, data: DataRecipe, base: Base, store: Directory
     return Artifact(uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started)
 
 
-def prepare_from_shards(
-    shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: DirectoryStore
-) -> Dataset:
+def prepare_from_shards(shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset:
     """The data set of all shards: the same, to the byte, as `prepare` makes of the whole source. Removes the shards."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard has a file for each process that read it
@@ -78,9 +76,7 @@ def _read(source: Source, data: DataRecipe, base: Base, directory: Path, shard: 
     return part
 
 
-def assemble(
-    parts: list[Part], source: Source, data: DataRecipe, base: Base, store: DirectoryStore, started: float
-) -> Dataset:
+def assemble(parts: list[Part], source: Source, data: DataRecipe, base: Base, store: Store, started: float) -> Dataset:
     """Choose, pack and publish what was read."""
     part = _merged(parts, data)
     _check_rejected(parts, part, data, source, store)
@@ -161,7 +157,7 @@ def _merged(parts: list[Part], data: DataRecipe) -> Part:
     )
 
 
-def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Source, store: DirectoryStore) -> None:
+def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Source, store: Store) -> None:
     """Raise Problems where more rows were refused than the recipe allows; they are all kept in the store."""
     count = sum(part.rejected.values())
     if count <= data.max_reject_fraction * part.rows:

@@ -1,13 +1,25 @@
 """The object store: where artifacts and packages are kept, complete or not at all."""
 
 from tasks.settings import Settings
+from tasks.storage.bucket import BucketStore
 from tasks.storage.digest import digest_directory, digest_file, digest_json
 from tasks.storage.directory import DirectoryStore
 from tasks.storage.files import write_atomically
 
-__all__ = ["DirectoryStore", "digest_directory", "digest_file", "digest_json", "open_store", "write_atomically"]
+Store = DirectoryStore | BucketStore
+
+__all__ = [
+    "BucketStore",
+    "DirectoryStore",
+    "Store",
+    "digest_directory",
+    "digest_file",
+    "digest_json",
+    "open_store",
+    "write_atomically",
+]
 
 
-def open_store(settings: Settings) -> DirectoryStore:
+def open_store(settings: Settings) -> Store:
     """The store that the settings name, made if it is not there."""
-    return DirectoryStore(settings.store_root)
+    return BucketStore(settings.store, settings) if settings.store else DirectoryStore(settings.store_root)

@@ -2,18 +2,16 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import psutil
-
 from tasks.errors import ForgeError
-from tasks.storage.digest import digest_directory
-from tasks.storage.files import sync
+from tasks.storage.files import staged_directory, sweep, sync
+from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
 
 
 class DirectoryStore:
@@ -32,7 +30,7 @@ class DirectoryStore:
                 f"store {root}: cannot be written ({error.strerror}); make it writable, or set FORGE_HOME"
             ) from None
         self.identity = (root / "identity").read_text()
-        self._sweep()
+        sweep(self._staging)
 
     @property
     def _staging(self) -> Path:
@@ -47,48 +45,62 @@ class DirectoryStore:
         target = self.root / key
         if target.exists():
             return False
+        with self._small(target, data) as staged:
+            try:
+                os.link(staged, target)  # unlike a rename, fails where the target exists
+            except FileExistsError:
+                return False
+        sync(target.parent)
+        return True
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write one object, in place of what is there. Readers never see half of it."""
+        target = self.root / key
+        with self._small(target, data) as staged:
+            os.replace(staged, target)
+        sync(target.parent)
+
+    def names(self, key: str) -> list[str]:
+        """The names of the small objects directly under a key, sorted."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(path.name for path in (self.root / key).iterdir() if path.is_file())
+        return []
+
+    def delete(self, key: str) -> None:
+        """Remove a small object; nothing happens where there is none."""
+        (self.root / key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _small(self, target: Path, data: bytes) -> Iterator[str]:
+        """A synced file of its own that holds the data, to be moved or linked to its target."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=self._staging)
+        handle, staged = tempfile.mkstemp(dir=self._staging, prefix=f"{os.getpid()}-")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(staged, target)  # unlike a rename, fails where the target exists
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(staged)
-        sync(target.parent)
-        return True
-
-    @contextlib.contextmanager
-    def stage(self) -> Iterator[Path]:
-        """A new directory on the store's file system, to fill and publish; removed afterwards if it was not."""
-        staged = Path(tempfile.mkdtemp(dir=self._staging, prefix=f"{os.getpid()}-"))
-        try:
             yield staged
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
 
-    def _sweep(self) -> None:
-        """Remove what processes that were killed left in staging."""
-        for staged in self._staging.iterdir():
-            owner = staged.name.split("-")[0]
-            if owner.isdigit() and not psutil.pid_exists(int(owner)):
-                shutil.rmtree(staged, ignore_errors=True)
+    def stage(self) -> contextlib.AbstractContextManager[Path]:
+        """A new directory on the store's file system, to fill and publish; removed afterwards if it was not."""
+        return staged_directory(self._staging)
 
     def exists(self, key: str) -> bool:
         """Whether there is an object or a directory of this key."""
         return (self.root / key).exists()
 
-    def publish(self, staged: Path, prefix: str, digest: str = "") -> str:
+    def publish(self, staged: Path, prefix: str, digest: str = "", facts: dict[str, Any] | None = None) -> str:
         """Move a staged directory to <prefix>/sha256-<digest>, whole, and return its URI.
 
         The digest is that of all its files, unless another one is given. Where the key exists already, that copy
         stays.
         """
-        target = self.root / prefix / f"sha256-{digest or digest_directory(staged)[0]}"
+        manifest = write_manifest(staged, facts or {})
+        target = self.root / prefix / f"sha256-{digest or manifest['digest']}"
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in [*staged.rglob("*"), staged]:
             sync(path)
@@ -110,8 +122,20 @@ class DirectoryStore:
         """The local path of an object or directory; ForgeError where it is not there."""
         path = Path(unquote(urlsplit(uri).path))
         if not path.exists():
-            raise ForgeError(
-                f"store: {path} is gone, though an earlier run made it; to make it again, run with --overwrite-cache "
-                "(pyflyte run --overwrite-cache ...)"
-            )
+            raise gone(uri)
         return path
+
+    def manifest(self, uri: str) -> dict[str, Any]:
+        """An artifact's manifest; ForgeError where it is not there, or broken."""
+        path = self.path(uri)
+        try:
+            return read_manifest(uri, (path / MANIFEST).read_bytes())
+        except OSError:
+            raise ForgeError(f"{uri}: {MANIFEST} is missing; delete it and run again") from None
+
+    def read(self, key: str) -> bytes | None:
+        """A small object, or None where there is none."""
+        try:
+            return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            return None

@@ -1,7 +1,13 @@
-"""Small files that are whole or not there, and what makes writes last through a power cut."""
+"""Files and directories that are whole or not there, and what makes writes last through a power cut."""
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,3 +26,24 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def staged_directory(staging: Path) -> Iterator[Path]:
+    """A new directory of this process, to fill and rename; removed afterwards if it was not."""
+    staged = Path(tempfile.mkdtemp(dir=staging, prefix=f"{os.getpid()}-"))
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def sweep(staging: Path) -> None:
+    """Remove what processes that were killed left in staging."""
+    for staged in staging.iterdir():
+        owner = staged.name.split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            if staged.is_dir():
+                shutil.rmtree(staged, ignore_errors=True)
+            else:
+                staged.unlink(missing_ok=True)

@@ -5,43 +5,27 @@ The clients are imported when they are needed: the doors that import this module
 
 import contextlib
 import glob
-import hashlib
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage.digest import digest_json
+from tasks.storage.s3 import CONNECTIONS, S3, File, connect, download, split
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfUri
     from minio import Minio
 
-S3 = "s3://"
 HUB = "hf://"
 FORM = "hf://datasets/OWNER/NAME[@revision][/path]"
-CONNECTIONS = 8
-ATTEMPTS = 3  # for a transfer that breaks off or arrives damaged; the clients retry requests that fail themselves
-CHUNK = 1 << 20  # bytes
-CONNECT = 5  # seconds
-MD5 = re.compile("[0-9a-f]{32}")
-
-
-class File(NamedTuple):
-    """A file at a source: its key or path there, its bytes, and in S3 its etag."""
-
-    name: str
-    size: int
-    etag: str = ""
 
 
 def is_remote(source: str) -> bool:
@@ -104,118 +88,11 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
         return [(replace(uri, path_in_repo=file.name).to_uri(), directory / file.name) for file in files]
 
 
-@contextlib.contextmanager
-def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator["Minio"]:
-    """A client of the S3 server that the settings name; what it raises becomes a ForgeError about `what`.
-
-    `sending` is in how many seconds a request must be sent, connecting included: whoever uploads wants more of them.
-    """
-    from minio import Minio
-    from minio.error import MinioException, S3Error
-    from urllib3 import PoolManager, Retry, Timeout
-    from urllib3.exceptions import HTTPError
-
-    given = {
-        "FORGE_S3_ENDPOINT": settings.s3_endpoint,
-        "FORGE_S3_ACCESS_KEY": settings.s3_access_key.get_secret_value(),
-        "FORGE_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
-    }
-    if missing := [name for name, value in given.items() if not value]:
-        raise ForgeError(f"{what}: S3 needs a server and credentials; set {', '.join(missing)}")
-    endpoint, access_key, secret_key = given.values()
-    url = urlsplit(endpoint)
-    # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
-    http = PoolManager(
-        maxsize=CONNECTIONS,
-        timeout=Timeout(connect=sending, read=20),  # urllib3 sends under the limit to connect
-        retries=Retry(total=5, connect=2, read=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
-    )
-    try:
-        yield Minio(
-            url.netloc,
-            access_key,
-            secret_key,
-            secure=url.scheme == "https",
-            region=settings.s3_region,
-            http_client=http,
-        )
-    except S3Error as error:
-        mends = {
-            "NoSuchBucket": "check the bucket's name and FORGE_S3_ENDPOINT",
-            "NoSuchKey": "an object was removed meanwhile; run again",
-            "PermanentRedirect": "check FORGE_S3_REGION",
-            "AuthorizationHeaderMalformed": "check FORGE_S3_REGION",
-        }
-        mend = mends.get(error.code or "", "check FORGE_S3_ACCESS_KEY, FORGE_S3_SECRET_KEY and what they may read")
-        raise ForgeError(f"{what}: {endpoint} answers {error.code} ({error.message}); {mend}") from None
-    except HTTPError as error:
-        reason = getattr(error, "reason", None) or error
-        raise ForgeError(
-            f"{what}: {endpoint} cannot be read ({reason}); check FORGE_S3_ENDPOINT and the network"
-        ) from None
-    except (MinioException, SyntaxError):  # ElementTree's errors are SyntaxErrors
-        raise ForgeError(
-            f"{what}: {endpoint} does not answer as S3 does; give FORGE_S3_ENDPOINT the port of its S3 API"
-        ) from None
-    except ValueError as error:
-        raise ForgeError(f"{what}: {error}; mend the name, or FORGE_S3_ENDPOINT or FORGE_S3_REGION") from None
-    except OSError as error:
-        raise ForgeError(f"{what}: cannot be written here ({error}); free space, or set FORGE_HOME") from None
-
-
 def _objects(client: "Minio", source: str, suffixes: tuple[str, ...]) -> list[File]:
     bucket, key = split(source)
     objects = client.list_objects(bucket, prefix=key, recursive=True)
     files = (File(item.object_name or "", item.size or 0, item.etag or "") for item in objects)
     return _select(source, files, key, suffixes)
-
-
-def split(source: str) -> tuple[str, str]:
-    """The bucket and the key or prefix of an S3 URI."""
-    bucket, _, key = source.removeprefix(S3).partition("/")
-    return bucket, key
-
-
-def download(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
-    """Write one object to a path, whole or not at all; ends early where told to stop."""
-    from urllib3.exceptions import ProtocolError, ReadTimeoutError
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _transfer(client, bucket, file, path, stop)
-        except (ProtocolError, ReadTimeoutError):
-            if attempt == ATTEMPTS:
-                raise
-        else:
-            return
-
-
-def _transfer(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
-    from urllib3.exceptions import ProtocolError
-
-    staged = path.with_name(f"{path.name}.part")
-    size, md5 = 0, hashlib.md5(usedforsecurity=False)
-    response = client.get_object(bucket, file.name)
-    try:
-        headers = response.headers
-        if headers.get("ETag", "").strip('"') != file.etag:
-            raise ForgeError(f"data {S3}{bucket}/{file.name}: changed while it was being read; run again")
-        with staged.open("wb") as opened:
-            # As stored: an object's Content-Encoding says how to show it, while its size and its etag count its bytes.
-            for chunk in response.stream(CHUNK, decode_content=False):
-                if stop.is_set():
-                    return
-                opened.write(chunk)
-                md5.update(chunk)
-                size += len(chunk)
-    finally:
-        response.close()
-        response.release_conn()
-    # The etag of a multipart upload holds a dash; that of an object encrypted with a key of KMS is no digest either.
-    plain = MD5.fullmatch(file.etag) and not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-    if size != file.size or (plain and md5.hexdigest() != file.etag):
-        raise ProtocolError(f"{file.name} arrived damaged {ATTEMPTS} times")
-    staged.replace(path)
 
 
 @contextlib.contextmanager

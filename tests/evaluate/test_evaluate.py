@@ -15,9 +15,10 @@ from tasks.errors import ForgeError
 from tasks.evaluate import cache
 from tasks.evaluate.evaluate import evaluate
 from tasks.evaluate.record import EXPERIMENT, record_evaluation
+from tasks.promotion import promote
 from tasks.recipe import GateRecipe, Recipe
 from tasks.register.register import register
-from tasks.registry import open_registry, promote
+from tasks.registry import open_registry
 from tasks.settings import Settings
 from tests.conftest import Trained
 
@@ -51,7 +52,7 @@ def damaged(trained: Trained, tmp_path: Path, change) -> Model:
 def crowned(trained: Trained, recipe: Recipe, settings: Settings) -> Path:
     """Make the trained model the champion; returns its package."""
     version = register(recipe, trained.dataset, trained.model, trained.evaluation, settings, trained.store)
-    promote(open_registry(settings), recipe.name, version.version)
+    promote(open_registry(settings), trained.store, recipe.name, version.version, "", "a test")
     return trained.store.path(version.uri)
 
 

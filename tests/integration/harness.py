@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -35,8 +35,10 @@ class Home:
     """A directory with a .forge, a Flyte cache and a serving port of its own."""
 
     directory: Path
+    more: dict[str, str] = field(default_factory=dict)  # settings beside those of the home
 
     def __post_init__(self) -> None:
+        self.directory.mkdir(exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -59,6 +61,7 @@ class Home:
             "HOME": str(self.directory),
             "FORGE_HOME": str(self.settings.home),
             "FORGE_SERVING_PORT": str(self.port),
+            **self.more,
         }
 
     def start(self, *arguments: str, workflow: str = "training_pipeline") -> subprocess.Popen:

@@ -268,7 +268,7 @@ def test_s3_an_object_that_changes_meanwhile_is_told(bucket: Bucket, tampered: C
             bucket.put("raw/a.jsonl", "after!")
         return [serve()]
 
-    with pytest.raises(ForgeError, match=r"data s3://rows/raw/a\.jsonl: changed while it was being read; run again"):
+    with pytest.raises(ForgeError, match=r"s3://rows/raw/a\.jsonl: changed while it was being read; run again"):
         fetch("s3://rows/raw", tmp_path, tampered(change), SUFFIXES)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,209 @@
+"""An S3 bucket as the store. An artifact is there when its manifest is; it is read from a verified local copy."""
+
+import contextlib
+import hashlib
+import io
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tasks.errors import ForgeError
+from tasks.settings import Settings
+from tasks.storage import s3
+from tasks.storage.copies import Copies
+from tasks.storage.digest import digest_file
+from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from minio import Minio
+
+FILES_AT_ONCE = 4  # each is sent in up to three parts at once
+ARTIFACT = re.compile(r"(?:.*/)?sha256-[^/]+(?=/|$)")
+T = TypeVar("T")
+
+
+class BucketStore:
+    """Objects under an s3://bucket/prefix, addressed by s3:// URIs.
+
+    `identity` is made once for each store and is lost with it. ForgeError where the bucket cannot be read or written.
+    """
+
+    def __init__(self, root: str, settings: Settings) -> None:
+        self.root, self.settings = root, settings
+        self.bucket, self.prefix = s3.split(root)
+        place = hashlib.sha256(f"{settings.s3_endpoint} {root}".encode()).hexdigest()[:16]
+        self.copies = Copies(settings.home / "copies" / place, int(settings.copies_gb * 1e9))
+        identity = self.read("identity")
+        if identity is None:
+            self.put_if_absent("identity", uuid.uuid4().hex.encode())
+            identity = self.read("identity") or b""  # another process may have been first
+        self.identity = identity.decode()
+
+    def uri(self, key: str) -> str:
+        """The URI of a key."""
+        return f"{self.root}/{key}"
+
+    def read(self, key: str) -> bytes | None:
+        """A small object, or None where there is none."""
+        with self._connect() as client:
+            return s3.read(client, self.bucket, self._name(key))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write a small object; False, and nothing changed, where it already exists."""
+        with self._connect() as client:
+            return s3.put_if_absent(client, self.bucket, self._name(key), data)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, in place of what is there."""
+        with self._connect() as client:
+            client.put_object(self.bucket, self._name(key), io.BytesIO(data), len(data))
+
+    def names(self, key: str) -> list[str]:
+        """The names of the small objects directly under a key, sorted."""
+        prefix = self._name(f"{key}/")
+        with self._connect() as client:
+            names = [item.object_name or "" for item in client.list_objects(self.bucket, prefix=prefix)]
+        return sorted(name.removeprefix(prefix) for name in names if not name.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        """Remove a small object; nothing happens where there is none."""
+        with self._connect() as client:
+            client.remove_object(self.bucket, self._name(key))
+
+    def stage(self) -> contextlib.AbstractContextManager[Path]:
+        """A new local directory, to fill and publish; removed afterwards if it was not."""
+        return self.copies.stage()
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an artifact of this key, all of it."""
+        with self._connect() as client:
+            return s3.exists(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+
+    def publish(self, staged: Path, prefix: str, digest: str = "", facts: dict[str, Any] | None = None) -> str:
+        """Send a staged directory to <prefix>/sha256-<digest>, its manifest last, and return its URI.
+
+        The digest is that of all its files, unless another one is given. Where the key exists already, that copy
+        stays. Files that an earlier attempt sent are not sent again.
+        """
+        manifest = write_manifest(staged, facts or {})
+        key = f"{prefix}/sha256-{digest or manifest['digest']}"
+        with self._connect() as client:
+            if not s3.exists(client, self.bucket, self._name(f"{key}/{MANIFEST}")):
+                folder = self._folder(key, manifest)
+                self._send(client, staged, folder, manifest["files"])
+                data = (staged / MANIFEST).read_bytes()
+                s3.put_if_absent(client, self.bucket, self._name(f"{key}/{MANIFEST}"), data)
+            kept = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+        if kept == (staged / MANIFEST).read_bytes():
+            self.copies.adopt(key, staged)
+        return self.uri(key)
+
+    def path(self, uri: str) -> Path:
+        """The local path of an artifact or a part of it, fetched and verified; ForgeError where it is not there."""
+        key = self._key(uri)
+        found = ARTIFACT.match(key)
+        if found is None:
+            raise gone(uri)
+        artifact = found.group()
+        path = self.copies.get(artifact, lambda directory: self._fetch(artifact, directory))
+        return path / key[len(artifact) :].lstrip("/")
+
+    def manifest(self, uri: str) -> dict[str, Any]:
+        """An artifact's manifest; ForgeError where it is not there, or broken."""
+        data = self.read(f"{self._key(uri)}/{MANIFEST}")
+        if data is None:
+            raise gone(uri)
+        return read_manifest(uri, data)
+
+    def remove(self, uri: str) -> None:
+        """Remove an artifact, its manifest first; nothing happens where it is gone already."""
+        key = self._key(uri)
+        self.copies.remove(key)
+        with self._connect() as client:
+            client.remove_object(self.bucket, self._name(f"{key}/{MANIFEST}"))
+            for item in list(client.list_objects(self.bucket, prefix=self._name(f"{key}/"), recursive=True)):
+                client.remove_object(self.bucket, item.object_name or "")
+
+    def _fetch(self, key: str, directory: Path) -> None:
+        where = self.uri(key)
+        with self._connect() as client:
+            data = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+            if data is None:
+                raise gone(where)
+            manifest = read_manifest(where, data)
+            folder = self._folder(key, manifest)
+            listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
+            there = {(item.object_name or "").removeprefix(f"{folder}/"): item for item in listed}
+            for name in sorted(there.keys() - {MANIFEST} - {entry["path"] for entry in manifest["files"]}):
+                raise ForgeError(f"store: {where}: {name} is not in the manifest; remove the artifact and run again")
+            for entry in manifest["files"]:
+                if (item := there.get(entry["path"])) is None:
+                    raise ForgeError(f"store: {where}: {entry['path']} is missing; remove the artifact and run again")
+                if item.size != entry["size"]:
+                    raise ForgeError(
+                        f"store: {where}: {entry['path']} has {item.size} bytes, and its manifest says {entry['size']};"
+                        " remove the artifact and run again"
+                    )
+            stop = threading.Event()
+
+            def fetch(entry: dict[str, Any]) -> None:
+                path = directory / entry["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                item = there[entry["path"]]
+                file = s3.File(item.object_name or "", item.size or 0, (item.etag or "").strip('"'))
+                s3.download(client, self.bucket, file, path, stop)
+                if not stop.is_set() and digest_file(path) != entry["sha256"]:
+                    raise ForgeError(f"store: {where}: {entry['path']} is damaged; remove the artifact and run again")
+
+            _all(fetch, manifest["files"], stop)
+        (directory / MANIFEST).write_bytes(data)
+
+    def _send(self, client: "Minio", staged: Path, folder: str, entries: list[dict[str, Any]]) -> None:
+        listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
+        there = {item.object_name: (item.size, (item.etag or "").strip('"')) for item in listed}
+        stop = threading.Event()
+
+        def send(entry: dict[str, Any]) -> None:
+            path, name = staged / entry["path"], f"{folder}/{entry['path']}"
+            size, etag = there.get(name, (None, ""))
+            if not stop.is_set() and not (size == entry["size"] and s3.is_etag_of(path, etag)):
+                s3.upload(client, self.bucket, path, name, entry["sha256"])
+
+        _all(send, entries, stop)
+
+    def _folder(self, key: str, manifest: dict[str, Any]) -> str:
+        """Where an artifact's files are: beside its manifest, where its name is the digest of what it holds.
+
+        Otherwise two of one name may differ, of which one is there when its manifest is; neither touches the other's.
+        """
+        content = str(manifest["digest"])
+        return self._name(key if key.endswith(f"/sha256-{content}") else f"{key}/{content[:16]}")
+
+    def _key(self, uri: str) -> str:
+        if not uri.startswith(f"{self.root}/"):
+            raise ForgeError(f"store: {uri} is not in {self.root}; set FORGE_STORE to the store that it was made in")
+        return uri.removeprefix(f"{self.root}/")
+
+    def _name(self, key: str) -> str:
+        return f"{self.prefix}/{key}".lstrip("/")
+
+    def _connect(self) -> contextlib.AbstractContextManager["Minio"]:
+        return s3.connect(f"store {self.root}", self.settings, s3.SENDING)
+
+
+def _all(action: Callable[[T], None], of: Iterable[T], stop: threading.Event) -> None:
+    """Do something for each, several at once; after a failure the rest is not begun, or ends early."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        futures = [pool.submit(action, one) for one in of]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise

@@ -1,0 +1,64 @@
+"""S3 servers of different make, on loopback: one with conditional writes, and one without."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from minio import Minio
+from moto.server import ThreadedMotoServer
+from pydantic import SecretStr
+
+from tasks.settings import Settings
+
+KEY, SECRET = "someone", "secret-of-someone"
+RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or ""
+
+
+def settings_of(endpoint: str, **more: object) -> Settings:
+    """Settings of someone who uses a server."""
+    return Settings(s3_endpoint=endpoint, s3_access_key=SecretStr(KEY), s3_secret_key=SecretStr(SECRET), **more)
+
+
+def client_of(endpoint: str) -> Minio:
+    """The plain client of a server."""
+    return Minio(endpoint.removeprefix("http://"), KEY, SECRET, secure=False)
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """URL of moto, in this process: it knows If-None-Match."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@contextlib.contextmanager
+def rclone(directory: Path) -> Iterator[str]:
+    """URL of rclone, which serves a directory and ignores If-None-Match."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [RCLONE, "serve", "s3", str(directory), "--addr", address, "--auth-key", f"{KEY},{SECRET}"]
+    environment = os.environ | {"RCLONE_CONFIG": "/dev/null"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                client_of(f"http://{address}").list_buckets()
+                break
+            except Exception:
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+        yield f"http://{address}"
+    finally:
+        process.kill()
+        process.wait()
