@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"  # the version that was registered last and does not serve yet
 PACKAGE_DIGEST = "package_digest"  # the tag of a version and of its run
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
@@ -80,18 +81,10 @@ def find_champion(client: "MlflowClient", name: str) -> Champion | None:
 
 def champion_version(client: "MlflowClient", name: str) -> str | None:
     """The version that the alias champion names, or None."""
-    version = client.get_registered_model(name).aliases.get(CHAMPION)
-    return None if version is None else str(version)
+    return version_of(client, name, CHAMPION)
 
 
-def promote(client: "MlflowClient", name: str, version: str) -> None:
-    """Move the alias champion to a version, and note on it which version it was before."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        previous = champion_version(client, name)
-        if previous != version:
-            client.set_model_version_tag(name, version, "previous_champion", previous or "")
-            client.set_registered_model_alias(name, CHAMPION, version)
-    except MlflowException as error:
-        raise ForgeError(f"MLflow: {name} version {version} could not be made the champion ({error})") from None
+def version_of(client: "MlflowClient", name: str, alias: str) -> str | None:
+    """The version that an alias names, or None."""
+    version = client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else str(version)  # the embedded registry gives numbers, a server texts

@@ -16,8 +16,8 @@ from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_r
 from tasks.registry import find_champion, open_registry
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
-from tasks.storage import DirectoryStore, digest_directory, open_store
-from tasks.storage.remote import connect, split
+from tasks.storage import Store, digest_directory, open_store
+from tasks.storage.s3 import connect, split
 from tasks.vllm_environment import NO_VLLM, vllm_release
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _not_to_be_had(name: str, error: Exception) -> ForgeError:
     )
 
 
-def check_champion(client: "MlflowClient", store: DirectoryStore, name: str) -> None:
+def check_champion(client: "MlflowClient", store: Store, name: str) -> None:
     """The champion that a new model will be compared with is there, if there is one."""
     champion = find_champion(client, name)
     if champion is not None:

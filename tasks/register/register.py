@@ -4,20 +4,19 @@ import json
 import time
 from typing import Any
 
-from filelock import FileLock
-
 from tasks.contracts import Dataset, Evaluation, Model, Version
 from tasks.recipe import Recipe
 from tasks.register.package import build_package
-from tasks.registry import PACKAGE_DIGEST, artifact_root, open_registry
+from tasks.registry import CHALLENGER, PACKAGE_DIGEST, artifact_root, champion_version, open_registry
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore, digest_json
+from tasks.storage import Store, digest_json
+from tasks.storage.lease import lease
 
 EVALUATION = "evaluation_digest"
 
 
 def register(
-    recipe: Recipe, dataset: Dataset, model: Model, evaluation: Evaluation, settings: Settings, store: DirectoryStore
+    recipe: Recipe, dataset: Dataset, model: Model, evaluation: Evaluation, settings: Settings, store: Store
 ) -> Version:
     """Publish the package and create its version, or find the one that an earlier run made of the same model."""
     started = time.time()
@@ -33,7 +32,7 @@ def register(
     }
     uri, digest = build_package(directory / "model", recipe.name, lineage, store)
     client = open_registry(settings)
-    with FileLock(settings.home / "register.lock"):
+    with lease(store, f"registration-{recipe.name}"):
         found = find_version(client, recipe.name, digest)
         if found is None:
             run_id = record_run(client, recipe, dataset, evaluation, training, digest, settings)
@@ -47,6 +46,8 @@ def register(
             if found.tags.get(EVALUATION) != evaluation.digest:
                 log_evaluation(client, found.run_id, evaluation)
                 client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
+        if champion_version(client, recipe.name) != str(found.version):
+            client.set_registered_model_alias(recipe.name, CHALLENGER, found.version)
     return Version(
         uri=uri,
         digest=digest,

@@ -11,12 +11,13 @@ from filelock import FileLock, Timeout
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
+from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
-from tasks.registry import find_champion, open_registry, promote
+from tasks.registry import find_champion, open_registry
 from tasks.rollout.prove import prove
 from tasks.rollout.server import LocalServer, Running, Spec, port_is_free
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore
+from tasks.storage import Store
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def rollout_lock(settings: Settings, timeout: float) -> Iterator[None]:
 
 
 def roll_out(
-    version: Version, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: DirectoryStore
+    version: Version, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: Store
 ) -> Deployment:
     """Serve the version's package on the local port; what served before is started again if anything goes wrong.
 
@@ -46,7 +47,8 @@ def roll_out(
     def prove_and_promote() -> str:
         evaluated = store.path(evaluation.uri)
         agreement = prove(settings.endpoint, spec.name, evaluated, recipe.replay, recipe.min_agreement)
-        promote(open_registry(settings), version.name, version.version)
+        why = f"{evaluation.verdict}: {evaluation.reason}; {agreement} answers as in evaluation"
+        promote(open_registry(settings), store, version.name, version.version, evaluation.champion, why)
         return agreement
 
     with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
@@ -84,11 +86,7 @@ def _check_verdict(version: Version, evaluation: Evaluation, settings: Settings)
     champion = find_champion(open_registry(settings), version.name)
     now = "" if champion is None else champion.version
     if now not in (evaluation.champion, version.version):
-        before = f"version {evaluation.champion}" if evaluation.champion else "no champion"
-        raise ForgeError(
-            f"{version.name} version {version.version} was compared with {before}, but the champion is "
-            f"{f'version {now}' if now else 'gone'} now; run again, and it is compared with what serves"
-        )
+        raise not_the_champion(version.name, version.version, evaluation.champion, now)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,11 @@ from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
 from tasks.preflight.checks import base_config, check_all, check_memory, check_training, check_vllm, find_base
 from tasks.preprocess import sample
+from tasks.promotion import promote
 from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
-from tasks.registry import open_registry, promote
+from tasks.registry import open_registry
 from tasks.settings import Settings, load_settings
-from tasks.storage import digest_directory
+from tasks.storage import digest_directory, open_store
 from tasks.vllm_environment import vllm_release
 from tests.conftest import SMALL, Trained, chat, write_jsonl
 
@@ -215,6 +216,6 @@ def test_a_champion_whose_package_is_gone_is_told_before_anything_starts(
     client = open_registry(load_settings())
     client.create_registered_model(SMALL["name"])
     version = client.create_model_version(SMALL["name"], source=(tmp_path / "gone").as_uri())
-    promote(client, SMALL["name"], version.version)
-    with pytest.raises(Problems, match=r"champion dates version 1: its package .* is gone; put it back, or"):
+    promote(client, open_store(load_settings()), SMALL["name"], str(version.version), "", "a test")
+    with pytest.raises(Problems, match=r"champion dates version 1: store: .*/gone is gone, .*; put it back, or"):
         check_all("", str(recipe_file))

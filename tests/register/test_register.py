@@ -12,10 +12,10 @@ from tasks.errors import ForgeError
 from tasks.recipe import Recipe
 from tasks.register import register as module
 from tasks.register.register import register
-from tasks.registry import champion_version, open_registry, promote
+from tasks.registry import open_registry
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
-from tasks.storage.package import verify_package
+from tasks.storage.manifest import verify
 from tests.conftest import Trained
 
 
@@ -108,31 +108,20 @@ def test_a_damaged_package_is_refused_by_name(
     version = register_once(trained, recipe, settings)
     package = tmp_path / "package"
     shutil.copytree(trained.store.path(version.uri), package)
-    verify_package(package, version.digest)
+    verify(package, version.digest)
     file = package / ("extra.json" if damage == "not in the manifest" else "config.json")
     if damage == "missing":
         file.unlink()
     else:
         file.write_text("{}")
     with pytest.raises(ForgeError, match=f"{file.name} is {damage}"):
-        verify_package(package, version.digest)
+        verify(package, version.digest)
 
 
 def test_a_package_of_another_model_is_refused(trained: Trained, recipe: Recipe, settings: Settings) -> None:
     version = register_once(trained, recipe, settings)
     with pytest.raises(ForgeError, match="its digest is"):
-        verify_package(trained.store.path(version.uri), "0" * 64)
-
-
-def test_the_champion_moves_and_remembers(trained: Trained, recipe: Recipe, settings: Settings) -> None:
-    register_once(trained, recipe, settings)
-    client = open_registry(settings)
-    client.create_model_version("dates", source="file:///elsewhere")
-    assert champion_version(client, "dates") is None
-    for version in ("1", "2", "2"):
-        promote(client, "dates", version)
-        assert champion_version(client, "dates") == version
-    assert client.get_model_version("dates", "2").tags["previous_champion"] == "1"
+        verify(trained.store.path(version.uri), "0" * 64)
 
 
 def _open(home: str) -> bool:

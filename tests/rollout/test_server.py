@@ -16,11 +16,13 @@ import pytest
 
 from tasks.contracts import Version
 from tasks.errors import ForgeError
+from tasks.promotion import promote
 from tasks.recipe import ServingRecipe
-from tasks.registry import open_registry, promote
+from tasks.registry import open_registry
 from tasks.rollout.rollout import roll_out, rollout_lock
 from tasks.rollout.server import LocalServer, Running, Spec, port_is_free, signals_deferred
 from tasks.settings import Settings
+from tasks.storage import DirectoryStore
 from tests.conftest import Trained
 
 
@@ -173,7 +175,7 @@ def test_a_verdict_on_a_champion_of_yesterday_rolls_nothing_out(
     for _ in range(3):
         client.create_model_version("dates", source=trained.model.uri)
     if champion:
-        promote(client, "dates", champion)
+        promote(client, DirectoryStore(tmp_path / "store"), "dates", champion, "", "a test")
     version = Version(
         uri=trained.model.uri, digest="d", store=trained.store.identity, name="dates", version="3", run_id=""
     )
