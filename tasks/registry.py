@@ -4,8 +4,10 @@ The embedded registry is SQLite under .forge/. Its tables are made once, under a
 side by side break the database for good.
 """
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"  # the version that was registered last and does not serve yet
-PACKAGE_DIGEST = "package_digest"  # the tag of a version and of its run
+PACKAGE_DIGEST = "package_digest"  # the tag of a version: of all files of its package
+MODEL_DIGEST = "model_digest"  # the tag of a version and of its run: of the model's files alone
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
@@ -56,6 +59,19 @@ def open_registry(settings: Settings) -> "MlflowClient":
         reason = str(error).splitlines()[0]
         raise ForgeError(f"MLflow {uri}: cannot be used ({reason}); start it, or mend FORGE_MLFLOW_URI") from None
     return client
+
+
+@contextlib.contextmanager
+def telling(what: str, settings: Settings) -> Iterator[None]:
+    """What MLflow raises becomes a ForgeError that says what could not be done."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ForgeError(f"MLflow {tracking_uri(settings)}: {what} ({reason}); mend it and run again") from None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     store: str = Field("", description="s3://bucket/prefix of the object store; empty: a directory under home")
     copies_gb: float = Field(100, gt=0, description="GB of local copies that are kept of what the object store has")
     mlflow_uri: str = Field("", description="MLflow tracking server; empty: SQLite under home")
+    signing_key: Path | None = Field(None, description="Private key (PEM, elliptic curve) to sign packages with")
+    verify_key: Path | None = Field(None, description="Its public key (PEM); with it, nothing unsigned is used")
     serving_python: Path = Field(
         PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
     )
@@ -44,6 +46,7 @@ class Settings(BaseSettings):
     s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")
     s3_region: str = Field("us-east-1", description="Region of that server")
+    s3_virtual_host: bool = Field(False, description="Whether buckets are host names there, not the path's beginning")
 
     @field_validator("s3_endpoint")
     @classmethod

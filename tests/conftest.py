@@ -33,8 +33,9 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     import os
 
     for name in list(os.environ):
-        if name.startswith("FORGE_") and not name.startswith("FORGE_TEST_"):
+        if name.startswith(("FORGE_", "AWS_")) and not name.startswith("FORGE_TEST_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "home"))
 
 

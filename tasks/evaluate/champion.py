@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from tasks.errors import ForgeError
+from tasks.package import open_package
 from tasks.registry import Champion
+from tasks.settings import Settings
 from tasks.storage import Store
-from tasks.storage.manifest import verify
 
 MEND = "put it back, or take the alias champion from the version in MLflow, to start without one"
 
@@ -19,15 +20,14 @@ def find_package(name: str, champion: Champion, store: Store) -> str:
     return champion.digest or str(manifest["digest"])
 
 
-def champion_package(name: str, champion: Champion, store: Store) -> tuple[Path, str]:
-    """Where the champion's package is, and its digest, verified file by file."""
+def champion_package(name: str, champion: Champion, store: Store, settings: Settings) -> tuple[Path, str]:
+    """Where the champion's package is, verified file by file, and the digest of the model in it."""
     digest = find_package(name, champion, store)
     try:
-        package = store.path(champion.uri)
-        verify(package, digest)
+        package, manifest = open_package(champion.uri, digest, settings, store)
     except ForgeError as error:
         raise _told(name, champion, error) from None
-    return package, digest
+    return package, str(manifest.get("model_digest", digest))
 
 
 def _told(name: str, champion: Champion, error: ForgeError) -> ForgeError:

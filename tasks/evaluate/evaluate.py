@@ -23,7 +23,7 @@ from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.report import Page, render_report
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
 from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.registry import find_champion, open_registry
+from tasks.registry import MODEL_DIGEST, find_champion, open_registry
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory
 
@@ -58,7 +58,7 @@ def evaluate(
     champion = find_champion(open_registry(settings), name)
     models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, store)}
     if champion is not None:
-        package, its_digest = champion_package(name, champion, store)
+        package, its_digest = champion_package(name, champion, store, settings)
         if its_digest != digest:
             models["champion"] = Base(location=str(package)), its_digest
     engine = chosen_engine(recipe, settings)
@@ -108,7 +108,7 @@ def evaluate(
         (staged / REPORT).write_text(render_report(page), encoding="utf-8")
         card = {
             "kind": "evaluation",
-            "model": {"uri": model.uri, "digest": model.digest, "package_digest": digest},
+            "model": {"uri": model.uri, "digest": model.digest, "model_digest": digest},
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
             "champion": None if champion is None else dataclasses.asdict(champion),
             "items": {"digest": digest_items(items), "passed_over": passed_over},
@@ -143,7 +143,7 @@ def evaluate(
         reason=verdict.reason,
         report=str(store.path(uri) / REPORT),
     )
-    record_evaluation(settings, name, result, {"dataset": dataset.digest, "package_digest": digest}, harness)
+    record_evaluation(settings, name, result, {"dataset": dataset.digest, MODEL_DIGEST: digest}, harness)
     print(f"evaluate: {verdict.reason}", flush=True)
     return result
 

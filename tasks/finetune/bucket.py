@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
-from tasks.storage.s3 import File, connect, download, split
+from tasks.storage.s3 import SENDING, connect, split
+from tasks.storage.transfer import File, download
 
 if TYPE_CHECKING:
     from minio import Minio
 
 FACTS = "facts.json"  # what the training loop knows beside weights and optimizer
 PART = 64 << 20  # bytes; a file may have 10,000 parts
-SENDING = 60  # seconds for a part, of which three are sent at once
 
 
 class Bucket:
@@ -48,10 +47,9 @@ class Bucket:
                     f"it into {directory}, or remove the copies and {directory.parent}, and training begins anew"
                 )
             prefix = f"{self.prefix}/{directory.name}/"
-            for file in self._files(client, prefix):
-                path = partial / file.name.removeprefix(prefix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                download(client, self.bucket, file, path, threading.Event())
+            files = self._files(client, prefix)
+            paths = [partial / file.name.removeprefix(prefix) for file in files]
+            download(client, self.bucket, list(zip(files, paths, strict=True)), lambda done: None)
         os.rename(partial, directory)
 
     def copy(self, directories: list[Path], kept: set[str]) -> None:

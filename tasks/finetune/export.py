@@ -16,6 +16,8 @@ from tasks.contracts import Base
 from tasks.finetune.model import DTYPES, build_model
 from tasks.finetune.train import Trainer
 from tasks.storage.digest import digest_directory
+from tasks.storage.lease import whoami
+from tasks.version import code_version
 
 CARD = "training.json"
 SHARD = "5GB"  # of a safetensors file
@@ -80,7 +82,9 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
         "mfu": round(trainer.tokens_per_second() * flops_per_token / peak, 4),
         "seconds": round(time.monotonic() - trainer.started, 1),
         "seconds_to_first_step": round(trainer.seconds_to_first_step, 2),
+        "made_by": whoami(),
         "versions": {
+            "forge": code_version("finetune"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,

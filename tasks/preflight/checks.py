@@ -16,6 +16,7 @@ from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_r
 from tasks.registry import find_champion, open_registry
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
+from tasks.signature import check_keys
 from tasks.storage import Store, digest_directory, open_store
 from tasks.storage.s3 import connect, split
 from tasks.vllm_environment import NO_VLLM, vllm_release
@@ -63,6 +64,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
                 registry, kept, name = client, store, loaded.name
                 attempt(lambda: check_champion(registry, kept, name))
         attempt(lambda: check_copies(places))
+        attempt(lambda: check_keys(places))
         if loaded is not None and loaded.evaluation.harness_tasks:
             tasks = loaded.evaluation.harness_tasks
             attempt(lambda: check_harness(tasks, places))

@@ -1,25 +1,50 @@
-"""The package: the model's files and a manifest that names each of them. Complete when the manifest is there."""
+"""The package: the model's files, its card, and the manifest of both, signed where a key is set."""
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks.storage import Store, digest_directory
-from tasks.storage.manifest import verify
+from tasks.package import open_package
+from tasks.register.card import CARD, model_card
+from tasks.settings import Settings
+from tasks.signature import sign
+from tasks.storage import Store
+from tasks.storage.manifest import SIGNATURE
 
 
-def build_package(model: Path, name: str, lineage: dict[str, Any], store: Store) -> tuple[str, str]:
-    """Publish a directory in Hugging Face format as models/<name>/sha256-<digest>; returns its URI and digest.
+def build_package(model: Path, facts: dict[str, Any], settings: Settings, store: Store) -> tuple[str, str]:
+    """Publish a model in Hugging Face format as models/<name>/sha256-<digest>; returns its URI and digest.
 
-    The digest is that of the model's files, so the same model is the same package. What was published is compared with
-    its manifest; ForgeError where they differ.
+    `facts` are what the manifest and the card say of the model; they hold nothing that another attempt would say
+    differently, so that the same model with the same evaluation is the same package to the byte. What is there
+    afterwards is compared with its manifest; ForgeError where they differ.
     """
-    digest, _ = digest_directory(model)
-    prefix = f"models/{name}"
-    uri = store.uri(f"{prefix}/sha256-{digest}")
-    if not store.exists(f"{prefix}/sha256-{digest}"):
-        with store.stage() as staged:
-            shutil.copytree(model, staged, dirs_exist_ok=True)
-            store.publish(staged, prefix, digest, {"kind": "model", "name": name, **lineage})
-    verify(store.path(uri), digest)
+    with store.stage() as staged:
+        shutil.copytree(model, staged, dirs_exist_ok=True, copy_function=_link)
+        (staged / CARD).unlink(missing_ok=True)  # a base model's own, which says nothing of this one
+        (staged / CARD).write_text(model_card(facts), encoding="utf-8")
+        prefix = f"models/{facts['name']}"
+        uri = store.publish(staged, prefix, facts=facts, seal=lambda directory: sign(directory, settings))
+    digest = uri.rpartition("sha256-")[2]
+    if settings.signing_key is not None and not (store.path(uri) / SIGNATURE).is_file():
+        _sign_later(uri, settings, store)
+    open_package(uri, digest, settings, store)
     return uri, digest
+
+
+def _sign_later(uri: str, settings: Settings, store: Store) -> None:
+    """Sign a package that was published before there was a key."""
+    with store.stage() as staged:
+        shutil.copytree(store.path(uri), staged, dirs_exist_ok=True, copy_function=_link)
+        sign(staged, settings)
+        store.attach(uri, SIGNATURE, (staged / SIGNATURE).read_bytes())
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name, since neither is ever changed; a copy where that cannot be."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)

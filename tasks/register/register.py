@@ -2,14 +2,24 @@
 
 import json
 import time
+from datetime import timedelta
 from typing import Any
 
 from tasks.contracts import Dataset, Evaluation, Model, Version
+from tasks.package import open_package
 from tasks.recipe import Recipe
 from tasks.register.package import build_package
-from tasks.registry import CHALLENGER, PACKAGE_DIGEST, artifact_root, champion_version, open_registry
+from tasks.registry import (
+    CHALLENGER,
+    MODEL_DIGEST,
+    PACKAGE_DIGEST,
+    artifact_root,
+    champion_version,
+    open_registry,
+    telling,
+)
 from tasks.settings import Settings
-from tasks.storage import Store, digest_json
+from tasks.storage import Store, digest_directory, digest_json
 from tasks.storage.lease import lease
 
 EVALUATION = "evaluation_digest"
@@ -22,30 +32,50 @@ def register(
     started = time.time()
     directory = store.path(model.uri)
     training = json.loads((directory / "training.json").read_text())
-    lineage = {
-        "dataset": dataset.digest,
+    client = open_registry(settings)
+    model_digest, _ = digest_directory(directory / "model")
+    facts = {
+        "kind": "model",
+        "name": recipe.name,
+        "model_digest": model_digest,
         "base": training["base"],
+        "dataset": dataset.digest,
         "recipe": digest_json(recipe.model_dump(mode="json")),
         "evaluation": evaluation.digest,
+        "verdict": f"{evaluation.verdict}: {evaluation.reason}",
         "metrics": metrics_of(evaluation),
         "versions": training["versions"],
+        "made_by": training["made_by"],
     }
-    uri, digest = build_package(directory / "model", recipe.name, lineage, store)
-    client = open_registry(settings)
-    with lease(store, f"registration-{recipe.name}"):
-        found = find_version(client, recipe.name, digest)
-        if found is None:
-            run_id = record_run(client, recipe, dataset, evaluation, training, digest, settings)
-            if not client.search_registered_models(f"name = '{recipe.name}'"):
-                client.create_registered_model(recipe.name)
-            tags = {PACKAGE_DIGEST: digest, "dataset_digest": dataset.digest, EVALUATION: evaluation.digest}
-            found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
-            print(f"register: {recipe.name} version {found.version} is {uri}")
-        else:
+    with (
+        lease(store, f"registration-{recipe.name}") as check,
+        telling(f"{recipe.name} could not be registered", settings),
+    ):
+        found = find_version(client, recipe.name, model_digest, store)
+        if found is not None:
+            uri, digest = found.source, found.tags[PACKAGE_DIGEST]
+            open_package(uri, digest, settings, store)
             print(f"register: {recipe.name} version {found.version} is this model already")
             if found.tags.get(EVALUATION) != evaluation.digest:
                 log_evaluation(client, found.run_id, evaluation)
                 client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
+        else:
+            store.sweep(f"models/{recipe.name}", timedelta(0))  # nobody else sends a package of this name now
+            uri, digest = build_package(directory / "model", facts, settings, store)
+            run_id = record_run(client, recipe, dataset, evaluation, training, facts, settings)
+            if not client.search_registered_models(f"name = '{recipe.name}'"):
+                client.create_registered_model(recipe.name)
+            tags = {
+                PACKAGE_DIGEST: digest,
+                MODEL_DIGEST: model_digest,
+                "dataset_digest": dataset.digest,
+                "recipe_digest": facts["recipe"],
+                EVALUATION: evaluation.digest,
+                "verdict": facts["verdict"][:4000],
+            }
+            check()
+            found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
+            print(f"register: {recipe.name} version {found.version} is {uri}")
         if champion_version(client, recipe.name) != str(found.version):
             client.set_registered_model_alias(recipe.name, CHALLENGER, found.version)
     return Version(
@@ -60,10 +90,12 @@ def register(
     )
 
 
-def find_version(client: Any, name: str, digest: str) -> Any:
-    """The version whose package has this digest, or None."""
-    found = client.search_model_versions(f"name = '{name}' and tags.{PACKAGE_DIGEST} = '{digest}'")
-    return found[0] if found else None
+def find_version(client: Any, name: str, model_digest: str, store: Store) -> Any:
+    """The version of this model whose package is there, or None."""
+    for found in client.search_model_versions(f"name = '{name}' and tags.{MODEL_DIGEST} = '{model_digest}'"):
+        if store.exists(f"models/{name}/{found.source.rpartition('/')[2]}"):
+            return found
+    return None
 
 
 def record_run(
@@ -72,7 +104,7 @@ def record_run(
     dataset: Dataset,
     evaluation: Evaluation,
     training: dict[str, Any],
-    digest: str,
+    facts: dict[str, Any],
     settings: Settings,
 ) -> str:
     """Write the run (parameters, metrics, loss curve, data set, report); returns its id.
@@ -82,19 +114,22 @@ def record_run(
     from mlflow.entities import Dataset as LoggedDataset
     from mlflow.entities import DatasetInput, Metric, Param
 
+    digest = facts["model_digest"]
     experiment = client.get_experiment_by_name(recipe.name)
     experiment_id = (
         experiment.experiment_id
         if experiment
         else client.create_experiment(recipe.name, artifact_location=artifact_root(settings))
     )
-    for run in client.search_runs([experiment_id], f"tags.{PACKAGE_DIGEST} = '{digest}'"):
+    for run in client.search_runs([experiment_id], f"tags.{MODEL_DIGEST} = '{digest}'"):
         if run.info.status == "FINISHED":
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)
     run_id = str(
         client.create_run(
-            experiment_id, tags={PACKAGE_DIGEST: digest}, run_name=f"{recipe.name}-{digest[:12]}"
+            experiment_id,
+            tags={MODEL_DIGEST: digest, "made_by": facts["made_by"]},
+            run_name=f"{recipe.name}-{digest[:12]}",
         ).info.run_id
     )
     now = int(time.time() * 1000)

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
+from tasks.package import open_package
 from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import find_champion, open_registry
@@ -41,7 +42,8 @@ def roll_out(
     Raises ForgeError saying why the new model does not serve. The alias champion moves last.
     """
     started = time.time()
-    spec = Spec(version.name, version.version, version.digest, str(store.path(version.uri)), settings.serving_port)
+    package, _ = open_package(version.uri, version.digest, settings, store)
+    spec = Spec(version.name, version.version, version.digest, str(package), settings.serving_port)
     server = LocalServer(settings)
 
     def prove_and_promote() -> str:

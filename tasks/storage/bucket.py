@@ -3,27 +3,23 @@
 import contextlib
 import hashlib
 import io
-import re
-import threading
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage import s3
+from tasks.storage.artifacts import ARTIFACT, Found
 from tasks.storage.copies import Copies
-from tasks.storage.digest import digest_file
-from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
+from tasks.storage.manifest import MANIFEST, SIGNATURE, gone, read_manifest, write_manifest
+from tasks.storage.progress import shown
+from tasks.storage.transfer import File, download, is_etag_of, upload
 
 if TYPE_CHECKING:
     from minio import Minio
-
-FILES_AT_ONCE = 4  # each is sent in up to three parts at once
-ARTIFACT = re.compile(r"(?:.*/)?sha256-[^/]+(?=/|$)")
-T = TypeVar("T")
 
 
 class BucketStore:
@@ -83,18 +79,29 @@ class BucketStore:
         with self._connect() as client:
             return s3.exists(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
 
-    def publish(self, staged: Path, prefix: str, digest: str = "", facts: dict[str, Any] | None = None) -> str:
+    def publish(
+        self,
+        staged: Path,
+        prefix: str,
+        digest: str = "",
+        facts: dict[str, Any] | None = None,
+        seal: Callable[[Path], None] = lambda staged: None,
+    ) -> str:
         """Send a staged directory to <prefix>/sha256-<digest>, its manifest last, and return its URI.
 
         The digest is that of all its files, unless another one is given. Where the key exists already, that copy
-        stays. Files that an earlier attempt sent are not sent again.
+        stays. Files that an earlier attempt sent are not sent again. `seal` is given the directory when its manifest
+        is written, before that is sent.
         """
         manifest = write_manifest(staged, facts or {})
+        seal(staged)
         key = f"{prefix}/sha256-{digest or manifest['digest']}"
         with self._connect() as client:
             if not s3.exists(client, self.bucket, self._name(f"{key}/{MANIFEST}")):
                 folder = self._folder(key, manifest)
-                self._send(client, staged, folder, manifest["files"])
+                self._send(client, staged, key, folder, manifest["files"])
+                if (staged / SIGNATURE).is_file():
+                    self.put(f"{key}/{SIGNATURE}", (staged / SIGNATURE).read_bytes())
                 data = (staged / MANIFEST).read_bytes()
                 s3.put_if_absent(client, self.bucket, self._name(f"{key}/{MANIFEST}"), data)
             kept = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
@@ -119,6 +126,33 @@ class BucketStore:
             raise gone(uri)
         return read_manifest(uri, data)
 
+    def attach(self, uri: str, name: str, data: bytes) -> None:
+        """Put a file beside an artifact's own, such as a signature; its local copy is fetched again."""
+        self.put(f"{self._key(uri)}/{name}", data)
+        self.copies.remove(self._key(uri))
+
+    def sweep(self, prefix: str, older_than: timedelta) -> int:
+        """Remove what uploads that were broken off so long ago left under a prefix; returns how many there were."""
+        with self._connect() as client:
+            return s3.sweep(client, self.bucket, self._name(f"{prefix}/"), older_than)
+
+    def artifacts(self, prefix: str) -> list[Found]:
+        """The artifacts under a prefix, and what there is of those that are not whole; sorted by URI."""
+        found: dict[str, Found] = {}
+        with self._connect() as client:
+            for item in client.list_objects(self.bucket, prefix=self._name(f"{prefix}/"), recursive=True):
+                key = (item.object_name or "").removeprefix(self._name(""))
+                if (artifact := ARTIFACT.match(key)) and item.last_modified:
+                    uri, size, whole = (
+                        self.uri(artifact.group()),
+                        item.size or 0,
+                        key == f"{artifact.group()}/{MANIFEST}",
+                    )
+                    one = found.get(uri, Found(uri, 0, item.last_modified, False))
+                    modified = max(one.modified, item.last_modified)
+                    found[uri] = Found(uri, one.size + size, modified, one.whole or whole)
+        return sorted(found.values())
+
     def remove(self, uri: str) -> None:
         """Remove an artifact, its manifest first; nothing happens where it is gone already."""
         key = self._key(uri)
@@ -138,7 +172,7 @@ class BucketStore:
             folder = self._folder(key, manifest)
             listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
             there = {(item.object_name or "").removeprefix(f"{folder}/"): item for item in listed}
-            for name in sorted(there.keys() - {MANIFEST} - {entry["path"] for entry in manifest["files"]}):
+            for name in sorted(there.keys() - {MANIFEST, SIGNATURE} - {entry["path"] for entry in manifest["files"]}):
                 raise ForgeError(f"store: {where}: {name} is not in the manifest; remove the artifact and run again")
             for entry in manifest["files"]:
                 if (item := there.get(entry["path"])) is None:
@@ -148,32 +182,35 @@ class BucketStore:
                         f"store: {where}: {entry['path']} has {item.size} bytes, and its manifest says {entry['size']};"
                         " remove the artifact and run again"
                     )
-            stop = threading.Event()
-
-            def fetch(entry: dict[str, Any]) -> None:
-                path = directory / entry["path"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                item = there[entry["path"]]
-                file = s3.File(item.object_name or "", item.size or 0, (item.etag or "").strip('"'))
-                s3.download(client, self.bucket, file, path, stop)
-                if not stop.is_set() and digest_file(path) != entry["sha256"]:
-                    raise ForgeError(f"store: {where}: {entry['path']} is damaged; remove the artifact and run again")
-
-            _all(fetch, manifest["files"], stop)
+            wanted = [
+                (
+                    File(item.object_name or "", entry["size"], (item.etag or "").strip('"'), entry["sha256"]),
+                    directory / entry["path"],
+                )
+                for entry in manifest["files"]
+                if (item := there[entry["path"]])
+            ]
+            if signature := s3.read(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
+                (directory / SIGNATURE).write_bytes(signature)
+            try:
+                with shown(f"fetch {key}", sum(file.size for file, _ in wanted)) as tell:
+                    download(client, self.bucket, wanted, tell)
+            except s3.Damaged as error:
+                name = str(error).removeprefix(f"{folder}/")
+                raise ForgeError(f"store: {where}: {name} is damaged; remove the artifact and run again") from None
         (directory / MANIFEST).write_bytes(data)
 
-    def _send(self, client: "Minio", staged: Path, folder: str, entries: list[dict[str, Any]]) -> None:
+    def _send(self, client: "Minio", staged: Path, key: str, folder: str, entries: list[dict[str, Any]]) -> None:
         listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
         there = {item.object_name: (item.size, (item.etag or "").strip('"')) for item in listed}
-        stop = threading.Event()
-
-        def send(entry: dict[str, Any]) -> None:
+        wanted = []
+        for entry in entries:
             path, name = staged / entry["path"], f"{folder}/{entry['path']}"
             size, etag = there.get(name, (None, ""))
-            if not stop.is_set() and not (size == entry["size"] and s3.is_etag_of(path, etag)):
-                s3.upload(client, self.bucket, path, name, entry["sha256"])
-
-        _all(send, entries, stop)
+            if not (size == entry["size"] and is_etag_of(path, etag)):
+                wanted.append((path, File(name, entry["size"], sha256=entry["sha256"])))
+        with shown(f"send {key}", sum(file.size for _, file in wanted)) as tell:
+            upload(client, self.bucket, wanted, tell)
 
     def _folder(self, key: str, manifest: dict[str, Any]) -> str:
         """Where an artifact's files are: beside its manifest, where its name is the digest of what it holds.
@@ -193,17 +230,3 @@ class BucketStore:
 
     def _connect(self) -> contextlib.AbstractContextManager["Minio"]:
         return s3.connect(f"store {self.root}", self.settings, s3.SENDING)
-
-
-def _all(action: Callable[[T], None], of: Iterable[T], stop: threading.Event) -> None:
-    """Do something for each, several at once; after a failure the rest is not begun, or ends early."""
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        futures = [pool.submit(action, one) for one in of]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise

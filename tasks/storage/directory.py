@@ -4,12 +4,14 @@ import contextlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tasks.errors import ForgeError
+from tasks.storage.artifacts import Found
 from tasks.storage.files import staged_directory, sweep, sync
 from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
 
@@ -93,13 +95,21 @@ class DirectoryStore:
         """Whether there is an object or a directory of this key."""
         return (self.root / key).exists()
 
-    def publish(self, staged: Path, prefix: str, digest: str = "", facts: dict[str, Any] | None = None) -> str:
+    def publish(
+        self,
+        staged: Path,
+        prefix: str,
+        digest: str = "",
+        facts: dict[str, Any] | None = None,
+        seal: Callable[[Path], None] = lambda staged: None,
+    ) -> str:
         """Move a staged directory to <prefix>/sha256-<digest>, whole, and return its URI.
 
         The digest is that of all its files, unless another one is given. Where the key exists already, that copy
-        stays.
+        stays. `seal` is given the directory when its manifest is written.
         """
         manifest = write_manifest(staged, facts or {})
+        seal(staged)
         target = self.root / prefix / f"sha256-{digest or manifest['digest']}"
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in [*staged.rglob("*"), staged]:
@@ -111,6 +121,24 @@ class DirectoryStore:
             raise ForgeError(f"store: {target} could not be written; is there a file of that name?")
         sync(target.parent)
         return target.as_uri()
+
+    def attach(self, uri: str, name: str, data: bytes) -> None:
+        """Put a file beside a published directory's own, such as a signature."""
+        self.put(f"{self.path(uri).relative_to(self.root).as_posix()}/{name}", data)
+
+    def artifacts(self, prefix: str) -> list[Found]:
+        """The artifacts under a prefix, sorted by URI; all of them are whole."""
+        found = []
+        for path in (self.root / prefix).rglob(MANIFEST):
+            if path.parent.name.startswith("sha256-"):
+                size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+                modified = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                found.append(Found(path.parent.as_uri(), size, modified, True))
+        return sorted(found)
+
+    def sweep(self, prefix: str, older_than: timedelta) -> int:
+        """Nothing: what processes left that were killed is swept whenever the store is opened."""
+        return 0
 
     def remove(self, uri: str) -> None:
         """Remove a published directory; nothing happens where it is gone already."""

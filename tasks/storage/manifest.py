@@ -8,11 +8,12 @@ from tasks.errors import ForgeError
 from tasks.storage.digest import digest_directory
 
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"  # of all other files, the manifest included, which therefore does not name it
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of all other files in a directory: path, size and SHA-256 of each, and what else is known."""
-    digest, files = digest_directory(directory, exclude={MANIFEST})
+    digest, files = digest_directory(directory, exclude={MANIFEST, SIGNATURE})
     entries = [
         {"path": path, "size": (directory / path).stat().st_size, "sha256": sha256} for path, sha256 in files.items()
     ]
@@ -35,15 +36,15 @@ def read_manifest(where: str, data: bytes) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(directory: Path, digest: str) -> None:
-    """Raise ForgeError, naming the file, unless a directory's files are those of its manifest, and of this digest."""
+def verify(directory: Path, digest: str) -> dict[str, Any]:
+    """A directory's manifest; ForgeError, naming the file, unless its files are the manifest's, and of this digest."""
     where = f"package {directory}"
     try:
         data = (directory / MANIFEST).read_bytes()
     except OSError:
         raise ForgeError(f"{where}: {MANIFEST} is missing; delete the package and run again") from None
     manifest = read_manifest(where, data)
-    found, files = digest_directory(directory, exclude={MANIFEST})
+    found, files = digest_directory(directory, exclude={MANIFEST, SIGNATURE})
     expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     for file in sorted(expected.keys() | files.keys()):
         if expected.get(file) != files.get(file):
@@ -51,6 +52,7 @@ def verify(directory: Path, digest: str) -> None:
             raise ForgeError(f"{where}: {file} is {what}; delete the package and run again")
     if found != digest:
         raise ForgeError(f"{where}: its digest is {found}, not {digest}; delete the package and run again")
+    return manifest
 
 
 def gone(uri: str) -> ForgeError:

@@ -7,9 +7,7 @@ import contextlib
 import glob
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +15,8 @@ from typing import TYPE_CHECKING
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage.digest import digest_json
-from tasks.storage.s3 import CONNECTIONS, S3, File, connect, download, split
+from tasks.storage.s3 import S3, connect, split
+from tasks.storage.transfer import File, download
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -62,13 +61,7 @@ def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str,
             bucket, _ = split(source)
             # Keys may hold anything, .. and names too long for a file included: only the ending is kept.
             paths = [directory / f"{number:06}{_suffix(file, suffixes)}" for number, file in enumerate(files)]
-            stop = threading.Event()
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
-                try:
-                    list(pool.map(lambda file, path: download(client, bucket, file, path, stop), files, paths))
-                except BaseException:
-                    stop.set()
-                    raise
+            download(client, bucket, list(zip(files, paths, strict=True)), lambda done: None)
         return [(f"{S3}{bucket}/{file.name}", path) for file, path in zip(files, paths, strict=True)]
     with _hub(source) as (api, uri):
         files = _repository_files(api, uri, source, suffixes)

@@ -1,13 +1,10 @@
-"""S3, by the minio client: connected with the settings, its errors told as ours, files moved whole or not at all."""
+"""S3, by the minio client: connected with the settings, its errors told as ours, and small objects."""
 
 import contextlib
-import functools
-import hashlib
 import re
-import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tasks.errors import ForgeError
@@ -15,23 +12,19 @@ from tasks.settings import Settings
 
 if TYPE_CHECKING:
     from minio import Minio
+    from minio.credentials import Provider
 
 S3 = "s3://"
 CONNECTIONS = 8
-ATTEMPTS = 3  # for a transfer that breaks off or arrives damaged; the clients retry requests that fail themselves
-CHUNK = 1 << 20  # bytes
 CONNECT = 5  # seconds
-PART = 16 << 20  # bytes of a file that are sent at once; of the sizes tried the fastest
+RETRIES = 6  # of a request that is idempotent; the waits between them double up to 5 seconds
+PASSING = (500, 502, 503, 504)
+READ = 20  # seconds until the server says something, or something more
 SENDING = 60  # seconds that a part may take
-MD5 = re.compile("[0-9a-f]{32}")
 
 
-class File(NamedTuple):
-    """A file at a source: its key or path there, its bytes, and in S3 its etag."""
-
-    name: str
-    size: int
-    etag: str = ""
+class Damaged(Exception):
+    """An object's bytes are not those that were sent, however often they were; its argument is the object's name."""
 
 
 @contextlib.contextmanager
@@ -45,36 +38,45 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
     from urllib3 import PoolManager, Retry, Timeout
     from urllib3.exceptions import HTTPError
 
-    given = {
-        "FORGE_S3_ENDPOINT": settings.s3_endpoint,
-        "FORGE_S3_ACCESS_KEY": settings.s3_access_key.get_secret_value(),
-        "FORGE_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
-    }
-    if missing := [name for name, value in given.items() if not value]:
-        raise ForgeError(f"{what}: S3 needs a server and credentials; set {', '.join(missing)}")
-    endpoint, access_key, secret_key = given.values()
+    endpoint, credentials = settings.s3_endpoint, _credentials(settings)
+    if not endpoint or credentials is None:
+        given = {
+            "FORGE_S3_ENDPOINT": endpoint,
+            "FORGE_S3_ACCESS_KEY": credentials or settings.s3_access_key.get_secret_value(),
+            "FORGE_S3_SECRET_KEY": credentials or settings.s3_secret_key.get_secret_value(),
+        }
+        missing = ", ".join(name for name, value in given.items() if not value)
+        raise ForgeError(f"{what}: S3 needs a server and credentials; set {missing} (or AWS's variables for the keys)")
     url = urlsplit(endpoint)
     # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
     http = PoolManager(
         maxsize=CONNECTIONS,
-        timeout=Timeout(connect=sending, read=20),  # urllib3 sends under the limit to connect
-        retries=Retry(total=5, connect=2, read=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+        timeout=Timeout(connect=sending, read=READ),  # urllib3 sends under the limit to connect
+        retries=Retry(
+            total=RETRIES, connect=2, backoff_factor=0.1, backoff_jitter=0.1, backoff_max=5, status_forcelist=PASSING
+        ),
     )
     try:
-        yield Minio(
+        client = Minio(
             url.netloc,
-            access_key,
-            secret_key,
             secure=url.scheme == "https",
             region=settings.s3_region,
             http_client=http,
+            credentials=credentials,
         )
+        if settings.s3_virtual_host:
+            client.enable_virtual_style_endpoint()
+        yield client
     except S3Error as error:
         raise _answered(what, endpoint, error.code or "", error.message or "") from None
     except HTTPError as error:
         reason = getattr(error, "reason", None) or error
         raise ForgeError(
             f"{what}: {endpoint} cannot be read ({reason}); check FORGE_S3_ENDPOINT and the network"
+        ) from None
+    except Damaged as error:
+        raise ForgeError(
+            f"{what}: {error} arrived damaged again and again; see the network and the server's disks, and run again"
         ) from None
     except (MinioException, SyntaxError) as error:  # ElementTree's errors are SyntaxErrors
         if found := re.search("<Code>([^<]+)</Code>", str(error)):  # the client takes no XML that is called text
@@ -99,98 +101,25 @@ def _answered(what: str, endpoint: str, code: str, message: str) -> ForgeError:
     return ForgeError(f"{what}: {endpoint} answers {code}{f' ({message})' if message else ''}; {mend}")
 
 
+def _credentials(settings: Settings) -> "Provider | None":
+    """Where the keys come from: the settings, or else the usual AWS variables, or else the AWS credentials file."""
+    from minio.credentials import AWSConfigProvider, ChainedProvider, EnvAWSProvider, StaticProvider
+
+    access_key, secret_key = settings.s3_access_key.get_secret_value(), settings.s3_secret_key.get_secret_value()
+    if access_key or secret_key:
+        return StaticProvider(access_key, secret_key) if access_key and secret_key else None
+    found = ChainedProvider([EnvAWSProvider(), AWSConfigProvider()])
+    try:
+        found.retrieve()
+    except ValueError:
+        return None
+    return found
+
+
 def split(source: str) -> tuple[str, str]:
     """The bucket and the key or prefix of an S3 URI."""
     bucket, _, key = source.removeprefix(S3).partition("/")
     return bucket, key
-
-
-def download(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
-    """Write one object to a path, whole or not at all; ends early where told to stop."""
-    from urllib3.exceptions import ProtocolError, ReadTimeoutError
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _transfer(client, bucket, file, path, stop)
-        except (ProtocolError, ReadTimeoutError):
-            if attempt == ATTEMPTS:
-                raise
-        else:
-            return
-
-
-def _transfer(client: "Minio", bucket: str, file: File, path: Path, stop: threading.Event) -> None:
-    from urllib3.exceptions import ProtocolError
-
-    staged = path.with_name(f"{path.name}.part")
-    size, md5 = 0, hashlib.md5(usedforsecurity=False)
-    response = client.get_object(bucket, file.name)
-    try:
-        headers = response.headers
-        if headers.get("ETag", "").strip('"') != file.etag:
-            raise ForgeError(f"{S3}{bucket}/{file.name}: changed while it was being read; run again")
-        with staged.open("wb") as opened:
-            # As stored: an object's Content-Encoding says how to show it, while its size and its etag count its bytes.
-            for chunk in response.stream(CHUNK, decode_content=False):
-                if stop.is_set():
-                    return
-                opened.write(chunk)
-                md5.update(chunk)
-                size += len(chunk)
-    finally:
-        response.close()
-        response.release_conn()
-    # The etag of a multipart upload holds a dash; that of an object encrypted with a key of KMS is no digest either.
-    plain = MD5.fullmatch(file.etag) and not headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-    if size != file.size or (plain and md5.hexdigest() != file.etag):
-        raise ProtocolError(f"{file.name} arrived damaged {ATTEMPTS} times")
-    staged.replace(path)
-
-
-def upload(client: "Minio", bucket: str, path: Path, name: str, sha256: str) -> None:
-    """Send a file, and make sure that what arrived is what was sent.
-
-    The server's etag says so where it is the usual digest of what arrived; where it is another, the file is read back.
-    """
-    from minio.error import S3Error
-    from urllib3.exceptions import HTTPError, ProtocolError
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            written = client.fput_object(bucket, name, str(path), part_size=PART)
-            if not is_etag_of(path, written.etag or "") and _digest_there(client, bucket, name) != sha256:
-                raise ProtocolError(f"{name} arrived damaged {ATTEMPTS} times")
-        except (S3Error, HTTPError) as error:
-            passing = not isinstance(error, S3Error) or error.response.status >= 500
-            if attempt == ATTEMPTS or not passing:
-                raise
-        else:
-            return
-
-
-def is_etag_of(path: Path, etag: str) -> bool:
-    """Whether a server's etag is the usual digest of a file: its MD5, or that of the MD5s of its parts of PART bytes.
-
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
-    """
-    with path.open("rb") as file:
-        if "-" not in etag:
-            return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest() == etag
-        parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in iter(lambda: file.read(PART), b"")]
-    return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}" == etag
-
-
-def _digest_there(client: "Minio", bucket: str, name: str) -> str:
-    """SHA-256 of an object, by reading it."""
-    sha256 = hashlib.sha256()
-    response = client.get_object(bucket, name)
-    try:
-        for chunk in response.stream(CHUNK, decode_content=False):
-            sha256.update(chunk)
-    finally:
-        response.close()
-        response.release_conn()
-    return sha256.hexdigest()
 
 
 def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
@@ -243,3 +172,22 @@ def read(client: "Minio", bucket: str, name: str) -> bytes | None:
     finally:
         response.close()
         response.release_conn()
+
+
+def sweep(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
+    """Abort uploads in parts under a prefix that were begun before so long, and return how many.
+
+    A process that was killed leaves them, and they take room that no listing shows.
+    """
+    swept, key, upload_id = 0, "", ""
+    while True:
+        # No public method tells of them.
+        found = client._list_multipart_uploads(bucket, prefix=prefix, key_marker=key, upload_id_marker=upload_id)
+        for upload in found.uploads:
+            begun = upload.initiated_time
+            if begun is None or datetime.now(UTC) - begun >= older_than:
+                client._abort_multipart_upload(bucket, upload.object_name, upload.upload_id or "")
+                swept += 1
+        key, upload_id = found.next_key_marker or "", found.next_upload_id_marker or ""
+        if not found.is_truncated or not key:
+            return swept

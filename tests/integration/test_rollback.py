@@ -37,17 +37,17 @@ def second_version(home: Home, breakage: str) -> tuple[Version, Evaluation]:
     facts = home.facts()
     client = open_registry(home.settings)
     first = client.get_model_version("dates", "1")
-    package = store.root / "models" / "dates" / f"sha256-{breakage}"
-    shutil.copytree(store.path(first.source), package)
-    if breakage == "weights":
-        (package / "model.safetensors").write_bytes(b"not a model")
-    else:
-        template = package / "chat_template.jinja"
-        template.write_text(template.read_text().replace("<|assistant|>", "<|user|>"))
-    made = client.create_model_version("dates", source=package.as_uri())
-    version = Version(
-        uri=package.as_uri(), digest=breakage, store=store.identity, name="dates", version=str(made.version), run_id=""
-    )
+    with store.stage() as package:
+        shutil.copytree(store.path(first.source), package, dirs_exist_ok=True)
+        if breakage == "weights":
+            (package / "model.safetensors").write_bytes(b"not a model")
+        else:
+            template = package / "chat_template.jinja"
+            template.write_text(template.read_text().replace("<|assistant|>", "<|user|>"))
+        uri = store.publish(package, "models/dates", facts={"name": "dates"})
+    made = client.create_model_version("dates", source=uri)
+    digest = uri.rpartition("sha256-")[2]
+    version = Version(uri=uri, digest=digest, store=store.identity, name="dates", version=str(made.version), run_id="")
     names = ("items", "score", "score_base", "exact_match", "nll", "nll_base", "verdict", "reason")
     scores = {name: facts[name] for name in names}
     evaluation = Evaluation(

@@ -12,7 +12,7 @@ from minio import Minio
 
 from tasks.errors import ForgeError
 from tasks.settings import Settings
-from tasks.storage import BucketStore, s3
+from tasks.storage import BucketStore, transfer
 from tests.storage.servers import client_of, moto, rclone, settings_of
 
 GIVEN = os.environ.get("FORGE_TEST_S3_ENDPOINT", "")
@@ -87,7 +87,7 @@ def test_what_is_published_here_is_read_elsewhere(place: Place) -> None:
 
 
 def test_files_of_many_parts_arrive(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART", 5 << 20)
+    monkeypatch.setattr(transfer, "PART", 5 << 20)
     big = {"model.safetensors": os.urandom(1 << 20) * 17}
     assert contents(place.store("elsewhere").path(publish(place.store(), files=big))) == big
 
@@ -96,15 +96,15 @@ def test_nothing_is_sent_twice(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     """What an attempt sent that was broken off is there already; of a published artifact nothing is sent."""
     sent: list[str] = []
     broken = ["model.safetensors"]
-    upload = s3.upload
+    send = transfer._Sending.send
 
-    def watched(client, bucket, path, name, sha256) -> None:
+    def watched(self: transfer._Sending, path: Path, file: transfer.File) -> None:
         if path.name in broken:
             raise KeyboardInterrupt
-        upload(client, bucket, path, name, sha256)
+        send(self, path, file)
         sent.append(path.name)
 
-    monkeypatch.setattr(s3, "upload", watched)
+    monkeypatch.setattr(transfer._Sending, "send", watched)
     with pytest.raises(KeyboardInterrupt):
         publish(place.store())
     assert not any(name.endswith("manifest.json") for name in place.names())
@@ -112,7 +112,7 @@ def test_nothing_is_sent_twice(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     uri = publish(place.store())
     assert sorted(sent) == ["config.json", "empty", "model.safetensors", "ü ~.txt"]
     publish(place.store())
-    assert len(sent) == 4
+    assert len(sent) == 4, "nothing that was there"
     assert contents(place.store("elsewhere").path(uri)) == FILES
 
 
