@@ -9,7 +9,7 @@ from tasks.registry import PACKAGE_DIGEST, open_registry
 from tasks.settings import Settings
 from tasks.signature import check_signature
 from tasks.storage import Store
-from tasks.storage.manifest import verify
+from tasks.storage.manifest import SIGNATURE, verify
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -59,6 +59,11 @@ def find_version(model_uri: str, settings: Settings) -> "ModelVersion":
         raise ForgeError(f"{model_uri}: no such version ({reason}); see history --name {parts['name']}") from None
 
 
+def signature_of(uri: str, store: Store) -> bytes | None:
+    """A package's signature, or None where it has none."""
+    return store.read("/".join([*uri.split("/")[-3:], SIGNATURE]))
+
+
 def open_package(uri: str, digest: str, settings: Settings, store: Store) -> tuple[Path, dict[str, Any]]:
     """A package's local directory and its manifest, every file verified, and the signature where a key is set."""
     directory = store.path(uri)
@@ -66,5 +71,6 @@ def open_package(uri: str, digest: str, settings: Settings, store: Store) -> tup
     name = uri.split("/")[-2]
     if manifest.get("name", name) != name:
         raise ForgeError(f"package {uri}: its manifest is that of {manifest['name']}; remove it and register again")
-    check_signature(directory, settings)
+    if settings.verify_key is not None:
+        check_signature(directory, signature_of(uri, store), settings)  # the store's: it may be younger than a copy
     return directory, manifest

@@ -32,13 +32,13 @@ def sign(directory: Path, settings: Settings) -> None:
         ) from None
 
 
-def check_signature(directory: Path, settings: Settings) -> None:
+def check_signature(directory: Path, signature: bytes | None, settings: Settings) -> None:
     """ForgeError unless a directory is signed as it is, where FORGE_VERIFY_KEY is set."""
     if settings.verify_key is None:
         return
     from model_signing.verifying import Config
 
-    if not (directory / SIGNATURE).is_file():
+    if signature is None:
         raise ForgeError(f"package {directory}: is not signed; register its model again, with FORGE_SIGNING_KEY set")
     try:
         verifying = Config().set_hashing_config(_hashing(directory))
@@ -48,7 +48,10 @@ def check_signature(directory: Path, settings: Settings) -> None:
             f"FORGE_VERIFY_KEY {settings.verify_key}: is no key ({_first(error)}); give the path of a public key in PEM"
         ) from None
     try:
-        verifying.verify(directory, directory / SIGNATURE)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(signature)
+            file.flush()
+            verifying.verify(directory, Path(file.name))
     except Exception as error:  # a broken signature raises whatever its parts do
         raise ForgeError(
             f"package {directory}: its signature {SIGNATURE} is not one of FORGE_VERIFY_KEY {settings.verify_key} over "
@@ -65,7 +68,7 @@ def check_keys(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "file").write_text("signed")
         sign(Path(directory), settings)
-        check_signature(Path(directory), settings)
+        check_signature(Path(directory), (Path(directory) / SIGNATURE).read_bytes(), settings)
 
 
 def _hashing(directory: Path) -> "Config":

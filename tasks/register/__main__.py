@@ -1,12 +1,14 @@
-"""`python -m tasks.register ui`: MLflow's UI on the embedded registry (what `make ui` runs)."""
+"""`python -m tasks.register ui|fetch`: MLflow's UI on the embedded registry (what `make ui` runs), and a package."""
 
 import os
 import sys
 
 import click
 
+from tasks.package import fetch as fetch_package
 from tasks.registry import artifact_root, open_registry, tracking_uri
 from tasks.settings import load_settings
+from tasks.storage import open_store
 
 
 @click.group()
@@ -27,6 +29,14 @@ def ui(port: int) -> None:
     where = ["--backend-store-uri", tracking_uri(settings), "--default-artifact-root", artifact_root(settings) or ""]
     listen = ["--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *listen, *where])  # noqa: S606
+
+
+@cli.command()
+@click.argument("model_uri")
+def fetch(model_uri: str) -> None:
+    """Print the local directory of a verified package: models:/NAME@champion, models:/NAME/3, or its own URI."""
+    settings = load_settings()
+    click.echo(fetch_package(model_uri, settings, open_store(settings)))
 
 
 if __name__ == "__main__":

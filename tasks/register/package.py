@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tasks.package import open_package
+from tasks.package import open_package, signature_of
 from tasks.register.card import CARD, model_card
 from tasks.settings import Settings
 from tasks.signature import sign
@@ -28,7 +28,7 @@ def build_package(model: Path, facts: dict[str, Any], settings: Settings, store:
         prefix = f"models/{facts['name']}"
         uri = store.publish(staged, prefix, facts=facts, seal=lambda directory: sign(directory, settings))
     digest = uri.rpartition("sha256-")[2]
-    if settings.signing_key is not None and not (store.path(uri) / SIGNATURE).is_file():
+    if settings.signing_key is not None and signature_of(uri, store) is None:
         _sign_later(uri, settings, store)
     open_package(uri, digest, settings, store)
     return uri, digest

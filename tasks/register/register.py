@@ -122,7 +122,8 @@ def record_run(
         else client.create_experiment(recipe.name, artifact_location=artifact_root(settings))
     )
     for run in client.search_runs([experiment_id], f"tags.{MODEL_DIGEST} = '{digest}'"):
-        if run.info.status == "FINISHED":
+        if run.info.status == "FINISHED":  # by an attempt that was broken off before there was a version
+            log_evaluation(client, run.info.run_id, evaluation)
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)
     run_id = str(

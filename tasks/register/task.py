@@ -1,10 +1,13 @@
-"""The door of registration. Not cached by Flyte: it finds for itself what an earlier run has done."""
+"""The doors of the registry. Not cached by Flyte: each looks for itself at what is there."""
 
 from flytekit import task
+from rich.console import Console
 
 from tasks.contracts import Dataset, Evaluation, Model, Version
 from tasks.recipe import Recipe
+from tasks.register import history as past
 from tasks.register.register import register
+from tasks.register.retention import retain, retention_table
 from tasks.settings import load_settings
 from tasks.storage import open_store
 
@@ -14,3 +17,31 @@ def register_model(recipe: Recipe, dataset: Dataset, model: Model, evaluation: E
     """A trained model to a package in the store and a version in MLflow."""
     settings = load_settings()
     return register(recipe, dataset, model, evaluation, settings, open_store(settings))
+
+
+@task
+def show_history(name: str) -> list[str]:
+    """Print the versions of a name, the newest first, and return their numbers."""
+    settings = load_settings()
+    entries = past.history(name, settings, open_store(settings))
+    Console().print(past.history_table(name, entries))
+    return [entry.version for entry in entries]
+
+
+@task
+def show_lineage(name: str, version: str) -> str:
+    """Print what a version was made from, the champion without one, and return the URI of its package."""
+    settings = load_settings()
+    model_uri = f"models:/{name}/{version}" if version else f"models:/{name}@champion"
+    facts = past.lineage(model_uri, settings, open_store(settings))
+    Console().print(past.lineage_tree(facts), soft_wrap=True)
+    return str(facts["package"]["uri"])
+
+
+@task
+def apply_retention(name: str, keep: int, days: float, dry_run: bool) -> list[str]:
+    """Print what goes, or would go, and return the URIs of those packages."""
+    settings = load_settings()
+    removals = retain(name, keep, days, dry_run, settings, open_store(settings))
+    Console().print(retention_table(removals, dry_run))
+    return [removal.package.uri for removal in removals]

@@ -127,9 +127,8 @@ class BucketStore:
         return read_manifest(uri, data)
 
     def attach(self, uri: str, name: str, data: bytes) -> None:
-        """Put a file beside an artifact's own, such as a signature; its local copy is fetched again."""
+        """Put a file beside an artifact's own, such as a signature."""
         self.put(f"{self._key(uri)}/{name}", data)
-        self.copies.remove(self._key(uri))
 
     def sweep(self, prefix: str, older_than: timedelta) -> int:
         """Remove what uploads that were broken off so long ago left under a prefix; returns how many there were."""

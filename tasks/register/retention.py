@@ -1,0 +1,113 @@
+"""What may go: old versions, packages that no version names, and what attempts left that were broken off."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.table import Table
+
+from tasks.errors import ForgeError
+from tasks.promotion import promotions
+from tasks.register.history import aliases_of, names_of, versions_of
+from tasks.registry import open_registry, telling
+from tasks.settings import Settings
+from tasks.storage import Store
+from tasks.storage.artifacts import Found
+from tasks.storage.lease import lease
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ABANDONED = timedelta(days=1)  # an attempt that began before is not going on any more
+
+
+class Removal(NamedTuple):
+    """A package that goes, with the versions that named it, and why."""
+
+    name: str
+    versions: tuple[str, ...]
+    package: Found
+    why: str
+
+
+def retain(name: str, keep: int, days: float, dry_run: bool, settings: Settings, store: Store) -> list[Removal]:
+    """Remove what is neither a champion nor young nor among the last versions; returns what goes, or would go.
+
+    Kept are, of each name (or of `name` alone): versions with an alias, the champion before the present one, to which
+    a rollback leads, the last `keep` versions, and all that is younger than so many days. A version goes before its
+    package, so that one that is broken off leaves no version without a package. Safe to run again.
+    """
+    client = open_registry(settings)
+    with telling("retention did not end", settings):
+        registered = names_of(client)
+        there = {uri.split("/")[-2] for uri, *_ in store.artifacts("models")}
+        names = sorted(registered | there) if not name else [name]
+        if name and name not in registered | there:
+            raise ForgeError(f"retention: there is no model {name}; there are {', '.join(sorted(registered | there))}")
+        removals: list[Removal] = []
+        for one in names:
+            # Nobody registers or promotes a version of it meanwhile.
+            with lease(store, f"registration-{one}"), lease(store, f"promotion-{one}"):
+                found = _find(client, one, one in registered, keep, timedelta(days=days), store)
+                removals += found
+                if not dry_run:
+                    for removal in found:
+                        for version in removal.versions:
+                            client.delete_model_version(one, version)
+                        store.remove(removal.package.uri)
+        if not dry_run:
+            store.sweep("models", ABANDONED)
+    return removals
+
+
+def _find(
+    client: "MlflowClient", name: str, registered: bool, keep: int, young: timedelta, store: Store
+) -> list[Removal]:
+    versions = versions_of(client, name) if registered else []
+    history = promotions(store, name)
+    if history and not versions:
+        raise ForgeError(
+            f"retention: MLflow knows no version of {name}, though {len(history)} promotions are recorded; nothing was "
+            "removed. Check FORGE_MLFLOW_URI, or remove the promotions' records with the packages by hand"
+        )
+    aliased = aliases_of(client, name) if registered else {}
+    before = {history[-1].previous} if history else set()
+    now = datetime.now(UTC)
+    kept: set[str] = set()
+    going: dict[str, list[str]] = {}
+    for place, version in enumerate(versions):
+        age = now - datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+        number, source = str(version.version), version.source or ""
+        if place < keep or number in aliased or number in before or age < young:
+            kept.add(source)
+        else:
+            going.setdefault(source, []).append(number)
+    removals = []
+    for package in store.artifacts(f"models/{name}"):
+        age, named = now - package.modified, tuple(going.get(package.uri, ()))
+        if package.uri in kept:
+            continue
+        if not package.whole:
+            if age > max(young, ABANDONED):
+                removals.append(Removal(name, named, package, "never became whole"))
+        elif named:
+            removals.append(Removal(name, named, package, f"older than {young.days} days, not among the last {keep}"))
+        elif age > young:
+            removals.append(Removal(name, (), package, "no version names it"))
+    return removals
+
+
+def retention_table(removals: Sequence[Removal], dry_run: bool) -> Table:
+    """What goes, for the terminal."""
+    total = sum(removal.package.size for removal in removals)
+    verb = "would be freed; run with --no-dry_run to free it" if dry_run else "freed"
+    table = Table(title=f"{len(removals)} packages, {total / 1e6:,.1f} MB {verb}")
+    for column in ("model", "versions", "package", "MB", "written (UTC)", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+    for removal in removals:
+        package = removal.package
+        table.add_row(
+            removal.name, ", ".join(removal.versions), package.uri.rpartition("/")[2][:19],
+            f"{package.size / 1e6:,.1f}", f"{package.modified:%Y-%m-%d %H:%M}", removal.why,
+        )  # fmt: skip
+    return table
