@@ -126,8 +126,7 @@ def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
     version = find_version(model_uri, settings)
     uri, digest = resolve(f"models:/{version.name}/{version.version}", settings)
     manifest = store.manifest(uri)
-    dataset = f"datasets/sha256-{manifest.get('dataset', '')}"
-    card = store.read(f"{dataset}/dataset.json")
+    card = store.part(store.uri(f"datasets/sha256-{manifest['dataset']}"), "dataset.json")
     source = json.loads(card)["source"] if card else {}
     moved = [one for one in promotions(store, version.name) if one.version == str(version.version)]
     return {

@@ -126,6 +126,15 @@ class BucketStore:
             raise gone(uri)
         return read_manifest(uri, data)
 
+    def part(self, uri: str, name: str) -> bytes | None:
+        """A small file of an artifact, without the others; None where it, or the artifact, is not there."""
+        data = self.read(f"{self._key(uri)}/{MANIFEST}")
+        if data is None:
+            return None
+        with self._connect() as client:
+            folder = self._folder(self._key(uri), read_manifest(uri, data))
+            return s3.read(client, self.bucket, f"{folder}/{name}")
+
     def attach(self, uri: str, name: str, data: bytes) -> None:
         """Put a file beside an artifact's own, such as a signature."""
         self.put(f"{self._key(uri)}/{name}", data)

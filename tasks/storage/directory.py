@@ -122,6 +122,12 @@ class DirectoryStore:
         sync(target.parent)
         return target.as_uri()
 
+    def part(self, uri: str, name: str) -> bytes | None:
+        """A small file of a published directory; None where it, or the directory, is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            return (Path(unquote(urlsplit(uri).path)) / name).read_bytes()
+        return None
+
     def attach(self, uri: str, name: str, data: bytes) -> None:
         """Put a file beside a published directory's own, such as a signature."""
         self.put(f"{self.path(uri).relative_to(self.root).as_posix()}/{name}", data)

@@ -179,10 +179,16 @@ def sweep(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> i
 
     A process that was killed leaves them, and they take room that no listing shows.
     """
+    from minio.error import MinioException
+
     swept, key, upload_id = 0, "", ""
     while True:
-        # No public method tells of them.
-        found = client._list_multipart_uploads(bucket, prefix=prefix, key_marker=key, upload_id_marker=upload_id)
+        try:  # no public method tells of them
+            found = client._list_multipart_uploads(bucket, prefix=prefix, key_marker=key, upload_id_marker=upload_id)
+        except MinioException as error:
+            if "NoSuchUpload" in str(error):  # rclone's way to say that there are none
+                return swept
+            raise
         for upload in found.uploads:
             begun = upload.initiated_time
             if begun is None or datetime.now(UTC) - begun >= older_than:

@@ -1,16 +1,21 @@
 """Small packages of random bytes in stores of every kind, for tests that need no model in them."""
 
 import contextlib
+import json
+import random
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from tasks.contracts import Base, Dataset, Evaluation, Model, Version
+from tasks.recipe import Recipe
 from tasks.register.package import build_package
+from tasks.register.register import register
 from tasks.settings import Settings
-from tasks.storage import Store
+from tasks.storage import Store, open_store
 from tests.storage.servers import client_of, moto, rclone, settings_of
 
 KINDS = ("directory", "moto", "rclone")
@@ -65,3 +70,44 @@ def write_model(directory: Path, seed: bytes = b"1") -> Path:
 def make(directory: Path, settings: Settings, store: Store, seed: bytes = b"1", **more: Any) -> tuple[str, str]:
     """Publish a package of files that the seed decides; returns its URI and digest."""
     return build_package(write_model(directory, seed), facts_of(**more), settings, store)
+
+
+class Inputs(NamedTuple):
+    """What registration is given."""
+
+    recipe: Recipe
+    dataset: Dataset
+    model: Model
+    evaluation: Evaluation
+
+    def register(self, settings: Settings) -> Version:
+        """Register the model."""
+        return register(*self, settings, open_store(settings))
+
+
+def inputs(directory: Path, settings: Settings, recipe: Recipe, seed: bytes = b"1", size: int = 100_000) -> Inputs:
+    """What training and evaluation leave, of random bytes that the seed decides, in the settings' store."""
+    store = open_store(settings)
+    common = {"store": store.identity}
+    training = {"base": {"location": "random weights", "revision": ""}, "versions": {"torch": "2.13.0"}}
+    training |= {"curve": [{"step": 1, "loss": 2.0}], "tokens_per_second": 1000, "made_by": "somebody@somewhere"}
+    with store.stage() as staged:
+        write_model(staged / "model")
+        (staged / "model" / "model.safetensors").write_bytes(random.Random(seed).randbytes(size))
+        (staged / "training.json").write_text(json.dumps(training))
+        trained = store.publish(staged, "trained")
+    with store.stage() as staged:
+        card = {"source": {"uri": "s3://team/raw", "digest": "r" * 64}}
+        (staged / "dataset.json").write_text(json.dumps(card))
+        rows = store.publish(staged, "datasets", "d" * 64)
+    report = directory / "report.html"
+    report.write_text(f"<p>{seed!r}")
+    scores = {"score": 0.75, "score_base": 0.1, "exact_match": 0.75, "nll": 0.2, "nll_base": 5.0, "json_validity": None}
+    return Inputs(
+        recipe,
+        Dataset(uri=rows, digest="d" * 64, train_rows=10, heldout_rows=2, **common),
+        Model(uri=trained, digest=seed.hex(), base=Base(), **common),
+        Evaluation(
+            uri="", digest="e" * 64, items=2, verdict="pass", reason="better", report=str(report), **scores, **common
+        ),
+    )

@@ -1,0 +1,170 @@
+"""What the registry tells of a name, and what retention leaves of it; on stores of every kind."""
+
+import io
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tasks.errors import ForgeError
+from tasks.promotion import promote
+from tasks.recipe import Recipe
+from tasks.register import retention as module
+from tasks.register.history import history, history_table, lineage, lineage_tree
+from tasks.register.retention import retain, retention_table
+from tasks.registry import champion_version, open_registry
+from tasks.settings import Settings
+from tasks.storage import open_store
+from tests.register.packages import Inputs, inputs, settings
+from tests.storage.servers import client_of
+
+__all__ = ["settings"]
+
+
+def text_of(shown: object) -> str:
+    """What a terminal shows."""
+    console = Console(width=200, file=io.StringIO())
+    console.print(shown)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def versions(settings: Settings, recipe: Recipe, tmp_path: Path, count: int) -> list[Inputs]:
+    """Register models that differ; returns what each was registered from."""
+    made = []
+    for number in range(1, count + 1):
+        made.append(inputs(tmp_path, settings, recipe, seed=bytes([number])))
+        made[-1].register(settings)
+    return made
+
+
+def test_the_history_tells_of_each_version_what_it_is_and_when_it_served(tmp_path: Path, recipe: Recipe) -> None:
+    settings = Settings(home=tmp_path)
+    store, client = open_store(settings), open_registry(settings)
+    before = datetime.now(UTC)
+    versions(settings, recipe, tmp_path, 3)
+    for version, instead in (("1", ""), ("2", "1"), ("1", "2")):
+        promote(client, store, "dates", version, instead, "better")
+    third, second, first = history("dates", settings, store)
+    assert [entry.version for entry in (third, second, first)] == ["3", "2", "1"]
+    assert (third.aliases, second.aliases, first.aliases) == (("challenger",), (), ("champion",))
+    assert (third.served, len(second.served), len(first.served)) == ((), 1, 2)
+    assert first.served[0][1] == second.served[0][0]
+    assert first.served[1][1] is None
+    assert before <= first.served[0][0] <= first.served[1][0] <= datetime.now(UTC)
+    assert (first.score, first.verdict, first.dataset) == (0.75, "pass: better", "d" * 64)
+    table = text_of(history_table("dates", [third, second, first]))
+    assert "champion" in table
+    assert first.digest[:12] in table
+    with pytest.raises(ForgeError, match="words: no such registered model; there are: dates"):
+        history("words", settings, store)
+
+
+def test_the_lineage_of_the_champion_leads_to_its_rows(settings: Settings, tmp_path: Path, recipe: Recipe) -> None:
+    store, client = open_store(settings), open_registry(settings)
+    versions(settings, recipe, tmp_path, 2)
+    with pytest.raises(ForgeError, match="no such version"):
+        lineage("models:/dates@champion", settings, store)
+    promote(client, store, "dates", "2", "", "pass: better")
+    facts = lineage("models:/dates@champion", settings, store)
+    assert facts["model"] == "dates version 2"
+    assert facts["data set"] == {"digest": "d" * 64, "rows from": "s3://team/raw"}
+    assert facts["evaluation"]["score"] == 0.75
+    assert facts["package"]["uri"] == client.get_model_version("dates", "2").source
+    assert "pass: better" in facts["promoted"][0]
+    assert lineage("models:/dates/1", settings, store)["promoted"] == []
+    assert "rows from: s3://team/raw" in text_of(lineage_tree(facts))
+
+
+def age(settings: Settings, monkeypatch: pytest.MonkeyPatch, days: float) -> None:
+    """Let so many days pass, as retention sees it."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime.fromtimestamp(time.time(), UTC) + timedelta(days=days)
+
+    monkeypatch.setattr(module, "datetime", Later)
+
+
+def test_retention_keeps_champions_the_last_versions_and_the_young(
+    settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, client = open_store(settings), open_registry(settings)
+    versions(settings, recipe, tmp_path, 6)
+    for version, instead in (("1", ""), ("3", "1"), ("4", "3")):
+        promote(client, store, "dates", version, instead, "better")
+    uris = {number: client.get_model_version("dates", str(number)).source for number in range(1, 7)}
+
+    def left() -> set[int]:
+        return {number for number, uri in uris.items() if store.exists("/".join(uri.split("/")[-3:]))}
+
+    assert retain("dates", 1, 30, False, settings, store) == [], "all are young"
+    age(settings, monkeypatch, 31)
+    would = retain("", 1, 30, True, settings, store)
+    assert {removal.versions for removal in would} == {("1",), ("2",), ("5",)}, "but for 6, the champion, and before it"
+    assert left() == {1, 2, 3, 4, 5, 6}, "a dry run removes nothing"
+    table = text_of(retention_table(would, True))
+    assert "3 packages, 0.3 MB would be freed" in table
+    assert [removal.package.uri for removal in retain("", 1, 30, False, settings, store)] == [
+        removal.package.uri for removal in would
+    ]
+    assert left() == {3, 4, 6}
+    assert {version.version for version in client.search_model_versions("name = 'dates'")} == {3, 4, 6}
+    assert champion_version(client, "dates") == "4"
+    assert retain("", 1, 30, False, settings, store) == []
+    assert store.names("leases/registration-dates") == []
+
+
+def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
+    settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, client = open_store(settings), open_registry(settings)
+    made = versions(settings, recipe, tmp_path, 2)
+    age(settings, monkeypatch, 31)
+
+    def cut(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "remove", cut)
+        with pytest.raises(KeyboardInterrupt):
+            retain("dates", 1, 30, False, settings, store)
+    (removal,) = retain("dates", 1, 30, False, settings, store)
+    assert (removal.versions, removal.why) == ((), "no version names it")
+    assert len(store.artifacts("models")) == 1
+    assert made[0].register(settings).version == "3", "what went may come back"
+    client.delete_registered_model("dates")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "promotions", lambda store, name: ["recorded"])
+        with pytest.raises(ForgeError, match="MLflow knows no version of dates"):
+            retain("", 1, 30, False, settings, store)
+    assert len(store.artifacts("models")) == 2
+    assert len(retain("", 1, 30, False, settings, store)) == 2
+
+
+def test_what_never_became_whole_goes_after_a_day(
+    settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not settings.store:
+        pytest.skip("a directory is never half an artifact")
+    store = open_store(settings)
+    versions(settings, recipe, tmp_path, 1)
+    client, bucket = client_of(settings.s3_endpoint), settings.store.split("/")[2]
+    half = f"models/dates/sha256-{'0' * 64}"
+    client.put_object(bucket, f"forge/{half}/model.safetensors", io.BytesIO(b"half"), 4)
+    client._create_multipart_upload(bucket, f"forge/{half}/more", {})
+    assert retain("", 1, 0, False, settings, store) == []
+    age(settings, monkeypatch, 2)
+    (removal,) = retain("", 1, 0, False, settings, store)
+    assert (removal.package.size, removal.why) == (4, "never became whole")
+    store.sweep("models", timedelta(0))
+    assert client._list_multipart_uploads(bucket).uploads == []
+    assert [found.whole for found in store.artifacts("models")] == [True]
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    with pytest.raises(ForgeError, match="there is no model words"):
+        retain("words", 1, 30, True, settings, open_store(settings))
