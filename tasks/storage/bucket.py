@@ -205,7 +205,10 @@ class BucketStore:
                     download(client, self.bucket, wanted, tell)
             except s3.Damaged as error:
                 name = str(error).removeprefix(f"{folder}/")
-                raise ForgeError(f"store: {where}: {name} is damaged; remove the artifact and run again") from None
+                raise ForgeError(
+                    f"store: {where}: {name} is damaged, in the store or on the way here; run again, and if it stays "
+                    "so, remove the artifact"
+                ) from None
         (directory / MANIFEST).write_bytes(data)
 
     def _send(self, client: "Minio", staged: Path, key: str, folder: str, entries: list[dict[str, Any]]) -> None:

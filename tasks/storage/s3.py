@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 S3 = "s3://"
 CONNECTIONS = 8
 CONNECT = 5  # seconds
-RETRIES = 6  # of a request that is idempotent; the waits between them double up to 5 seconds
+RETRIES = 6  # of a request; the waits between them double up to 5 seconds
 PASSING = (500, 502, 503, 504)
 READ = 20  # seconds until the server says something, or something more
 SENDING = 60  # seconds that a part may take
@@ -53,7 +53,13 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
         maxsize=CONNECTIONS,
         timeout=Timeout(connect=sending, read=READ),  # urllib3 sends under the limit to connect
         retries=Retry(
-            total=RETRIES, connect=2, backoff_factor=0.1, backoff_jitter=0.1, backoff_max=5, status_forcelist=PASSING
+            total=RETRIES,
+            connect=2,
+            backoff_factor=0.1,
+            backoff_jitter=0.1,
+            backoff_max=5,
+            status_forcelist=PASSING,
+            allowed_methods=None,  # S3's POSTs may be repeated too
         ),
     )
     try:
@@ -91,7 +97,10 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
 
 
 def _answered(what: str, endpoint: str, code: str, message: str) -> ForgeError:
+    arrived = "what was sent arrived damaged again and again; see the network, and run again"
     mends = {
+        "BadDigest": arrived,
+        "XAmzContentSHA256Mismatch": arrived,
         "NoSuchBucket": "check the bucket's name and FORGE_S3_ENDPOINT",
         "NoSuchKey": "an object was removed meanwhile; run again",
         "PermanentRedirect": "check FORGE_S3_REGION",
@@ -123,7 +132,7 @@ def split(source: str) -> tuple[str, str]:
 
 
 def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
-    """Write a small object; False where there is one already.
+    """Write a small object; False where there is another one already.
 
     Of racing writers one wins where the server knows If-None-Match (MinIO, AWS, Ceph). Others ignore it, so that the
     last one wins: they are looked at first, and afterwards.
@@ -137,7 +146,7 @@ def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
         client._put_object(bucket, name, data, headers)  # the public methods take no such header
     except S3Error as error:
         if error.code in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return False
+            return read(client, bucket, name) == data  # ours, where the answer to an earlier request was lost
         raise
     return True
 
@@ -162,16 +171,12 @@ def read(client: "Minio", bucket: str, name: str) -> bytes | None:
     if not exists(client, bucket, name):
         return None
     try:
-        response = client.get_object(bucket, name)
+        # Unlike get_object's, its body is read where the client repeats what breaks off.
+        return bytes(client._execute("GET", bucket, name).data)
     except MinioException as error:
         if "NoSuchKey" in str(error):  # removed meanwhile
             return None
         raise
-    try:
-        return response.read()
-    finally:
-        response.close()
-        response.release_conn()
 
 
 def sweep(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
@@ -192,7 +197,11 @@ def sweep(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> i
         for upload in found.uploads:
             begun = upload.initiated_time
             if begun is None or datetime.now(UTC) - begun >= older_than:
-                client._abort_multipart_upload(bucket, upload.object_name, upload.upload_id or "")
+                try:
+                    client._abort_multipart_upload(bucket, upload.object_name, upload.upload_id or "")
+                except MinioException as error:
+                    if "NoSuchUpload" not in str(error):  # aborted or completed meanwhile
+                        raise
                 swept += 1
         key, upload_id = found.next_key_marker or "", found.next_upload_id_marker or ""
         if not found.is_truncated or not key:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import re
 import threading
@@ -23,6 +24,7 @@ ATTEMPTS = 4  # for what breaks off or arrives damaged; the client itself repeat
 PART = 16 << 20  # bytes that are sent at once; of the sizes tried the fastest
 MOST_PARTS = 10_000  # of a file: S3's limit
 CHUNK = 1 << 20  # bytes that are received at once
+MOMENTARY = {"BadDigest", "IncompleteBody", "NoSuchUpload", "RequestTimeout", "XAmzContentSHA256Mismatch"}  # S3's codes
 TYPE = {"Content-Type": "application/octet-stream"}
 MD5 = re.compile("[0-9a-f]{32}")
 T = TypeVar("T")
@@ -87,7 +89,7 @@ class _Sending:
 
     def _in_parts(self, path: Path, file: File, size: int) -> bool:
         from minio.datatypes import Part
-        from minio.error import S3Error
+        from minio.error import MinioException
 
         upload_id = self.client._create_multipart_upload(self.bucket, file.name, dict(TYPE))
         try:
@@ -104,9 +106,9 @@ class _Sending:
             parts = [Part(number, etag) for number, (etag, _) in enumerate(sent, start=1)]
             try:
                 self.client._complete_multipart_upload(self.bucket, file.name, upload_id, parts)
-            except S3Error as error:
+            except MinioException as error:
                 # Completed already, where the answer to an earlier request was lost.
-                if error.code != "NoSuchUpload" or not self._is_there(path, file):
+                if "NoSuchUpload" not in str(error) or not self._is_there(path, file):
                     raise
         except BaseException:
             with contextlib.suppress(Exception):  # what happened before says more; the sweep finds what is left
@@ -202,9 +204,9 @@ def is_etag_of(path: Path, etag: str) -> bool:
     """Whether a server's etag is the usual digest of a file: its MD5, or that of the MD5s of its parts."""
     size = part_size(path.stat().st_size)
     with path.open("rb") as file:
+        if "-" not in etag:
+            return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest() == etag
         parts = [hashlib.md5(part, usedforsecurity=False).digest() for part in iter(lambda: file.read(size), b"")]
-    if "-" not in etag:
-        return len(parts) <= 1 and b"".join(parts or [hashlib.md5(usedforsecurity=False).digest()]).hex() == etag
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}" == etag
 
 
@@ -221,7 +223,7 @@ def _passing(error: BaseException) -> bool:
     if isinstance(error, MaxRetryError):  # the client has repeated it already
         return False
     if isinstance(error, S3Error):
-        return error.response.status in PASSING or error.code in ("NoSuchUpload", "RequestTimeout", "IncompleteBody")
+        return error.response.status in PASSING or error.code in MOMENTARY
     if isinstance(error, ServerError):
         return error.status_code in PASSING
     return isinstance(error, MinioException | HTTPError | Damaged)

@@ -1,0 +1,74 @@
+"""Registration, promotion, history and retention against real MLflow servers, with the store on an S3 server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ForgeError
+from tasks.package import fetch
+from tasks.promotion import promote
+from tasks.recipe import Recipe
+from tasks.register.history import history, lineage
+from tasks.register.retention import retain
+from tasks.registry import champion_version, open_registry
+from tasks.settings import Settings
+from tasks.storage import open_store
+from tests.register.mlflow_servers import POSTGRES, mlflow_server, postgres
+from tests.register.packages import inputs, machine
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of a machine whose registry is a server."""
+    if request.param == "postgres":
+        if not POSTGRES:
+            pytest.skip("needs Postgres: apt-get install postgresql")
+        with postgres() as database, mlflow_server(database, tmp_path) as url, machine("rclone", tmp_path) as made:
+            yield made.model_copy(update={"mlflow_uri": url})
+    else:
+        database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+        with mlflow_server(database, tmp_path) as url, machine("rclone", tmp_path) as made:
+            yield made.model_copy(update={"mlflow_uri": url})
+
+
+def test_a_server_does_what_the_embedded_registry_does(settings: Settings, recipe: Recipe, tmp_path: Path) -> None:
+    store, client = open_store(settings), open_registry(settings)
+    made = [inputs(tmp_path, settings, recipe, seed=bytes([number])) for number in range(3)]
+    first, second, third = (one.register(settings) for one in made)
+    assert [version.version for version in (first, second, third)] == ["1", "2", "3"]
+    assert made[0].register(settings).version == "1", "again is the same version"
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["score"] == 0.75
+    assert run.data.params["training.learning_rate"] == "0.004"
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == "d" * 36
+    report = client.download_artifacts(first.run_id, "report.html", str(tmp_path))
+    assert "<p>" in Path(report).read_text()
+    promote(client, store, "dates", "1", "", "better")
+    promote(client, store, "dates", "2", "1", "better")
+    assert champion_version(client, "dates") == "2"
+    assert client.get_model_version("dates", "2").tags["previous_champion"] == "1"
+    entries = history("dates", settings, store)
+    assert [(entry.version, entry.aliases) for entry in entries] == [
+        ("3", ()), ("2", ("champion",)), ("1", ()),
+    ]  # fmt: skip
+    assert lineage("models:/dates@champion", settings, store)["package"]["digest"] == second.digest
+    assert fetch("models:/dates@champion", settings, store) == store.path(second.uri)
+    promote(client, store, "dates", "3", "2", "better")
+    (removal,) = retain("dates", 1, 0, False, settings, store)
+    assert removal.versions == ("1",)
+    assert [entry.version for entry in history("dates", settings, store)] == ["3", "2"]
+
+
+def test_a_server_that_goes_away_is_one_message_and_the_next_attempt_ends_it(
+    settings: Settings, recipe: Recipe, tmp_path: Path
+) -> None:
+    made = inputs(tmp_path, settings, recipe)
+    gone = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
+    with pytest.raises(ForgeError, match=r"MLflow http://127\.0\.0\.1:9: cannot be used"):
+        made.register(gone)
+    assert made.register(settings).version == "1"
