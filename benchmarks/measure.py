@@ -25,7 +25,12 @@ class SideFailed(Exception):
 
 
 def run_side(
-    python: Path, side: str, folder: Path, arguments: dict[str, Any], variables: dict[str, str] | None = None
+    python: Path,
+    side: str,
+    folder: Path,
+    arguments: dict[str, Any],
+    variables: dict[str, str] | None = None,
+    server: psutil.Process | None = None,
 ) -> dict[str, Any]:
     """Run benchmarks.<side> and return what it found, with the peaks of its memory; `variables` join its environment.
 
@@ -33,7 +38,8 @@ def run_side(
     processes share count once for each. `peak_pss_mb`, sampled every second (reading it takes the kernel longer),
     divides shared pages among those who share them. `peak_gpu_mb`, where there are GPUs, is the most of their memory in
     use, sampled every second, less what was in use before. MB are 10^6 bytes. `other_cores` is the mean number of cores
-    that other programs were using: where it is far from 0, the side's time says little. Raises SideFailed.
+    that other programs were using, `server` not counted: where it is far from 0, the side's time says little. Raises
+    SideFailed.
     """
     folder.mkdir()
     places = {name: str(folder) for name in ("TMPDIR", "HF_HOME")}
@@ -48,7 +54,7 @@ def run_side(
             start_new_session=True,
         )
         try:
-            peaks = watch(process, side)
+            peaks = watch(process, side, server)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -62,13 +68,14 @@ def run_side(
     return found | peaks
 
 
-def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
+def watch(process: subprocess.Popen[bytes], side: str, server: psutil.Process | None = None) -> dict[str, float]:
     """The peaks of the memory (MB) of a process and its descendants until it ends, and how busy others were (cores)."""
     root, own = psutil.Process(process.pid), psutil.Process()
     rss = pss = gpu = 0
     gpu_before = gpu_memory()
     worked: dict[int, float] = {}  # process -> CPU seconds
-    began, own_before = busy(psutil.cpu_times()), busy(own.cpu_times())
+    ours = [own] if server is None else [own, server]
+    began, ours_before = busy(psutil.cpu_times()), sum(busy(one.cpu_times()) for one in ours)
     started = told = measured = time.monotonic()
     while process.poll() is None:
         now = time.monotonic()
@@ -89,7 +96,8 @@ def watch(process: subprocess.Popen[bytes], side: str) -> dict[str, float]:
             told = now
             say(f"{side}: {now - started:.0f} s, at most {rss / MB:,.0f} MB so far")
         time.sleep(max(0.0, EVERY - (time.monotonic() - now)))
-    others = busy(psutil.cpu_times()) - began - sum(worked.values()) - (busy(own.cpu_times()) - own_before)
+    others = busy(psutil.cpu_times()) - began - sum(worked.values())
+    others -= sum(busy(one.cpu_times()) for one in ours) - ours_before
     other_cores = round(max(0.0, others) / (time.monotonic() - started), 2)
     if other_cores > BUSY:
         say(f"{side}: other programs were using {other_cores} cores meanwhile, so its time says little")

@@ -1,6 +1,7 @@
 """The package: the model's files, its card, and the manifest of both, signed where a key is set."""
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,26 +12,35 @@ from tasks.register.card import CARD, model_card
 from tasks.settings import Settings
 from tasks.signature import sign
 from tasks.storage import Store
-from tasks.storage.manifest import SIGNATURE
+from tasks.storage.manifest import MANIFEST, SIGNATURE
 
 
 def build_package(model: Path, facts: dict[str, Any], settings: Settings, store: Store) -> tuple[str, str]:
     """Publish a model in Hugging Face format as models/<name>/sha256-<digest>; returns its URI and digest.
 
     `facts` are what the manifest and the card say of the model; they hold nothing that another attempt would say
-    differently, so that the same model with the same evaluation is the same package to the byte. What is there
-    afterwards is compared with its manifest; ForgeError where they differ.
+    differently, so that the same model with the same evaluation is the same package to the byte. What was there before
+    is compared with its manifest, as what is sent is compared with what arrives; ForgeError where they differ.
     """
+    prefix = f"models/{facts['name']}"
+    before = False
+
+    def seal(directory: Path) -> None:
+        nonlocal before
+        digest = json.loads((directory / MANIFEST).read_text())["digest"]
+        before = store.exists(f"{prefix}/sha256-{digest}")
+        sign(directory, settings)
+
     with store.stage() as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True, copy_function=_link)
         (staged / CARD).unlink(missing_ok=True)  # a base model's own, which says nothing of this one
         (staged / CARD).write_text(model_card(facts), encoding="utf-8")
-        prefix = f"models/{facts['name']}"
-        uri = store.publish(staged, prefix, facts=facts, seal=lambda directory: sign(directory, settings))
+        uri = store.publish(staged, prefix, facts=facts, seal=seal)
     digest = uri.rpartition("sha256-")[2]
     if settings.signing_key is not None and signature_of(uri, store) is None:
         _sign_later(uri, settings, store)
-    open_package(uri, digest, settings, store)
+    if before or settings.verify_key is not None:
+        open_package(uri, digest, settings, store)
     return uri, digest
 
 

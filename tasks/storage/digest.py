@@ -3,8 +3,11 @@
 import hashlib
 import json
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+HASHED_AT_ONCE = 4  # files
 
 
 def digest_file(path: Path) -> str:
@@ -26,5 +29,6 @@ def digest_directory(directory: Path, exclude: Collection[str] = ()) -> tuple[st
     """
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) not in exclude)
-    files = {name: digest_file(directory / name) for name in names}
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing holds no lock of Python's
+        files = dict(zip(names, pool.map(lambda name: digest_file(directory / name), names), strict=True))
     return digest_json(files), files

@@ -1,5 +1,6 @@
 """S3, by the minio client: connected with the settings, its errors told as ours, and small objects."""
 
+import configparser
 import contextlib
 import re
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
         }
         missing = ", ".join(name for name, value in given.items() if not value)
         raise ForgeError(f"{what}: S3 needs a server and credentials; set {missing} (or AWS's variables for the keys)")
+    keys = credentials.retrieve()
+    if not all(re.fullmatch("[!-~]*", key) for key in (keys.access_key, keys.secret_key, keys.session_token or "")):
+        raise ForgeError(
+            f"{what}: a key of S3 holds a space, a line's end or another character that no key has; mend "
+            "FORGE_S3_ACCESS_KEY and FORGE_S3_SECRET_KEY, or AWS's variables"
+        )
     url = urlsplit(endpoint)
     # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
     http = PoolManager(
@@ -55,6 +62,7 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
         retries=Retry(
             total=RETRIES,
             connect=2,
+            other=2,  # TLS errors: a certificate that is not trusted will not be
             backoff_factor=0.1,
             backoff_jitter=0.1,
             backoff_max=5,
@@ -77,9 +85,9 @@ def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator
         raise _answered(what, endpoint, error.code or "", error.message or "") from None
     except HTTPError as error:
         reason = getattr(error, "reason", None) or error
-        raise ForgeError(
-            f"{what}: {endpoint} cannot be read ({reason}); check FORGE_S3_ENDPOINT and the network"
-        ) from None
+        trust = "CERTIFICATE_VERIFY_FAILED" in str(reason)
+        mend = "name its certificate's file in SSL_CERT_FILE" if trust else "check FORGE_S3_ENDPOINT and the network"
+        raise ForgeError(f"{what}: {endpoint} cannot be read ({reason}); {mend}") from None
     except Damaged as error:
         raise ForgeError(
             f"{what}: {error} arrived damaged again and again; see the network and the server's disks, and run again"
@@ -120,6 +128,11 @@ def _credentials(settings: Settings) -> "Provider | None":
     found = ChainedProvider([EnvAWSProvider(), AWSConfigProvider()])
     try:
         found.retrieve()
+    except configparser.Error as error:  # its message shows lines of the file
+        raise ForgeError(
+            f"the AWS credentials file cannot be read ({type(error).__name__}; a % in it is written %%); mend "
+            "AWS_SHARED_CREDENTIALS_FILE, or set FORGE_S3_ACCESS_KEY and FORGE_S3_SECRET_KEY"
+        ) from None
     except ValueError:
         return None
     return found

@@ -133,7 +133,9 @@ class _Sending:
             if size and opened.readinto(data) != size:
                 raise ForgeError(f"{path}: changed while it was being sent; run again")
         md5 = hashlib.md5(data, usedforsecurity=False).digest()
-        headers: dict[str, Any] = {**TYPE, "Content-MD5": base64.b64encode(md5).decode()}
+        headers: dict[str, Any] = dict(TYPE)
+        if self.client._base_url.is_https:  # where the client asks the server to compare it; otherwise it sends SHA-256
+            headers["Content-MD5"] = base64.b64encode(md5).decode()
         written = self.client._put_object(self.bucket, file.name, data, headers, dict(query))  # type: ignore[arg-type]
         etag = written.etag or ""
         if MD5.fullmatch(etag) and not _encrypted(written.http_headers) and etag != md5.hex():

@@ -1,0 +1,1 @@
+"""Pushing and fetching a package, beside the plain minio client."""

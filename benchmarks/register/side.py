@@ -1,0 +1,109 @@
+"""One way to push or to fetch a package, timed in a process of its own: python -m benchmarks.register.side '{...}'."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minio import Minio
+from pydantic import SecretStr
+
+from tasks.package import fetch
+from tasks.register.package import build_package
+from tasks.settings import Settings
+from tasks.storage import open_store
+
+CHUNK = 1 << 20  # bytes
+FACTS = {
+    "kind": "model", "name": "bench", "model_digest": "", "base": {"location": "random bytes"}, "dataset": "",
+    "recipe": "", "evaluation": "", "verdict": "", "metrics": {}, "versions": {}, "made_by": "benchmark",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Do what the arguments say, and write its seconds to result.json; imports are not counted."""
+    arguments = json.loads(sys.argv[1])
+    ways = {"push": push, "fetch": fetch_package, "plain_push": plain_push, "plain_fetch": plain_fetch, "copy": copy}
+    prepared = ways[arguments["way"]](arguments)
+    started = time.perf_counter()
+    found = prepared()
+    result = {"seconds": time.perf_counter() - started, "found": found}
+    (Path(arguments["folder"]) / "result.json").write_text(json.dumps(result))
+
+
+def settings_of(arguments: dict[str, Any]) -> Settings:
+    """Those of a machine whose copies are in `home`."""
+    return Settings(
+        home=Path(arguments["home"]),
+        store=f"s3://{arguments['bucket']}/forge-{arguments['round']}",
+        s3_endpoint=arguments["endpoint"],
+        s3_access_key=SecretStr(arguments["keys"][0]),
+        s3_secret_key=SecretStr(arguments["keys"][1]),
+    )
+
+
+def client_of(arguments: dict[str, Any]) -> Minio:
+    """The plain client, as it is."""
+    return Minio(arguments["endpoint"].removeprefix("http://"), *arguments["keys"], secure=False)
+
+
+def push(arguments: dict[str, Any]) -> Callable[[], str]:
+    """Forge: hash all files, write card and manifest, send, compare what arrived, read the manifest back."""
+    settings = settings_of(arguments)
+    store = open_store(settings)
+    return lambda: build_package(Path(arguments["model"]), FACTS, settings, store)[0]
+
+
+def fetch_package(arguments: dict[str, Any]) -> Callable[[], str]:
+    """Forge: fetch into the cache, and compare every file with the manifest."""
+    settings = settings_of(arguments)
+    store = open_store(settings)
+    return lambda: str(fetch(arguments["uri"], settings, store))
+
+
+def plain_push(arguments: dict[str, Any]) -> Callable[[], str]:
+    """fput_object, file by file."""
+    client, bucket, prefix = client_of(arguments), arguments["bucket"], f"plain-{arguments['round']}"
+
+    def run() -> str:
+        for path in sorted(Path(arguments["model"]).iterdir()):
+            client.fput_object(bucket, f"{prefix}/{path.name}", str(path))
+        return prefix
+
+    return run
+
+
+def plain_fetch(arguments: dict[str, Any]) -> Callable[[], str]:
+    """fget_object, file by file."""
+    client, bucket, prefix = client_of(arguments), arguments["bucket"], f"plain-{arguments['round']}"
+
+    def run() -> str:
+        for path in sorted(Path(arguments["model"]).iterdir()):
+            client.fget_object(bucket, f"{prefix}/{path.name}", str(Path(arguments["home"]) / path.name))
+        return arguments["home"]
+
+    return run
+
+
+def copy(arguments: dict[str, Any]) -> Callable[[], str]:
+    """The limit, without any server: read, hash and write each file."""
+    target = Path(arguments["home"])
+
+    def run() -> str:
+        target.mkdir()
+        for path in sorted(Path(arguments["model"]).iterdir()):
+            digest = hashlib.sha256()
+            with path.open("rb") as source, (target / path.name).open("wb") as copied:
+                while chunk := source.read(CHUNK):
+                    digest.update(chunk)
+                    copied.write(chunk)
+        return str(target)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
