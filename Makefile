@@ -8,7 +8,7 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ bench-finetune: .venv .venv-trl ## Measure training against TRL's and Hugging Fa
 
 bench-evaluate: .venv ## Measure evaluation's answers against transformers'
 	@exec $(BIN)/python -m benchmarks.evaluate $(ARGS)
+
+bench-register: .venv ## Measure pushing and fetching a package against the plain minio client
+	@exec $(BIN)/python -m benchmarks.register $(ARGS)
 
 bench-scaling: .venv ## Measure training on two processes against one
 	@exec $(BIN)/python -m benchmarks.scaling $(ARGS)

@@ -8,6 +8,6 @@ registry_retention = LaunchPlan.get_or_create(
     retention,
     name="registry_retention",
     default_inputs={"name": "", "keep": 10, "days": 30.0},
-    fixed_inputs={"dry_run": False},
+    fixed_inputs={"apply": True},
     schedule=CronSchedule(schedule="0 9 * * 0"),  # Sundays at 6 in Sao Paulo, when nothing trains
 )

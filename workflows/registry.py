@@ -33,8 +33,8 @@ def lineage(name: str, version: str = "") -> str:
 
 
 @workflow
-def retention(name: str = "", keep: int = 10, days: float = 30.0, dry_run: bool = True) -> list[str]:
-    """Remove old versions and packages that no version names, and print what that frees.
+def retention(name: str = "", keep: int = 10, days: float = 30.0, apply: bool = False) -> list[str]:
+    """Print which old versions and packages without a version may go, and, with --apply, remove them.
 
     Versions with an alias and the champion before the present one always stay.
 
@@ -42,9 +42,9 @@ def retention(name: str = "", keep: int = 10, days: float = 30.0, dry_run: bool 
         name: the registered model's name; without it, all models
         keep: how many of the last versions stay
         days: what is younger than so many days stays
-        dry_run: only print what would go
+        apply: remove them; without it, nothing is changed
 
     Returns:
         the URIs of the packages that went, or would go
     """
-    return apply_retention(name=name, keep=keep, days=days, dry_run=dry_run)
+    return apply_retention(name=name, keep=keep, days=days, apply=apply)

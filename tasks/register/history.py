@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from tasks.errors import ForgeError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-SHOWN = 12  # digits of a digest
+SHOWN = 8  # digits of a digest
 
 
 class Entry(NamedTuple):
@@ -105,15 +106,17 @@ def served(version: str, moved: Sequence[Promotion]) -> list[tuple[datetime, dat
 
 def history_table(name: str, entries: Sequence[Entry]) -> Table:
     """The versions of a name, for the terminal."""
-    table = Table(title=f"{name}: {len(entries)} versions")
-    for column in ("version", "alias", "digest", "data set", "score", "verdict", "registered", "served (UTC)"):
-        table.add_column(column, overflow="fold")
+    # As narrow as a terminal of 80 columns.
+    table = Table(title=f"{name}: {len(entries)} versions", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("version", "alias", "digest", "data set", "score", "gate", "registered"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("served (UTC)", overflow="fold")
     for entry in entries:
         spans = [f"{_time(begin)} to {_time(end) if end else 'now'}" for begin, end in entry.served]
         table.add_row(
             entry.version, ", ".join(entry.aliases), entry.digest[:SHOWN], entry.dataset[:SHOWN],
             "" if entry.score is None else f"{entry.score:.1%}", entry.verdict.partition(":")[0],
-            _time(entry.created), "\n".join(spans),
+            f"{entry.created:%Y-%m-%d}", "\n".join(spans),
         )  # fmt: skip
     return table
 
@@ -153,12 +156,12 @@ def lineage_tree(facts: dict[str, Any]) -> Tree:
         if name == "model" or not value:
             continue
         if isinstance(value, str):
-            tree.add(f"{name}: {value}", highlight=False)
+            tree.add(Text(f"{name}: {value}", overflow="fold"))
             continue
         branch = tree.add(name)
         lines = value if isinstance(value, list) else [f"{key}: {part}" for key, part in value.items()]
         for line in lines:
-            branch.add(line, highlight=False)
+            branch.add(Text(line, overflow="fold"))
     return tree
 
 

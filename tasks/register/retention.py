@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.table import Table
 
 from tasks.errors import ForgeError
+from tasks.package import DIGEST
 from tasks.promotion import promotions
 from tasks.register.history import aliases_of, names_of, versions_of
 from tasks.registry import open_registry, telling
@@ -30,8 +31,8 @@ class Removal(NamedTuple):
     why: str
 
 
-def retain(name: str, keep: int, days: float, dry_run: bool, settings: Settings, store: Store) -> list[Removal]:
-    """Remove what is neither a champion nor young nor among the last versions; returns what goes, or would go.
+def retain(name: str, keep: int, days: float, apply: bool, settings: Settings, store: Store) -> list[Removal]:
+    """Find what is neither a champion nor young nor among the last versions, and with `apply` remove it; returns it.
 
     Kept are, of each name (or of `name` alone): versions with an alias, the champion before the present one, to which
     a rollback leads, the last `keep` versions, and all that is younger than so many days. A version goes before its
@@ -50,12 +51,12 @@ def retain(name: str, keep: int, days: float, dry_run: bool, settings: Settings,
             with lease(store, f"registration-{one}"), lease(store, f"promotion-{one}"):
                 found = _find(client, one, one in registered, keep, timedelta(days=days), store)
                 removals += found
-                if not dry_run:
+                if apply:
                     for removal in found:
                         for version in removal.versions:
                             client.delete_model_version(one, version)
                         store.remove(removal.package.uri)
-        if not dry_run:
+        if apply:
             store.sweep("models", ABANDONED)
     return removals
 
@@ -97,17 +98,19 @@ def _find(
     return removals
 
 
-def retention_table(removals: Sequence[Removal], dry_run: bool) -> Table:
+def retention_table(removals: Sequence[Removal], apply: bool) -> Table:
     """What goes, for the terminal."""
     total = sum(removal.package.size for removal in removals)
-    verb = "would be freed; run with --no-dry_run to free it" if dry_run else "freed"
-    table = Table(title=f"{len(removals)} packages, {total / 1e6:,.1f} MB {verb}")
-    for column in ("model", "versions", "package", "MB", "written (UTC)", "why"):
-        table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+    verb = "freed" if apply else "would be freed; run with --apply to free it"
+    title = f"{len(removals)} packages, {total / 1e6:,.1f} MB {verb}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("model", "versions", "package", "MB", "written"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "MB" else "left")
+    table.add_column("why", overflow="fold")
     for removal in removals:
         package = removal.package
         table.add_row(
-            removal.name, ", ".join(removal.versions), package.uri.rpartition("/")[2][:19],
-            f"{package.size / 1e6:,.1f}", f"{package.modified:%Y-%m-%d %H:%M}", removal.why,
+            removal.name, ", ".join(removal.versions), DIGEST.sub(r"\1", package.uri.rpartition("/")[2])[:8],
+            f"{package.size / 1e6:,.1f}", f"{package.modified:%Y-%m-%d}", removal.why,
         )  # fmt: skip
     return table

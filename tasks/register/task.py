@@ -34,14 +34,14 @@ def show_lineage(name: str, version: str) -> str:
     settings = load_settings()
     model_uri = f"models:/{name}/{version}" if version else f"models:/{name}@champion"
     facts = past.lineage(model_uri, settings, open_store(settings))
-    Console().print(past.lineage_tree(facts), soft_wrap=True)
+    Console().print(past.lineage_tree(facts))
     return str(facts["package"]["uri"])
 
 
 @task
-def apply_retention(name: str, keep: int, days: float, dry_run: bool) -> list[str]:
+def apply_retention(name: str, keep: int, days: float, apply: bool) -> list[str]:
     """Print what goes, or would go, and return the URIs of those packages."""
     settings = load_settings()
-    removals = retain(name, keep, days, dry_run, settings, open_store(settings))
-    Console().print(retention_table(removals, dry_run))
+    removals = retain(name, keep, days, apply, settings, open_store(settings))
+    Console().print(retention_table(removals, apply))
     return [removal.package.uri for removal in removals]

@@ -56,7 +56,7 @@ def test_the_history_tells_of_each_version_what_it_is_and_when_it_served(tmp_pat
     assert (first.score, first.verdict, first.dataset) == (0.75, "pass: better", "d" * 64)
     table = text_of(history_table("dates", [third, second, first]))
     assert "champion" in table
-    assert first.digest[:12] in table
+    assert first.digest[:8] in table
     with pytest.raises(ForgeError, match="words: no such registered model; there are: dates"):
         history("words", settings, store)
 
@@ -100,20 +100,20 @@ def test_retention_keeps_champions_the_last_versions_and_the_young(
     def left() -> set[int]:
         return {number for number, uri in uris.items() if store.exists("/".join(uri.split("/")[-3:]))}
 
-    assert retain("dates", 1, 30, False, settings, store) == [], "all are young"
+    assert retain("dates", 1, 30, True, settings, store) == [], "all are young"
     age(settings, monkeypatch, 31)
-    would = retain("", 1, 30, True, settings, store)
+    would = retain("", 1, 30, False, settings, store)
     assert {removal.versions for removal in would} == {("1",), ("2",), ("5",)}, "but for 6, the champion, and before it"
-    assert left() == {1, 2, 3, 4, 5, 6}, "a dry run removes nothing"
-    table = text_of(retention_table(would, True))
+    assert left() == {1, 2, 3, 4, 5, 6}, "nothing is removed without being asked for"
+    table = text_of(retention_table(would, False))
     assert "3 packages, 0.3 MB would be freed" in table
-    assert [removal.package.uri for removal in retain("", 1, 30, False, settings, store)] == [
+    assert [removal.package.uri for removal in retain("", 1, 30, True, settings, store)] == [
         removal.package.uri for removal in would
     ]
     assert left() == {3, 4, 6}
     assert {version.version for version in client.search_model_versions("name = 'dates'")} == {3, 4, 6}
     assert champion_version(client, "dates") == "4"
-    assert retain("", 1, 30, False, settings, store) == []
+    assert retain("", 1, 30, True, settings, store) == []
     assert store.names("leases/registration-dates") == []
 
 
@@ -130,8 +130,8 @@ def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
     with monkeypatch.context() as patched:
         patched.setattr(store, "remove", cut)
         with pytest.raises(KeyboardInterrupt):
-            retain("dates", 1, 30, False, settings, store)
-    (removal,) = retain("dates", 1, 30, False, settings, store)
+            retain("dates", 1, 30, True, settings, store)
+    (removal,) = retain("dates", 1, 30, True, settings, store)
     assert (removal.versions, removal.why) == ((), "no version names it")
     assert len(store.artifacts("models")) == 1
     assert made[0].register(settings).version == "3", "what went may come back"
@@ -139,9 +139,9 @@ def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
     with monkeypatch.context() as patched:
         patched.setattr(module, "promotions", lambda store, name: ["recorded"])
         with pytest.raises(ForgeError, match="MLflow knows no version of dates"):
-            retain("", 1, 30, False, settings, store)
+            retain("", 1, 30, True, settings, store)
     assert len(store.artifacts("models")) == 2
-    assert len(retain("", 1, 30, False, settings, store)) == 2
+    assert len(retain("", 1, 30, True, settings, store)) == 2
 
 
 def test_what_never_became_whole_goes_after_a_day(
@@ -155,9 +155,9 @@ def test_what_never_became_whole_goes_after_a_day(
     half = f"models/dates/sha256-{'0' * 64}"
     client.put_object(bucket, f"forge/{half}/model.safetensors", io.BytesIO(b"half"), 4)
     client._create_multipart_upload(bucket, f"forge/{half}/more", {})
-    assert retain("", 1, 0, False, settings, store) == []
+    assert retain("", 1, 0, True, settings, store) == []
     age(settings, monkeypatch, 2)
-    (removal,) = retain("", 1, 0, False, settings, store)
+    (removal,) = retain("", 1, 0, True, settings, store)
     assert (removal.package.size, removal.why) == (4, "never became whole")
     store.sweep("models", timedelta(0))
     assert client._list_multipart_uploads(bucket).uploads == []
@@ -167,4 +167,4 @@ def test_what_never_became_whole_goes_after_a_day(
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     with pytest.raises(ForgeError, match="there is no model words"):
-        retain("words", 1, 30, True, settings, open_store(settings))
+        retain("words", 1, 30, False, settings, open_store(settings))

@@ -59,7 +59,7 @@ def test_a_server_does_what_the_embedded_registry_does(settings: Settings, recip
     assert lineage("models:/dates@champion", settings, store)["package"]["digest"] == second.digest
     assert fetch("models:/dates@champion", settings, store) == store.path(second.uri)
     promote(client, store, "dates", "3", "2", "better")
-    (removal,) = retain("dates", 1, 0, False, settings, store)
+    (removal,) = retain("dates", 1, 0, True, settings, store)
     assert removal.versions == ("1",)
     assert [entry.version for entry in history("dates", settings, store)] == ["3", "2"]
 

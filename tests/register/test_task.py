@@ -1,0 +1,42 @@
+"""The registry's workflows, as pyflyte runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.promotion import promote
+from tasks.recipe import Recipe
+from tasks.registry import open_registry
+from tasks.settings import load_settings
+from tasks.storage import open_store
+from tests.register.packages import inputs
+from workflows.launch_plans import registry_retention
+from workflows.registry import history, lineage, retention
+
+
+def test_history_lineage_and_retention(tmp_path: Path, recipe: Recipe, capfd: pytest.CaptureFixture) -> None:
+    settings = load_settings()
+    version = inputs(tmp_path, settings, recipe).register(settings)
+    promote(open_registry(settings), open_store(settings), "dates", "1", "", "better")
+    assert history(name="dates") == ["1"]
+    assert "champion" in capfd.readouterr().out
+    assert lineage(name="dates") == lineage(name="dates", version="1") == version.uri
+    assert "rows from: s3://team/raw" in capfd.readouterr().out
+    assert retention() == []
+    assert "0 packages, 0.0 MB would be freed" in capfd.readouterr().out
+
+
+def test_what_a_user_did_wrong_is_one_message(tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("pyflyte"), "run", "workflows/registry.py", "history", "--name", "words"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1
+    assert "words: no such registered model; there are: none yet" in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_runs_by_schedule_removes() -> None:
+    assert registry_retention.name == "registry_retention"
+    assert registry_retention.fixed_inputs.literals["apply"].scalar.primitive.boolean is True
+    assert registry_retention.schedule.cron_schedule.schedule == "0 9 * * 0"
