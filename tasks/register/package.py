@@ -37,15 +37,16 @@ def build_package(model: Path, facts: dict[str, Any], settings: Settings, store:
         (staged / CARD).write_text(model_card(facts), encoding="utf-8")
         uri = store.publish(staged, prefix, facts=facts, seal=seal)
     digest = uri.rpartition("sha256-")[2]
-    if settings.signing_key is not None and signature_of(uri, store) is None:
-        _sign_later(uri, settings, store)
+    ensure_signed(uri, settings, store)
     if before or settings.verify_key is not None:
         open_package(uri, digest, settings, store)
     return uri, digest
 
 
-def _sign_later(uri: str, settings: Settings, store: Store) -> None:
-    """Sign a package that was published before there was a key."""
+def ensure_signed(uri: str, settings: Settings, store: Store) -> None:
+    """Sign a package that was published before there was a key, where there is one now."""
+    if settings.signing_key is None or signature_of(uri, store) is not None:
+        return
     with store.stage() as staged:
         shutil.copytree(store.path(uri), staged, dirs_exist_ok=True, copy_function=_link)
         sign(staged, settings)

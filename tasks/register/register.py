@@ -8,7 +8,7 @@ from typing import Any
 from tasks.contracts import Dataset, Evaluation, Model, Version
 from tasks.package import open_package
 from tasks.recipe import Recipe
-from tasks.register.package import build_package
+from tasks.register.package import build_package, ensure_signed
 from tasks.registry import (
     CHALLENGER,
     MODEL_DIGEST,
@@ -54,6 +54,7 @@ def register(
         found = find_version(client, recipe.name, model_digest, store)
         if found is not None:
             uri, digest = found.source, found.tags[PACKAGE_DIGEST]
+            ensure_signed(uri, settings, store)
             open_package(uri, digest, settings, store)
             print(f"register: {recipe.name} version {found.version} is this model already")
             if found.tags.get(EVALUATION) != evaluation.digest:

@@ -9,14 +9,17 @@ import pytest
 
 from tasks.contracts import Version
 from tasks.errors import ForgeError
+from tasks.package import fetch
 from tasks.recipe import Recipe
 from tasks.register import register as module
 from tasks.register.register import register
 from tasks.registry import open_registry
 from tasks.settings import Settings
-from tasks.storage import DirectoryStore
+from tasks.storage import DirectoryStore, open_store
 from tasks.storage.manifest import verify
 from tests.conftest import Trained
+from tests.register.packages import inputs
+from tests.test_package import keys
 
 
 @pytest.fixture
@@ -55,6 +58,18 @@ def test_again_is_the_same_version(trained: Trained, recipe: Recipe, settings: S
     client = open_registry(settings)
     assert len(client.search_model_versions("name = 'dates'")) == 1
     assert len(client.search_runs([run_experiment(client)])) == 1
+
+
+def test_a_version_from_before_there_was_a_key_is_signed_when_it_is_registered_again(
+    recipe: Recipe, settings: Settings, tmp_path: Path
+) -> None:
+    given = inputs(tmp_path, settings, recipe)
+    first = given.register(settings)
+    signing = settings.model_copy(update=keys(tmp_path))
+    with pytest.raises(ForgeError, match="is not signed"):
+        fetch("models:/dates/1", signing, open_store(signing))
+    assert given.register(signing).digest == first.digest
+    fetch("models:/dates/1", signing, open_store(signing))
 
 
 def run_experiment(client) -> str:
