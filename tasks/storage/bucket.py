@@ -105,6 +105,7 @@ class BucketStore:
                 data = (staged / MANIFEST).read_bytes()
                 s3.put_if_absent(client, self.bucket, self._name(f"{key}/{MANIFEST}"), data)
             kept = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+        read_manifest(self.uri(key), kept or b"")
         if kept == (staged / MANIFEST).read_bytes():
             self.copies.adopt(key, staged)
         return self.uri(key)

@@ -1,17 +1,12 @@
 """The connection to an S3 server: whose keys it uses, whom it trusts, and what its errors do not tell."""
 
-import contextlib
 import datetime
 import ipaddress
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -20,7 +15,7 @@ from pydantic import SecretStr
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage import s3
-from tests.storage.servers import KEY, RCLONE, SECRET, client_of, rclone, settings_of
+from tests.storage.servers import KEY, SECRET, client_of, rclone, settings_of
 
 BUCKET, NAME = "rows", "raw/ü ~.txt"
 WRONG = {"AWS_ACCESS_KEY_ID": "someone-else", "AWS_SECRET_ACCESS_KEY": "secret-of-someone-else"}
@@ -191,35 +186,6 @@ def certify(directory: Path) -> tuple[Path, Path]:
     return directory / "cert.pem", directory / "key.pem"
 
 
-@contextlib.contextmanager
-def rclone_by_tls(directory: Path, certificate: Path, key: Path) -> Iterator[str]:
-    """URL of rclone behind TLS; each directory in the directory is a bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [RCLONE, "serve", "s3", str(directory), "--addr", address, "--auth-key", f"{KEY},{SECRET}"]
-    process = subprocess.Popen(
-        [*command, "--cert", str(certificate), "--key", str(key)],
-        env=os.environ | {"RCLONE_CONFIG": "/dev/null"},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 30
-        with urllib3.PoolManager(ca_certs=str(certificate), retries=False) as http:
-            while True:
-                try:
-                    http.request("GET", f"https://{address}")
-                    break
-                except urllib3.exceptions.HTTPError:
-                    if time.monotonic() > deadline or process.poll() is not None:
-                        raise
-                    time.sleep(0.05)
-        yield f"https://{address}"
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return certify(tmp_path_factory.mktemp("certificate"))
@@ -230,7 +196,7 @@ def secure(certificate: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     """URL of a server behind TLS, with a bucket."""
     directory = tmp_path_factory.mktemp("secure")
     (directory / BUCKET).mkdir()
-    with rclone_by_tls(directory, *certificate) as url:
+    with rclone(directory, certificate) as url:
         yield url
 
 
