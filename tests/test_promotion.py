@@ -2,12 +2,10 @@
 
 import multiprocessing
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from minio import Minio
 
 from tasks.errors import ForgeError
 from tasks.promotion import promote, promotions
@@ -16,23 +14,13 @@ from tasks.settings import Settings
 from tasks.storage import Store, open_store
 from tasks.storage import lease as module
 from tasks.storage.lease import lease, whoami
-from tests.storage.servers import client_of, moto, rclone, settings_of
+from tests.register.packages import KINDS, machine
 
 
-@pytest.fixture(params=["directory", "moto", "rclone"])
+@pytest.fixture(params=KINDS)
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a home with a store of some make, in which the name dates has 8 versions."""
-    if request.param == "directory":
-        settings = Settings(home=tmp_path / "machine")
-        _register(settings)
-        yield settings
-        return
-    (tmp_path / "rclone").mkdir()
-    with {"moto": moto, "rclone": lambda: rclone(tmp_path / "rclone")}[request.param]() as url:
-        client: Minio = client_of(url)
-        bucket = f"registry-{uuid.uuid4().hex[:8]}"  # moto in this process is one, however often it is started
-        client.make_bucket(bucket)
-        settings = settings_of(url, home=tmp_path / "machine", store=f"s3://{bucket}/forge")
+    with machine(request.param, tmp_path) as settings:
         _register(settings)
         yield settings
 

@@ -16,9 +16,9 @@ from tasks.register.package import build_package
 from tasks.register.register import register
 from tasks.settings import Settings
 from tasks.storage import Store, open_store
-from tests.storage.servers import client_of, moto, rclone, settings_of
+from tests.storage.servers import MAKES, client_of, server_of, settings_of
 
-KINDS = ("directory", "moto", "rclone")
+KINDS = ("directory", *MAKES)
 
 
 @contextlib.contextmanager
@@ -27,8 +27,8 @@ def machine(kind: str, directory: Path, **more: Any) -> Iterator[Settings]:
     if kind == "directory":
         yield Settings(home=directory / "machine", **more)
         return
-    (directory / "rclone").mkdir()
-    with {"moto": moto, "rclone": lambda: rclone(directory / "rclone")}[kind]() as url:
+    (directory / "server").mkdir()
+    with server_of(kind, directory / "server") as url:
         bucket = f"registry-{uuid.uuid4().hex[:8]}"  # moto in this process is one, however often it is started
         client_of(url).make_bucket(bucket)
         yield settings_of(url, home=directory / "machine", store=f"s3://{bucket}/forge", **more)

@@ -16,7 +16,7 @@ from tasks.recipe import Recipe
 from tasks.registry import open_registry
 from tasks.settings import Settings
 from tasks.storage import lease, open_store, transfer
-from tests.register.packages import Inputs, inputs, machine
+from tests.register.packages import KINDS, Inputs, inputs, machine
 from tests.storage.servers import client_of
 
 pytestmark = pytest.mark.long
@@ -28,7 +28,7 @@ CONTEXT = multiprocessing.get_context("forkserver")  # whose children have impor
 CONTEXT.set_forkserver_preload([__name__, "mlflow", "minio", "huggingface_hub", "mlflow.store.db.utils"])
 
 
-@pytest.fixture(params=["directory", "moto", "rclone"])
+@pytest.fixture(params=KINDS)
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a machine with a store of each kind, whose registry is there."""
     with machine(request.param, tmp_path) as made:

@@ -16,7 +16,11 @@ from pydantic import SecretStr
 
 from tasks.settings import Settings
 
-KEY, SECRET = "someone", "secret-of-someone"
+# Another server that the same tests run against, such as a MinIO; they make buckets there, and leave them.
+GIVEN = os.environ.get("FORGE_TEST_S3_ENDPOINT", "")
+KEY = os.environ.get("FORGE_TEST_S3_ACCESS_KEY", "someone")
+SECRET = os.environ.get("FORGE_TEST_S3_SECRET_KEY", "secret-of-someone")
+MAKES = ("moto", "rclone", *(["given"] if GIVEN else []))
 RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or ""
 
 
@@ -28,6 +32,13 @@ def settings_of(endpoint: str, **more: object) -> Settings:
 def client_of(endpoint: str) -> Minio:
     """The plain client of a server."""
     return Minio(endpoint.removeprefix("http://"), KEY, SECRET, secure=False)
+
+
+def server_of(make: str, directory: Path) -> contextlib.AbstractContextManager[str]:
+    """URL of a server of some make, which may keep things in a directory."""
+    if make == "rclone":
+        return rclone(directory)
+    return moto() if make == "moto" else contextlib.nullcontext(GIVEN)
 
 
 @contextlib.contextmanager

@@ -13,16 +13,13 @@ from minio import Minio
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage import BucketStore, transfer
-from tests.storage.servers import client_of, moto, rclone, settings_of
-
-GIVEN = os.environ.get("FORGE_TEST_S3_ENDPOINT", "")
+from tests.storage.servers import MAKES, client_of, server_of, settings_of
 
 
-@pytest.fixture(scope="module", params=["moto", "rclone"])
+@pytest.fixture(scope="module", params=MAKES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an S3 server."""
-    makes = {"moto": moto(), "rclone": rclone(tmp_path_factory.mktemp("rclone"))}
-    with makes[request.param] as url:
+    with server_of(request.param, tmp_path_factory.mktemp("server")) as url:
         yield url
 
 

@@ -15,7 +15,7 @@ from minio import Minio
 from tasks.errors import ForgeError
 from tasks.storage import BucketStore, s3, transfer
 from tests.storage.faults import FAULTS, Request, at_random, harmful
-from tests.storage.servers import client_of, moto, rclone, settings_of
+from tests.storage.servers import MAKES, client_of, server_of, settings_of
 
 READ = 0.5  # seconds: what the client waits here
 LATE = 0.8
@@ -23,11 +23,10 @@ TRIES = 20
 T = TypeVar("T")
 
 
-@pytest.fixture(scope="module", params=["moto", "rclone"])
+@pytest.fixture(scope="module", params=MAKES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an S3 server."""
-    makes = {"moto": moto(), "rclone": rclone(tmp_path_factory.mktemp("rclone"))}
-    with makes[request.param] as url:
+    with server_of(request.param, tmp_path_factory.mktemp("server")) as url:
         yield url
 
 
