@@ -42,19 +42,19 @@ def roll_out(
     Raises ForgeError saying why the new model does not serve. The alias champion moves last.
     """
     started = time.time()
-    package, _ = open_package(version.uri, version.digest, settings, store)
-    spec = Spec(version.name, version.version, version.digest, str(package), settings.serving_port)
     server = LocalServer(settings)
 
     def prove_and_promote() -> str:
         evaluated = store.path(evaluation.uri)
-        agreement = prove(settings.endpoint, spec.name, evaluated, recipe.replay, recipe.min_agreement)
+        agreement = prove(settings.endpoint, version.name, evaluated, recipe.replay, recipe.min_agreement)
         why = f"{evaluation.verdict}: {evaluation.reason}; {agreement} answers as in evaluation"
         promote(open_registry(settings), store, version.name, version.version, evaluation.champion, why)
         return agreement
 
     with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
         _check_verdict(version, evaluation, settings)
+        package, _ = open_package(version.uri, version.digest, settings, store)
+        spec = Spec(version.name, version.version, version.digest, str(package), settings.serving_port)
         before = server.running()
         if before is not None and before.spec == spec and before.healthy():
             action = "was serving already"
