@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tasks.contracts import Evaluation
-from tasks.errors import ForgeError
-from tasks.registry import artifact_root, open_registry, tracking_uri
+from tasks.registry import artifact_root, open_registry, telling
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,17 +19,9 @@ def record_evaluation(
     settings: Settings, name: str, evaluation: Evaluation, tags: Mapping[str, str], more: Mapping[str, float]
 ) -> None:
     """Write an evaluation's run, once; ForgeError where MLflow does not take it."""
-    from mlflow.exceptions import MlflowException
-
     client = open_registry(settings)
-    try:
+    with telling(f"the evaluation {evaluation.uri} could not be recorded", settings):
         _record_once(client, settings, name, evaluation, tags, more)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise ForgeError(
-            f"MLflow {tracking_uri(settings)}: the evaluation {evaluation.uri} could not be recorded ({reason}); mend "
-            "it and run again"
-        ) from None
 
 
 def _record_once(

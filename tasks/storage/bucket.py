@@ -197,7 +197,7 @@ class BucketStore:
                     directory / entry["path"],
                 )
                 for entry in manifest["files"]
-                if (item := there[entry["path"]])
+                for item in [there[entry["path"]]]
             ]
             if signature := s3.read(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
                 (directory / SIGNATURE).write_bytes(signature)
