@@ -1,0 +1,1 @@
+"""What a rollout costs those who are served meanwhile."""
