@@ -54,6 +54,7 @@ GPUS = {
     "H200-141GB": GPU("H200-141GB", 143_771 * 2**20, 989e12),
 }
 TRAINING_NODE = [GPUS["A100-40GB"]] * 2  # of the cluster
+SERVING_NODE = [GPUS["A100-40GB"]] * 2  # of the cluster
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+"""How vLLM is started to serve a base and its adapters: the same on this machine and on the cluster."""
+
+from pathlib import Path
+
+from tasks.rollout.desired import Engine, Served
+from tasks.vllm_environment import saved_dtype
+
+MODULE = "vllm.entrypoints.openai.api_server"
+MIDDLEWARE = "tasks.rollout.names.PublicNames"
+DRAIN = 60  # seconds that requests in flight have when vLLM is told to end
+# Lets the reconciler load adapters by the API; whoever reaches vLLM's port can. See docs/serving.md.
+VARIABLES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+NAMES = "SERVED_NAMES"  # the variable with the path of the file of public names, which the middleware reads
+
+
+def arguments(base: Served, path: str, engine: Engine) -> list[str]:
+    """vLLM's arguments, but for where it listens. `path` is the base's directory."""
+    options = ["--model", path, "--served-model-name", base.versioned, "--dtype", saved_dtype(Path(path))]
+    options += ["--middleware", MIDDLEWARE, "--shutdown-timeout", str(DRAIN)]
+    if engine.adapter_slots:
+        options += ["--enable-lora", "--max-loras", str(engine.adapter_slots)]
+        options += ["--max-lora-rank", str(engine.max_lora_rank)]
+    if engine.max_model_len is not None:
+        options += ["--max-model-len", str(engine.max_model_len)]
+    if engine.tensor_parallel > 1:
+        options += ["--tensor-parallel-size", str(engine.tensor_parallel)]
+    return options
