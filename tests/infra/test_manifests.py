@@ -1,0 +1,171 @@
+"""The manifests are what an API server takes, fit one another and the code, and grant what the code asks, exactly."""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.rollout.engine import MODULE, NAMES, VARIABLES
+from tasks.rollout.kubernetes import CALLS, LISTEN
+from tasks.settings import load_settings
+from tests.rollout.fake_cluster import (
+    MANIFESTS,
+    NAMESPACE,
+    NEW,
+    OLD,
+    Place,
+    check,
+    fake_place,
+    manifest,
+    manifests,
+    wanted,
+)
+
+ALL = manifests()
+Request = tuple[str, str, str]  # verb, resource, name ("": any)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A cluster that notes what it is asked."""
+    with fake_place(tmp_path, monkeypatch) as one:
+        yield one
+
+
+@pytest.mark.parametrize("one", ALL, ids=[f"{one['kind']}-{one['metadata']['name']}" for one in ALL])
+def test_every_object_is_valid(one: dict[str, Any]) -> None:
+    check(one)  # a kind without a schema raises
+    assert one["metadata"]["namespace"] == NAMESPACE
+
+
+def test_every_file_is_listed() -> None:
+    files = {path.name for path in MANIFESTS.glob("*.yaml")} - {"kustomization.yaml"}
+    assert files == set(yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"])
+
+
+def pod_labels() -> list[dict[str, str]]:
+    """The labels of each Deployment's pods."""
+    return [one["spec"]["template"]["metadata"]["labels"] for one in ALL if one["kind"] == "Deployment"]
+
+
+@pytest.mark.parametrize("one", [one for one in ALL if one["kind"] == "Deployment"])
+def test_deployments_select_their_own_pods(one: dict[str, Any]) -> None:
+    selector = one["spec"]["selector"]["matchLabels"]
+    assert [selector.items() <= labels.items() for labels in pod_labels()].count(True) == 1
+    assert selector.items() <= one["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-reconciler"])
+def test_services_and_policies_select_the_pods_of_their_name(name: str) -> None:
+    template = manifest("Deployment", name)["spec"]["template"]
+    service, policy = manifest("Service", name)["spec"], manifest("NetworkPolicy", name)["spec"]
+    for selector in (service["selector"], policy["podSelector"]["matchLabels"]):
+        assert selector.items() <= template["metadata"]["labels"].items()
+    container = template["spec"]["containers"][0]
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert [ports[one["targetPort"]] for one in service["ports"]] == [one["port"] for one in service["ports"]]
+    open_ports = [one["port"] for rule in policy["ingress"] for one in rule["ports"]]
+    assert service["ports"][0]["port"] in open_ports
+    probes = [one["httpGet"]["port"] for name, one in container.items() if name.endswith("Probe")]
+    assert len(probes) >= 2
+    assert set(probes) <= set(ports)
+
+
+def test_vllm_is_started_as_the_code_expects() -> None:
+    spec = manifest("Deployment", "vllm")["spec"]
+    vllm = spec["template"]["spec"]["containers"][0]
+    variables = {one["name"]: one["value"] for one in vllm["env"]}
+    home = {one["name"]: one["value"] for one in reconciler()["env"]}["FORGE_HOME"]
+    assert vllm["command"][1:] == ["-m", MODULE]
+    assert "args" not in vllm
+    assert "replicas" not in spec
+    assert variables.items() >= VARIABLES.items()
+    assert variables[NAMES] == f"{home}/serving/names.json"
+    assert LISTEN[-1] == str(vllm["ports"][0]["containerPort"])
+    mounted = [one["mountPath"] for one in (*vllm["volumeMounts"], *reconciler()["volumeMounts"])]
+    assert mounted.count(home) == 2
+    assert variables["PYTHONPATH"] in mounted
+    assert spec["template"]["spec"]["enableServiceLinks"] is False
+    assert (
+        vllm["startupProbe"]["failureThreshold"] * vllm["startupProbe"]["periodSeconds"]
+        < spec["progressDeadlineSeconds"]
+    )
+
+
+def test_images_are_pinned_to_this_version() -> None:
+    version = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]["version"]
+    pods = [one["spec"]["template"]["spec"] for one in ALL if one["kind"] == "Deployment"]
+    images = {one["image"] for pod in pods for one in (*pod["containers"], *pod.get("initContainers", []))}
+    assert images == {f"forge-pipeline:{version}", "vllm/vllm-openai:v0.32.0"}
+
+
+def test_the_reconciler_is_told_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in reconciler()["env"]:
+        if one["name"].startswith("FORGE_"):
+            monkeypatch.setenv(one["name"], one["value"])
+    settings = load_settings()  # raises for one that is unknown
+    assert settings.serving_target == "kubernetes"
+    assert settings.serving_namespace == NAMESPACE
+    assert [settings.reconciler_port] == [one["containerPort"] for one in reconciler()["ports"]]
+    for url, name in ((settings.serving_url, "vllm"), (settings.reconciler_url, "vllm-reconciler")):
+        port = manifest("Service", name)["spec"]["ports"][0]["port"]
+        assert url == f"http://{name}.{NAMESPACE}.svc:{port}"
+
+
+def reconciler() -> dict[str, Any]:
+    """The reconciler's container."""
+    return dict(manifest("Deployment", "vllm-reconciler")["spec"]["template"]["spec"]["containers"][0])
+
+
+def granted(role: str) -> Iterator[tuple[Request, str]]:
+    """What a Role grants, one by one, with the API group."""
+    for rule in manifest("Role", role)["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                for verb in rule["verbs"]:
+                    for name in rule.get("resourceNames", [""]):
+                        yield (verb, resource, name), group
+
+
+def assert_exactly(role: str, asked: set[Request]) -> None:
+    """Nothing that is asked is missing, and nothing is granted that is never asked."""
+    grants = {request for request, _ in granted(role)}
+    used = {(verb, resource, name if (verb, resource, name) in grants else "") for verb, resource, name in asked}
+    assert used - grants == set(), "asked, and not granted"
+    assert grants - used == set(), "granted, and never asked"
+
+
+def test_the_reconciler_may_do_what_it_does_and_no_more(fake: Place) -> None:
+    fake.document.write(wanted(OLD), "")  # a rollout's
+    fake.fake.requests_seen.clear()
+    desired, revision = fake.document.read()
+    fake.document.write(desired.model_copy(update={"generation": 2}), revision)
+    fake.serve(OLD)
+    fake.fail("crashing", NEW)
+    fake.server.stop()
+    assert_exactly("vllm-reconciler", set(fake.fake.requests_seen))
+
+
+def test_a_rollout_may_do_what_it_does_and_no_more(fake: Place) -> None:
+    fake.document.write(wanted(OLD), "")
+    fake.document.write(wanted(NEW, 2), fake.document.read()[1])
+    assert_exactly("forge-rollout", set(fake.fake.requests_seen))
+
+
+def test_grants_are_of_the_groups_that_the_client_asks() -> None:
+    groups = {"CoreV1Api": "", "AppsV1Api": "apps"}
+    for role in ("vllm-reconciler", "forge-rollout"):
+        for (verb, resource, _), group in granted(role):
+            assert groups[CALLS[verb, resource][0]] == group
+
+
+def test_roles_are_bound_to_who_asks() -> None:
+    account = manifest("Deployment", "vllm-reconciler")["spec"]["template"]["spec"]["serviceAccountName"]
+    assert manifest("ServiceAccount", account)
+    bound = manifest("RoleBinding", "vllm-reconciler")
+    assert bound["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}]
+    for name in ("vllm-reconciler", "forge-rollout"):
+        assert manifest("Role", manifest("RoleBinding", name)["roleRef"]["name"])
