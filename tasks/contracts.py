@@ -56,7 +56,8 @@ class Source(Artifact):
 class Base(Contract):
     """The weights that training starts from, found by preflight: a directory, its URI, or a model id of the hub.
 
-    `revision` pins the contents: a commit of the hub, or a digest of the directory. Both are empty for training from
+    Of a registered model, it is the URI of its package; tasks.package.local_base gives what can be opened. `revision`
+    pins the contents: a commit of the hub, or the digest of the directory or package. Both are empty for training from
     scratch, until training has made the random weights that it starts from.
     """
 
@@ -111,7 +112,10 @@ class Version(Artifact):
 class Deployment(Result):
     """What is serving: an OpenAI-compatible API at `endpoint`, where `name` is the model to ask for.
 
-    `agreement` says how many of the prompts asked again over the API were answered as in evaluation.
+    `agreement` says how many of the prompts asked again over the API were answered as in evaluation. `how` is whether
+    an adapter was swapped, a base's weights were, or the version was serving already; `previous` is the version that
+    served before ("" for none). `swap_seconds` went by between the change of the desired state and serving; latencies
+    are mean seconds of the same prompts under the public name, None where nothing served before.
     """
 
     endpoint: str
@@ -119,3 +123,9 @@ class Deployment(Result):
     version: str
     digest: str
     agreement: str
+    how: Literal["adapter", "weights", "name", "unchanged"]
+    previous: str = ""
+    previous_digest: str = ""
+    swap_seconds: float = 0.0
+    latency_before: float | None = None
+    latency_after: float | None = None

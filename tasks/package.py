@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.registry import PACKAGE_DIGEST, open_registry
+from tasks.registry import CHAMPION, PACKAGE_DIGEST, find_champion, open_registry
 from tasks.settings import Settings
 from tasks.signature import check_signature
 from tasks.storage import Store
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 DIGEST = re.compile(r"sha256-([0-9a-f]{64})")
+PACKAGE = re.compile(r".+://.+/models/[^/]+/sha256-[0-9a-f]{64}")
+ADAPTER = "adapter"  # the kind of a package that stands on its base; of any other, the kind is model
 
 
 def fetch(model_uri: str, settings: Settings, store: Store) -> Path:
@@ -74,3 +77,60 @@ def open_package(uri: str, digest: str, settings: Settings, store: Store) -> tup
     if settings.verify_key is not None:
         check_signature(directory, signature_of(uri, store), settings)  # the store's: it may be younger than a copy
     return directory, manifest
+
+
+def is_registered(location: str) -> bool:
+    """Whether a base model is named as one of the registry: models:/..., or a package's URI."""
+    return location.startswith("models:/") or PACKAGE.fullmatch(location) is not None
+
+
+def registered_base(model_uri: str, revision: str, settings: Settings, store: Store) -> Base:
+    """A registered model to start training from, verified: its package's URI and digest.
+
+    ForgeError where there is none, it is damaged or an adapter, or its digest is not `revision` ("" for any).
+    """
+    parts = MODEL_URI.fullmatch(model_uri)
+    if parts and parts["alias"] == CHAMPION and find_champion(open_registry(settings), parts["name"]) is None:
+        raise ForgeError(
+            f"base model {model_uri}: {parts['name']} has no champion yet; train one first, with model.architecture or "
+            "with a model.base that is a directory or a model id of the hub"
+        )
+    try:
+        uri, digest = resolve(model_uri, settings)
+        _, manifest = open_package(uri, digest, settings, store)
+    except ForgeError as error:
+        raise ForgeError(f"base model {model_uri}: {error.message.removeprefix(f'{model_uri}: ')}") from None
+    if manifest.get("kind") == ADAPTER:
+        instead = version_named(manifest["base"]["location"], settings)
+        raise ForgeError(
+            f"base model {model_uri}: {version_named(uri, settings)} is an adapter, and training starts from whole "
+            f"weights; name its base instead: {instead}"
+        )
+    if revision not in ("", digest):
+        raise ForgeError(f"base model {model_uri}: its digest is {digest}, and model.revision is {revision}")
+    return Base(location=uri, revision=digest)
+
+
+def local_base(base: Base, settings: Settings, store: Store) -> Base:
+    """A base as it can be opened: of a package its verified local directory, and any other as it is."""
+    if PACKAGE.fullmatch(base.location) is None:
+        return base
+    directory, _ = open_package(base.location, base.revision, settings, store)
+    return Base(location=str(directory))  # without the digest, which is no revision that a hub knows
+
+
+def portable_name(base: Base) -> str:
+    """What names a base on every machine: the hub's id, a package's key in the store, or "" for a directory."""
+    if PACKAGE.fullmatch(base.location):
+        return "/".join(base.location.split("/")[-3:])
+    return "" if Path(base.location).is_absolute() or Path(base.location).is_dir() else base.location
+
+
+def version_named(location: str, settings: Settings) -> str:
+    """A base's location as people name it: models:/name/3 for a package of a registered version, any other as it is."""
+    if PACKAGE.fullmatch(location) is None:
+        return location
+    name, digest = location.split("/")[-2:]
+    wanted = f"name = '{name}' and tags.{PACKAGE_DIGEST} = '{digest.removeprefix('sha256-')}'"
+    found = open_registry(settings).search_model_versions(wanted)
+    return f"models:/{name}/{found[0].version}" if found else location

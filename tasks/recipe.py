@@ -223,6 +223,18 @@ class ServingRecipe(Section):
     startup_timeout: int = Field(600, ge=10, description="seconds until the server must be healthy")
     replay: int = Field(16, ge=1, description="evaluated prompts that are asked again over the API")
     min_agreement: float = Field(0.9, gt=0, le=1, description="share of them that must be answered as in evaluation")
+    max_nll_gap: float = Field(
+        0.1, gt=0, description="nats a token between the likelihoods of expected answers, served and in evaluation"
+    )
+    watch_seconds: float = Field(10, ge=0, description="seconds that it is watched under its public name")
+    max_error_rate: float = Field(0.01, ge=0, le=1, description="share of requests that may fail meanwhile")
+    max_latency_ratio: float = Field(3, gt=1, description="how much slower than before it may answer meanwhile")
+    adapter_slots: int = Field(2, ge=0, description="adapters that answer at once, of them two while one is replaced")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="of any adapter, at most")
+    context: int | None = Field(
+        None, ge=16, description="tokens of a conversation; without it, the model's own context"
+    )
+    concurrency: int = Field(8, ge=1, description="conversations of the whole context that must fit at once")
 
 
 class Recipe(Section):

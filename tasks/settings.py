@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -36,6 +37,13 @@ class Settings(BaseSettings):
         description="Python of the environment that holds lm-evaluation-harness",
     )
     serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
+    serving_target: Literal["local", "kubernetes"] = Field(
+        "local", description="What serves: vLLM on this machine, or the cluster's Deployment vllm"
+    )
+    serving_url: str = Field("", description="URL of the cluster's vLLM, without /v1; empty: this machine's")
+    serving_namespace: str = Field("ml-inference", description="Namespace of the cluster's vLLM")
+    reconciler_url: str = Field("", description="URL of the cluster's reconciler; empty: this machine's")
+    reconciler_port: int = Field(0, ge=0, le=65535, description="Port of the reconciler's status; 0: any that is free")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of the Prometheus endpoint that a training run has while it lasts; 0: none"
     )
@@ -48,7 +56,7 @@ class Settings(BaseSettings):
     s3_region: str = Field("us-east-1", description="Region of that server")
     s3_virtual_host: bool = Field(False, description="Whether buckets are host names there, not the path's beginning")
 
-    @field_validator("s3_endpoint")
+    @field_validator("s3_endpoint", "serving_url", "reconciler_url")
     @classmethod
     def _url(cls, endpoint: str) -> str:
         if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+/?", endpoint):
@@ -79,13 +87,13 @@ class Settings(BaseSettings):
 
     @property
     def serving(self) -> Path:
-        """State and logs of the local server."""
+        """What vLLM and its reconciler share: public names, state and logs."""
         return self.home / "serving"
 
     @property
     def endpoint(self) -> str:
-        """Base URL of the local OpenAI-compatible API."""
-        return f"http://127.0.0.1:{self.serving_port}/v1"
+        """Base URL of the OpenAI-compatible API."""
+        return f"{self.serving_url.rstrip('/') or f'http://127.0.0.1:{self.serving_port}'}/v1"
 
 
 def load_settings() -> Settings:

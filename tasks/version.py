@@ -5,7 +5,7 @@ from pathlib import Path
 from tasks.storage.digest import digest_file, digest_json
 
 TASKS = Path(__file__).parent
-SHARED = ("contracts.py", "storage")  # what decides how any stage's results are kept
+SHARED = ("contracts.py", "storage", "weights.py")  # what decides how any stage's results are made and kept
 
 
 def code_version(stage: str) -> str:

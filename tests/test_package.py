@@ -12,8 +12,9 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.package import fetch
+from tasks.package import fetch, local_base, portable_name
 from tasks.registry import open_registry
 from tasks.settings import Settings
 from tasks.signature import check_keys
@@ -88,6 +89,33 @@ def test_the_card_says_in_the_hub_s_form_what_the_model_is(tmp_path: Path) -> No
     )  # fmt: skip
     assert card["model-index"][0]["results"][0]["metrics"] == [{"type": "score", "value": 0.75}]
     assert "| data set | sha256 dddd" in text
+
+
+def test_the_card_of_an_adapter_names_its_base_for_the_hub(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    store = open_store(settings)
+    for number, (location, named) in enumerate({"meta/llama": "meta/llama", "/home/me/base": None}.items()):
+        adapter = {"kind": "adapter", "rank": 4, "base": {"location": location, "revision": "abc"}}
+        uri, _ = make(tmp_path / str(number), settings, store, **adapter)
+        _, head, text = (fetch(uri, settings, store) / "README.md").read_text().split("---\n", 2)
+        card = yaml.safe_load(head)
+        assert (card.get("base_model"), card["library_name"]) == (named, "peft")
+        assert f'from_pretrained("{named or "BASE"}")' in text
+
+
+def test_a_base_is_opened_where_it_is(settings: Settings, tmp_path: Path) -> None:
+    store = open_store(settings)
+    uri, digest = make(tmp_path / "model", settings, store)
+    package = Base(location=uri, revision=digest)
+    there = elsewhere(settings)
+    found = local_base(package, there, open_store(there))
+    assert (Path(found.location) / "model.safetensors").read_bytes() == b"1" * 100_000
+    assert found.revision == "", "no digest is taken for a revision of the hub"
+    assert portable_name(package) == f"models/dates/sha256-{digest}"
+    for location, name in (("meta/llama", "meta/llama"), (str(tmp_path), ""), ("", "")):
+        other = Base(location=location, revision="abc")
+        assert local_base(other, settings, store) == other
+        assert portable_name(other) == name
 
 
 @pytest.mark.parametrize(

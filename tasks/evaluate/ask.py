@@ -24,8 +24,8 @@ class Asked:
     scored: list[int]
 
 
-def ask_all(of: Base, items: Sequence[Item]) -> list[Asked]:
-    """Every item in a model's tokens; one that its chat template refuses is empty, and a line says so.
+def ask_all(of: Base, items: Sequence[Item], quiet: bool = False) -> list[Asked]:
+    """Every item in a model's tokens; one that its chat template refuses is empty, and, unless `quiet`, a line says so.
 
     Raises ForgeError where there is no tokenizer, or the template refuses all of them.
     """
@@ -45,7 +45,7 @@ def ask_all(of: Base, items: Sequence[Item]) -> list[Asked]:
             f"evaluation: {of.location}: its chat template refuses every conversation ({reason}); mend its "
             "chat_template.jinja"
         )
-    if refused:
+    if refused and not quiet:
         print(
             f"evaluate: {of.location}: its chat template refuses {refused} of {len(items)} conversations ({reason}), "
             "which count as not answered",
@@ -96,6 +96,11 @@ def render(tokenizer: Any, item: Item, messages: list[dict[str, Any]]) -> list[i
     )
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens
+
+
+def tells_date(of: Base) -> bool:
+    """Whether a model's chat template tells the date: its server then gives it other tokens every day."""
+    return "strftime_now" in load_tokenizer(of).get_chat_template()
 
 
 def load_tokenizer(of: Base) -> Any:

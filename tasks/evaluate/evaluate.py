@@ -15,13 +15,15 @@ from rich.progress import Progress
 
 from tasks.contracts import Base, Dataset, Evaluation, Model
 from tasks.errors import ForgeError
+from tasks.evaluate.ask import ask_all, tells_date
 from tasks.evaluate.cache import answers_of, chosen_engine
-from tasks.evaluate.champion import champion_package
+from tasks.evaluate.champion import champion_model
 from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.report import Page, render_report
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
+from tasks.package import is_registered, local_base
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.registry import MODEL_DIGEST, find_champion, open_registry
 from tasks.settings import Settings
@@ -56,11 +58,11 @@ def evaluate(
         )
     digest, _ = digest_directory(directory / "model")
     champion = find_champion(open_registry(settings), name)
-    models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, store)}
+    models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, settings, store)}
     if champion is not None:
-        package, its_digest = champion_package(name, champion, store, settings)
-        if its_digest != digest:
-            models["champion"] = Base(location=str(package)), its_digest
+        other = champion_model(name, champion, digest, store, settings)
+        if other is not None:
+            models["champion"] = other
     engine = chosen_engine(recipe, settings)
     judged: dict[str, Judged] = {}
     for who, (of, its_digest) in models.items():
@@ -83,7 +85,7 @@ def evaluate(
     scores = {who: summarise(items, of) for who, of in judged.items()}
     training = json.loads((directory / "training.json").read_text())
     with store.stage() as staged:
-        parquet.write_table(items_table(items, judged), staged / ITEMS, compression="zstd")
+        parquet.write_table(items_table(items, judged, models["candidate"][0]), staged / ITEMS, compression="zstd")
         page = Page(
             name=name,
             items=items,
@@ -161,9 +163,12 @@ def _show(progress: Progress, bar: Any, done: int) -> None:
     progress.update(bar, completed=done)
 
 
-def base_of(model: Model, store: Store) -> tuple[Base, str]:
+def base_of(model: Model, settings: Settings, store: Store) -> tuple[Base, str]:
     """What a model was trained from, and its digest."""
     base = model.base
+    if is_registered(base.location):  # whose answers may be kept from its own evaluation
+        manifest = store.manifest(base.location)
+        return local_base(base, settings, store), str(manifest.get("model_digest", base.revision))
     if "://" in base.location:  # in the store
         path = store.path(base.location)
         return Base(location=str(path)), digest_directory(path)[0]
@@ -171,14 +176,23 @@ def base_of(model: Model, store: Store) -> tuple[Base, str]:
     return Base(location=base.location) if local else base, base.revision
 
 
-def items_table(items: Sequence[Item], judged: Mapping[str, Judged]) -> pa.Table:
-    """Each item with every model's answer, as columns such as `candidate_score`; messages and tools are JSON."""
+def items_table(items: Sequence[Item], judged: Mapping[str, Judged], candidate: Base) -> pa.Table:
+    """Each item with every model's answer, as columns such as `candidate_score`; messages and tools are JSON.
+
+    The tokens are those that the candidate was given, and `scored` the places in `whole_tokens` that its NLL is of: a
+    rollout compares what is served with them. `prompt_tokens` are null where they are other ones every day.
+    """
+    asked = ask_all(candidate, items, quiet=True)
+    dated = tells_date(candidate)
     columns: dict[str, Any] = {
         "messages": [json.dumps(item.messages, ensure_ascii=False) for item in items],
         "tools": [json.dumps(item.tools, ensure_ascii=False) if item.tools else None for item in items],
         "expected": [item.expected for item in items],
         "slice": [item.slice for item in items],
         "check": [item.check.model_dump_json(exclude_defaults=True) for item in items],
+        "prompt_tokens": pa.array([None if dated else one.prompt for one in asked], pa.list_(pa.int32())),
+        "whole_tokens": pa.array([one.whole for one in asked], pa.list_(pa.int32())),
+        "scored": pa.array([one.scored for one in asked], pa.list_(pa.int32())),
     }
     for who, of in judged.items():
         columns |= {

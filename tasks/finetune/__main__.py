@@ -13,8 +13,10 @@ from tasks.finetune.export import export
 from tasks.finetune.processes import Rank, joined
 from tasks.finetune.run import copies_of, job_key, telemetry_of
 from tasks.finetune.train import Job, Trainer
+from tasks.package import is_registered, registered_base
 from tasks.recipe import load_recipe
 from tasks.settings import Settings, load_settings
+from tasks.storage import open_store
 
 
 def main() -> int:
@@ -32,10 +34,14 @@ def main() -> int:
         if options.out.exists():
             raise ForgeError(f"{options.out}: is there already; name another directory, or remove it")
         checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
-        base = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
+        base = local = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
+        if is_registered(base.location):
+            store = open_store(settings)
+            base = registered_base(base.location, base.revision, settings, store)
+            local = Base(location=str(store.path(base.location)))  # which is verified by now
         key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
         copies = copies_of(key, settings)
-        job = Job(options.data, base, recipe.model, recipe.training, checkpoints, copies)
+        job = Job(options.data, local, recipe.model, recipe.training, checkpoints, copies, origin=base)
         # Of this launcher's alone: an earlier one's failure is not this one's.
         with joined(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
             train(rank, job, options.out, settings)

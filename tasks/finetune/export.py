@@ -9,18 +9,18 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tasks.contracts import Base
 from tasks.finetune.model import DTYPES, build_model
 from tasks.finetune.train import Trainer
+from tasks.package import portable_name
 from tasks.storage.digest import digest_directory
 from tasks.storage.lease import whoami
 from tasks.version import code_version
+from tasks.weights import merge, save
 
 CARD = "training.json"
-SHARD = "5GB"  # of a safetensors file
 
 
 def export(trainer: Trainer, directory: Path | None) -> None:
@@ -37,11 +37,8 @@ def export(trainer: Trainer, directory: Path | None) -> None:
     job = trainer.job
     dtype = DTYPES[job.training.precision]
     if trainer.adapter is not None:
-        named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
-        trainer.adapter.save_pretrained(directory / "adapter", state_dict=named)
-        base = build_model(job.model, job.base, trainer.tokenizer, trainer.context, job.training.seed, torch.float32)
-        merged = PeftModel.from_pretrained(base, str(directory / "adapter")).merge_and_unload()
-        save(merged, merged.state_dict(), dtype, trainer.tokenizer, directory / "model")
+        save_adapter(trainer.adapter, weights, job.recorded, directory / "adapter")
+        merge(job.base, directory / "adapter", dtype, directory / "model", trainer.tokenizer)
     else:
         save(trainer.causal, weights, dtype, trainer.tokenizer, directory / "model")
     if job.model.architecture is not None:
@@ -51,15 +48,15 @@ def export(trainer: Trainer, directory: Path | None) -> None:
     (directory / CARD).write_text(json.dumps(card(trainer, digest), indent=2) + "\n")
 
 
-def save(causal: Any, weights: dict[str, Any], dtype: torch.dtype, tokenizer: Any, directory: Path) -> None:
-    """Write weights, configuration and tokenizer in Hugging Face format."""
-    tied = set(causal.all_tied_weights_keys or ())
-    kept = {name: weight.to(dtype).contiguous() for name, weight in weights.items() if name not in tied}
-    causal.save_pretrained(directory, state_dict=kept, max_shard_size=SHARD)
-    tokenizer.save_pretrained(directory)
-    path = directory / "config.json"  # which has the dtype that the weights had while they were trained
+def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, directory: Path) -> None:
+    """Write an adapter as peft does, but with no path of this machine in it, and the same files each time."""
+    named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+    adapter.save_pretrained(directory, state_dict=named)
+    (directory / "README.md").unlink()  # peft's card, which names the base's path; registration writes its own
+    path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    config |= {"base_model_name_or_path": portable_name(base), "target_modules": sorted(config["target_modules"])}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def card(trainer: Trainer, digest: str) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
     return {
         "kind": "model",
         "digest": digest,
-        "base": (job.base if job.base.location else Base(location="random weights")).model_dump(),
+        "base": (job.recorded if job.base.location else Base(location="random weights")).model_dump(),
         "dataset": {"digest": dataset["digest"]},
         "parameters": trainer.parameters,
         "recipe": {"model": job.model.model_dump(mode="json"), "training": job.training.model_dump(mode="json")},

@@ -17,6 +17,7 @@ from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.checkpoint import reason
 from tasks.recipe import Lora, ModelRecipe
+from tasks.weights import load_causal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "default"  # peft's name for the only one
@@ -40,7 +41,7 @@ def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, s
             pad_token_id=tokenizer.pad_token_id,
         )
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return _load(base, dtype)
+    return load_causal(base, dtype)
 
 
 def build_quantised(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
@@ -58,25 +59,11 @@ def build_quantised(base: Base, dtype: torch.dtype, device: torch.device) -> Any
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-    causal = _load(base, dtype, quantization_config=quantisation, device_map={"": device})
+    causal = load_causal(base, dtype, quantization_config=quantisation, device_map={"": device})
     for module in causal.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # it repacks weights for inference, and then trains no more
     return causal
-
-
-def _load(base: Base, dtype: torch.dtype, **how: Any) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            base.location,
-            revision=base.revision or None,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **how,
-        )
-    except (OSError, ValueError) as error:
-        raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_config(base: Base) -> Any:

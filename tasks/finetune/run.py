@@ -10,6 +10,7 @@ from tasks.finetune.export import export
 from tasks.finetune.processes import Rank
 from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train import Job, Trainer
+from tasks.package import local_base
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory
@@ -37,7 +38,9 @@ def train(
     """
     started = time.time()
     key = job_key(dataset.digest, base, model, recipe)
-    job = Job(store.path(dataset.uri), base, model, recipe, settings.checkpoints / key, copies_of(key, settings))
+    local = local_base(base, settings, store)
+    checkpoints, copies = settings.checkpoints / key, copies_of(key, settings)
+    job = Job(store.path(dataset.uri), local, model, recipe, checkpoints, copies, origin=base)
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
         trainer.train(telemetry)
@@ -63,7 +66,7 @@ def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Te
         yield None
         return
     job = trainer.job
-    params = {**job.training.model_dump(mode="json"), "base": job.base.location or "random weights"}
+    params = {**job.training.model_dump(mode="json"), "base": job.recorded.location or "random weights"}
     per_token, peak = trainer.flops()
     with Telemetry(
         settings, name, params, training=name, steps=trainer.order.steps, device=trainer.rank.device,

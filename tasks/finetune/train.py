@@ -59,6 +59,12 @@ class Job:
     training: TrainingRecipe
     checkpoints: Path  # a directory that is this job's alone, and all ranks see
     copies: Bucket | None = None  # where they are copied to
+    origin: Base | None = None  # in the store, where `base` is its copy on this machine
+
+    @property
+    def recorded(self) -> Base:
+        """The base as it is recorded: by what is the same on every machine."""
+        return self.origin or self.base
 
 
 @dataclass

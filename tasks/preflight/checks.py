@@ -10,6 +10,7 @@ from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
 from tasks.evaluate.harness import check_harness
+from tasks.package import is_registered, registered_base
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
@@ -45,19 +46,21 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
     places_of_rows = {"source": absolute(data_path or data.source), "heldout_source": absolute(data.heldout_source)}
     data = data.model_copy(update=places_of_rows)
     found = attempt(lambda: check_data(data))
-    base = None
-    if loaded is not None:
-        wanted = loaded
-        gpus = attempt(lambda: check_training(wanted.training))
-        base = attempt(lambda: find_base(wanted.model))
-        if gpus is not None and base is not None:
-            here, start = gpus, base
-            attempt(lambda: check_memory(wanted, start, here))
-    store = None
+    base = store = None
     settings = attempt(load_settings)
     if settings is not None:
         places = settings
         store = attempt(lambda: open_store(places))
+    if loaded is not None:
+        wanted = loaded
+        gpus = attempt(lambda: check_training(wanted.training))
+        base = attempt(lambda: find_base(wanted.model, settings, store))
+        if gpus is not None and base is not None:
+            here, start = gpus, base
+            if store is not None and is_registered(base.location):
+                start = Base(location=str(store.path(base.location)))  # verified a moment ago
+            attempt(lambda: check_memory(wanted, start, here))
+    if settings is not None:
         if store is not None or settings.mlflow_uri:
             client = attempt(lambda: open_registry(places))
             if client is not None and store is not None and loaded is not None:
@@ -132,10 +135,17 @@ def check_memory(recipe: Recipe, base: Base, gpus: list[GPU]) -> None:
     check_fit(measure_model(config), recipe.training, context, gpu)
 
 
-def find_base(recipe: ModelRecipe) -> Base:
-    """The base model, which must be there as safetensors, with a revision that pins its contents."""
+def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Store | None = None) -> Base:
+    """The base model, which must be there as safetensors, with a revision that pins its contents.
+
+    One that is registered needs settings and store, which are None where they could not be opened.
+    """
     if recipe.base is None:
         return Base()
+    if is_registered(recipe.base):
+        if settings is None or store is None:
+            raise ForgeError(f"base model {recipe.base}: is in the store, which cannot be opened; mend that first")
+        return registered_base(recipe.base, recipe.revision or "", settings, store)
     directory = Path(recipe.base).expanduser().absolute()
     if directory.is_dir():
         if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
@@ -183,7 +193,8 @@ def _not_to_be_had(name: str, error: Exception) -> ForgeError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ForgeError(
         f"base model {name}: neither a directory here nor to be had from the hub ({reason}); give model.base the path "
-        "of a directory in Hugging Face format, or make the hub reachable (a gated model needs HF_TOKEN)"
+        "of a directory in Hugging Face format, or models:/name@champion, or make the hub reachable (a gated model "
+        "needs HF_TOKEN)"
     )
 
 

@@ -7,9 +7,10 @@ from typing import Annotated
 from flytekit import Cache, Deck, HashMethod, dynamic, map_task, task
 
 from tasks.contracts import Artifact, Base, Dataset, Source, cache_key
+from tasks.package import local_base
 from tasks.recipe import DataRecipe
 from tasks.settings import load_settings
-from tasks.storage import open_store
+from tasks.storage import Store, open_store
 from tasks.version import code_version
 
 
@@ -18,7 +19,7 @@ def prepare_whole(source: Source, data: DataRecipe, base: Base) -> Annotated[Dat
     """Raw rows to a packed data set, by this machine alone."""
     from tasks.preprocess.prepare import prepare
 
-    dataset = prepare(source, data, base, open_store(load_settings()))
+    dataset = prepare(source, data, *opened(base))
     show(dataset)
     return dataset
 
@@ -28,7 +29,7 @@ def read_shard(shard: int, source: Source, data: DataRecipe, base: Base) -> Arti
     """One shard of the raw rows, checked and tokenised."""
     from tasks.preprocess.prepare import prepare_shard
 
-    return prepare_shard(source, data, base, open_store(load_settings()), shard)
+    return prepare_shard(source, data, *opened(base), shard)
 
 
 @task(enable_deck=True)
@@ -38,7 +39,7 @@ def pack_shards(
     """All shards to the data set that `prepare_whole` would make."""
     from tasks.preprocess.prepare import prepare_from_shards
 
-    dataset = prepare_from_shards(shards, source, data, base, open_store(load_settings()))
+    dataset = prepare_from_shards(shards, source, data, *opened(base))
     show(dataset)
     return dataset
 
@@ -50,6 +51,13 @@ def preprocess_data(source: Source, data: DataRecipe, base: Base) -> Annotated[D
         return prepare_whole(source=source, data=data, base=base)
     shards = map_task(partial(read_shard, source=source, data=data, base=base))(shard=list(range(data.shards)))
     return pack_shards(shards=shards, source=source, data=data, base=base)
+
+
+def opened(base: Base) -> tuple[Base, Store]:
+    """The base model as this machine can open it, and the store."""
+    settings = load_settings()
+    store = open_store(settings)
+    return local_base(base, settings, store), store
 
 
 def show(dataset: Dataset) -> None:

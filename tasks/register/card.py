@@ -5,7 +5,19 @@ https://huggingface.co/docs/hub/model-cards
 
 from typing import Any
 
+from tasks.contracts import Base
+from tasks.package import ADAPTER, portable_name
+
 CARD = "README.md"
+USE = """\
+This is an adapter, to be loaded beside the base that it was trained on:
+
+```python
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
+```
+
+"""
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -13,11 +25,13 @@ def model_card(facts: dict[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base, metrics = facts["base"], facts["metrics"]
+    adapter = facts["kind"] == ADAPTER
+    name = portable_name(Base(**base))
     head = ModelCardData(
-        base_model=base["location"] if "/" in base["location"] and "://" not in base["location"] else None,
-        library_name="transformers",
+        base_model=name if "/" in name and "://" not in base["location"] else None,  # the hub knows its own ids alone
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["forge"],
+        tags=["forge", *(["lora"] if adapter else [])],
         model_name=facts["name"],
         eval_results=[
             EvalResult(
@@ -39,6 +53,7 @@ def model_card(facts: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",
+        *(USE.format(base=name or "BASE").splitlines() if adapter else ()),
         "## What it was made from",
         "",
         "| | |",

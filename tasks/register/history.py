@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from tasks.errors import ForgeError
-from tasks.package import find_version, resolve
+from tasks.package import find_version, resolve, version_named
 from tasks.promotion import Promotion, promotions
 from tasks.register.register import EVALUATION
 from tasks.registry import PACKAGE_DIGEST, open_registry, telling
@@ -129,20 +129,27 @@ def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
     version = find_version(model_uri, settings)
     uri, digest = resolve(f"models:/{version.name}/{version.version}", settings)
     manifest = store.manifest(uri)
+    base = {**manifest["base"], "location": version_named(manifest["base"]["location"], settings)}
     card = store.part(store.uri(f"datasets/sha256-{manifest['dataset']}"), "dataset.json")
     source = json.loads(card)["source"] if card else {}
     moved = [one for one in promotions(store, version.name) if one.version == str(version.version)]
     return {
         "model": f"{version.name} version {version.version}",
         "promoted": [f"{_time(datetime.fromtimestamp(one.when, UTC))} by {one.who}: {one.why}" for one in moved],
-        "package": {"uri": uri, "digest": digest, "files": len(manifest["files"]), "model": manifest["model_digest"]},
+        "package": {
+            "kind": manifest.get("kind", "model"),
+            "uri": uri,
+            "digest": digest,
+            "files": len(manifest["files"]),
+            "model": manifest["model_digest"],
+        },
         "evaluation": {
             "digest": version.tags.get(EVALUATION, ""),
             "verdict": manifest["verdict"],
             **manifest["metrics"],
         },
         "data set": {"digest": manifest["dataset"], "rows from": source.get("uri", "no longer in the store")},
-        "base": {name: value for name, value in manifest["base"].items() if value},
+        "base": {name: value for name, value in base.items() if value},
         "recipe": {"digest": manifest["recipe"], "in MLflow": f"parameters of run {version.run_id}"},
         "trained by": manifest["made_by"],
         "versions": manifest["versions"],

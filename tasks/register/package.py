@@ -1,4 +1,4 @@
-"""The package: the model's files, its card, and the manifest of both, signed where a key is set."""
+"""The package: the files of a model or of an adapter, the card, and the manifest of both, signed where a key is set."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tasks.storage.manifest import MANIFEST, SIGNATURE
 
 
 def build_package(model: Path, facts: dict[str, Any], settings: Settings, store: Store) -> tuple[str, str]:
-    """Publish a model in Hugging Face format as models/<name>/sha256-<digest>; returns its URI and digest.
+    """Publish a model or an adapter as models/<name>/sha256-<digest>; returns its URI and digest.
 
     `facts` are what the manifest and the card say of the model; they hold nothing that another attempt would say
     differently, so that the same model with the same evaluation is the same package to the byte. What was there before

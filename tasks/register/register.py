@@ -1,12 +1,15 @@
 """The stage's work: package the model, and record its run and version in MLflow. Safe to run again."""
 
+import contextlib
 import json
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Dataset, Evaluation, Model, Version
-from tasks.package import open_package
+from tasks.contracts import Base, Dataset, Evaluation, Model, Version
+from tasks.errors import ForgeError
+from tasks.package import ADAPTER, is_registered, open_package, portable_name
 from tasks.recipe import Recipe
 from tasks.register.package import build_package, ensure_signed
 from tasks.registry import (
@@ -28,14 +31,18 @@ EVALUATION = "evaluation_digest"
 def register(
     recipe: Recipe, dataset: Dataset, model: Model, evaluation: Evaluation, settings: Settings, store: Store
 ) -> Version:
-    """Publish the package and create its version, or find the one that an earlier run made of the same model."""
+    """Publish the package and create its version, or find the one that an earlier run made of the same model.
+
+    What LoRA trained is packaged as the adapter alone. ForgeError where the registered model that it stands on is gone.
+    """
     started = time.time()
     directory = store.path(model.uri)
     training = json.loads((directory / "training.json").read_text())
     client = open_registry(settings)
     model_digest, _ = digest_directory(directory / "model")
+    adapted = recipe.training.method != "full"
     facts = {
-        "kind": "model",
+        "kind": ADAPTER if adapted else "model",
         "name": recipe.name,
         "model_digest": model_digest,
         "base": training["base"],
@@ -47,10 +54,20 @@ def register(
         "versions": training["versions"],
         "made_by": training["made_by"],
     }
-    with (
-        lease(store, f"registration-{recipe.name}") as check,
-        telling(f"{recipe.name} could not be registered", settings),
-    ):
+    names = {recipe.name}
+    if adapted:
+        facts |= adapter_facts(directory)
+        base = Base(**training["base"])
+        if is_registered(base.location):
+            names.add(base.location.split("/")[-2])  # whose retention waits until it can see that the base is needed
+    with contextlib.ExitStack() as held:
+        checks = [held.enter_context(lease(store, f"registration-{name}")) for name in sorted(names)]
+        held.enter_context(telling(f"{recipe.name} could not be registered", settings))
+        if adapted and is_registered(base.location) and not store.exists(portable_name(base)):
+            raise ForgeError(
+                f"register: {recipe.name} is an adapter of {base.location}, which is gone; put it back, or train on "
+                "another base"
+            )
         found = find_version(client, recipe.name, model_digest, store)
         if found is not None:
             uri, digest = found.source, found.tags[PACKAGE_DIGEST]
@@ -62,7 +79,7 @@ def register(
                 client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
         else:
             store.sweep(f"models/{recipe.name}", timedelta(0))  # nobody else sends a package of this name now
-            uri, digest = build_package(directory / "model", facts, settings, store)
+            uri, digest = build_package(directory / (ADAPTER if adapted else "model"), facts, settings, store)
             run_id = record_run(client, recipe, dataset, evaluation, training, facts, settings)
             if not client.search_registered_models(f"name = '{recipe.name}'"):
                 client.create_registered_model(recipe.name)
@@ -74,7 +91,8 @@ def register(
                 EVALUATION: evaluation.digest,
                 "verdict": facts["verdict"][:4000],
             }
-            check()
+            for check in checks:
+                check()
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
             print(f"register: {recipe.name} version {found.version} is {uri}")
         if champion_version(client, recipe.name) != str(found.version):
@@ -89,6 +107,13 @@ def register(
         version=str(found.version),
         run_id=found.run_id or "",
     )
+
+
+def adapter_facts(directory: Path) -> dict[str, Any]:
+    """What the manifest says of an adapter: its rank, and the dtype of the model that it makes of its base."""
+    adapter = json.loads((directory / ADAPTER / "adapter_config.json").read_text())
+    model = json.loads((directory / "model" / "config.json").read_text())
+    return {"rank": adapter["r"], "dtype": model["dtype"]}
 
 
 def find_version(client: Any, name: str, model_digest: str, store: Store) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.table import Table
 
 from tasks.errors import ForgeError
-from tasks.package import DIGEST
+from tasks.package import ADAPTER, DIGEST
 from tasks.promotion import promotions
 from tasks.register.history import aliases_of, names_of, versions_of
 from tasks.registry import open_registry, telling
@@ -35,8 +35,9 @@ def retain(name: str, keep: int, days: float, apply: bool, settings: Settings, s
     """Find what is neither a champion nor young nor among the last versions, and with `apply` remove it; returns it.
 
     Kept are, of each name (or of `name` alone): versions with an alias, the champion before the present one, to which
-    a rollback leads, the last `keep` versions, and all that is younger than so many days. A version goes before its
-    package, so that one that is broken off leaves no version without a package. Safe to run again.
+    a rollback leads, the last `keep` versions, all that is younger than so many days, and what an adapter that stays
+    stands on, of whatever name. A version goes before its package, so that one that is broken off leaves no version
+    without a package. Safe to run again.
     """
     client = open_registry(settings)
     with telling("retention did not end", settings):
@@ -50,6 +51,9 @@ def retain(name: str, keep: int, days: float, apply: bool, settings: Settings, s
             # Nobody registers or promotes a version of it meanwhile.
             with lease(store, f"registration-{one}"), lease(store, f"promotion-{one}"):
                 found = _find(client, one, one in registered, keep, timedelta(days=days), store)
+                going = {removal.package.uri for removal in [*removals, *found]}
+                needed = _bases(store, going) if found else set()
+                found = [removal for removal in found if _key(removal.package.uri) not in needed]
                 removals += found
                 if apply:
                     for removal in found:
@@ -96,6 +100,16 @@ def _find(
         elif age > young:
             removals.append(Removal(name, (), package, "no version names it"))
     return removals
+
+
+def _bases(store: Store, going: set[str]) -> set[str]:
+    """The keys of the packages that adapters stand on which do not go."""
+    manifests = [store.manifest(one.uri) for one in store.artifacts("models") if one.whole and one.uri not in going]
+    return {_key(manifest["base"]["location"]) for manifest in manifests if manifest.get("kind") == ADAPTER}
+
+
+def _key(uri: str) -> str:
+    return "/".join(uri.split("/")[-2:])  # the same wherever the store is
 
 
 def retention_table(removals: Sequence[Removal], apply: bool) -> Table:

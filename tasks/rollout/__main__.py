@@ -1,43 +1,143 @@
-"""`python -m tasks.rollout ask|stop`: the local server, by hand (what `make ask` and `make stop` run)."""
+"""`python -m tasks.rollout ask|start|stop|remove|reconcile`: the served model, by hand and beside vLLM."""
+
+import json
+import os
+import signal
+from types import FrameType
 
 import click
+from filelock import FileLock, Timeout
 from openai import OpenAIError
 
 from tasks.endpoint import ask as ask_once
 from tasks.endpoint import client_of
 from tasks.errors import ForgeError
-from tasks.rollout.rollout import rollout_lock
-from tasks.rollout.server import LocalServer
+from tasks.rollout.desired import Conflict, Desired, Server
+from tasks.rollout.local import LocalTarget, reconciler_lock
+from tasks.rollout.packages import fetch
+from tasks.rollout.plan import remove as without
+from tasks.rollout.reconciler import Reconciler, run
+from tasks.rollout.server import LocalServer, start_ticks
+from tasks.rollout.status import Status
+from tasks.rollout.target import open_target
+from tasks.rollout.trial import recover
 from tasks.settings import load_settings
+from tasks.storage import open_store, write_atomically
+
+POLL = 0.1  # seconds between the reconciler's looks at a file of this machine
+POLL_CLUSTER = 1.0  # and at Kubernetes' API
 
 
 @click.group()
 def cli() -> None:
-    """The model that serves on this machine."""
+    """The models that serve."""
 
 
 @cli.command()
 @click.argument("question")
-def ask(question: str) -> None:
-    """Ask the served model one question."""
+@click.option("--name", default="", help="the public name; needed where there are several")
+def ask(question: str, name: str) -> None:
+    """Ask a served model one question."""
     settings = load_settings()
-    running = LocalServer(settings).running()
-    if running is None:
+    desired, _ = open_target(settings).document.read()
+    public = sorted(desired.serving.names)
+    if not public:
         raise ForgeError("nothing is serving; start it with: make run")
+    if name not in public and (name or len(public) > 1):
+        raise ForgeError(f"--name {name}: served are {', '.join(public)}; give one of them")
     try:
         messages = [{"role": "user", "content": question}]
-        click.echo(ask_once(client_of(f"http://127.0.0.1:{running.spec.port}/v1"), running.spec.name, messages))
+        click.echo(ask_once(client_of(settings.endpoint), name or public[0], messages))
     except OpenAIError as error:
-        raise ForgeError(f"the server did not answer ({error}); see {running.log}") from None
+        raise ForgeError(
+            f"the server did not answer ({error}); start it: python -m tasks.rollout start; see {settings.serving}"
+        ) from None
+
+
+@cli.command()
+def start() -> None:
+    """Serve again what should be served: after `stop`, or after the machine was started."""
+    target = LocalTarget(load_settings())
+    desired, _ = target.document.read()
+    if desired.serving.base is None:
+        raise ForgeError("there is nothing to serve yet; train a model: make run")
+    target.ensure()
+    click.echo(f"{', '.join(sorted(desired.serving.names))} will be served; see {target.log}")
 
 
 @cli.command()
 def stop() -> None:
-    """Stop the server."""
+    """Stop serving on this machine; `start` goes on from there."""
     settings = load_settings()
-    with rollout_lock(settings, timeout=10):
-        stopped = LocalServer(settings).stop()
-    click.echo(f"Stopped {stopped.spec.name} version {stopped.spec.version}." if stopped else "Nothing is serving.")
+    target = LocalTarget(settings)
+    desired, _ = target.document.read()
+    target.stop()
+    stopped = LocalServer(settings).stop()
+    names = ", ".join(sorted(desired.serving.names))
+    click.echo(f"Stopped {names or 'the server'}." if stopped else "Nothing is serving.")
+
+
+@cli.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Serve a public name no longer. The registry keeps its versions."""
+    target = open_target(load_settings())
+    while True:
+        desired, revision = target.document.read()
+        if name not in desired.serving.names:
+            raise ForgeError(f"{name} is not served; served are {', '.join(sorted(desired.serving.names)) or 'none'}")
+        if desired.trial is not None:
+            raise ForgeError(f"a rollout of {desired.trial.of.versioned} is under way; wait until it has ended")
+        changed = Desired(generation=desired.generation + 1, serving=without(desired.serving, name))
+        try:
+            target.document.write(changed, revision)
+            break
+        except Conflict:
+            continue
+    click.echo(f"{name} is served no longer.")
+
+
+@cli.command()
+def reconcile() -> None:
+    """Make what is served what should be, until told to end; vLLM is left as it is then."""
+    settings = load_settings()
+    local = settings.serving_target == "local"
+    settings.serving.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(reconciler_lock(settings))
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ForgeError(f"another reconciler holds {reconciler_lock(settings)}") from None
+    store = open_store(settings)
+    server: Server = LocalServer(settings)
+    if not local:
+        from tasks.rollout.kubernetes import KubernetesServer, open_cluster
+
+        server = KubernetesServer(open_cluster(patience=10), settings.serving_namespace, "vllm", settings.serving_url)
+    reconciler = Reconciler(
+        open_target(settings).document,
+        server,
+        lambda one: fetch(one, settings, store),
+        lambda document: recover(document, store, settings),
+        settings.serving / "names.json",
+        tell=click.echo,
+    )
+    status = Status(reconciler, "127.0.0.1" if local else "0.0.0.0", settings.reconciler_port)  # noqa: S104
+    record = settings.serving / "reconciler.json"
+    ended = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        ended = True
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "port": status.port}
+    write_atomically(record, json.dumps(me))
+
+    # On a cluster there may be something to serve later, and Kubernetes would only start it again.
+    run(reconciler, POLL if local else POLL_CLUSTER, lambda: ended, status.touch, forever=not local)
+    record.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,97 @@
-"""The proof over the API: the served model must answer as evaluation said it does."""
+"""The proof over the API: the served model must answer as evaluation said it does, and be given the same tokens."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAIError
 from pyarrow import parquet
 
 from tasks.endpoint import ask, client_of
 from tasks.errors import ForgeError
+from tasks.recipe import ServingRecipe
+from tasks.rollout.vllm_api import UNREACHABLE, VLLM
+
+COLUMNS = ["messages", "tools", "candidate_answer", "candidate_nll", "prompt_tokens", "whole_tokens", "scored"]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def prove(endpoint: str, name: str, evaluation: Path, count: int, min_agreement: float) -> str:
-    """Ask `count` evaluated prompts again over the API; returns "16 of 16" or so.
-
-    Raises ForgeError where the model is not listed, a request fails, or too few answers are those of evaluation.
+def read_replay(evaluation: Path, count: int) -> list[dict[str, Any]]:
+    """The first evaluated prompts, with what the candidate answered, how likely it found the expected answer, and the
+    tokens that it was given (None where its template tells the date).
     """
-    card = json.loads((evaluation / "evaluation.json").read_text())
-    columns = ["messages", "tools", "candidate_answer"]
-    rows = parquet.read_table(evaluation / "items.parquet", columns=columns).to_pylist()
-    items = [(json.loads(row["messages"]), row["candidate_answer"]) for row in rows[:count]]
-    tools = [json.loads(row["tools"] or "null") for row in rows[:count]]
+    rows = parquet.read_table(evaluation / "items.parquet", columns=COLUMNS).to_pylist()[:count]
+    parsed = {"messages": lambda text: json.loads(text), "tools": lambda text: json.loads(text or "null")}
+    return [{name: parsed.get(name, lambda value: value)(value) for name, value in row.items()} for row in rows]
+
+
+def prove(endpoint: str, versioned: str, evaluation: Path | None, recipe: ServingRecipe) -> str:
+    """Ask evaluated prompts again over the API, under the versioned name; returns "16 of 16" or so.
+
+    Raises ForgeError where the model is not listed, a request fails, prompts reach it as other tokens than in
+    evaluation, too few answers are those of evaluation, or expected answers are not as likely. Without an evaluation,
+    it need only answer; that returns "".
+    """
     client = client_of(endpoint)
     try:
         served = [model.id for model in client.models.list()]
-        if name not in served:
-            raise ForgeError(f"the server at {endpoint} serves {', '.join(served)}, not {name}")
-        most = card["recipe"]["max_new_tokens"]
-        answers = [ask(client, name, messages, its, most) for (messages, _), its in zip(items, tools, strict=True)]
-    except OpenAIError as error:
+        if versioned not in served:
+            raise ForgeError(f"the server at {endpoint} serves {', '.join(served)}, not {versioned}")
+        if evaluation is None:
+            ask(client, versioned, HELLO, max_tokens=8)
+            return ""
+        rows = read_replay(evaluation, recipe.replay)
+        most = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
+        _same_tokens(VLLM(endpoint.removesuffix("/v1")), versioned, rows)
+        answers = [ask(client, versioned, row["messages"], row["tools"], most) for row in rows]
+        agreement = _same_answers(rows, answers, recipe.min_agreement)
+        _as_likely(VLLM(endpoint.removesuffix("/v1")), versioned, rows, recipe.max_nll_gap)
+        return agreement
+    except (OpenAIError, *UNREACHABLE) as error:
         raise ForgeError(f"the server at {endpoint} did not answer: {error}") from None
+
+
+def _same_tokens(vllm: VLLM, versioned: str, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        expected = row["prompt_tokens"]
+        if not expected:  # refused by the template, or a template that tells the date
+            continue
+        found = vllm.tokens(versioned, row["messages"], row["tools"])
+        if found != expected:
+            at = next((at for at, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
+            where = f"from token {at} on" if at is not None else f"{len(found)} tokens in place of {len(expected)}"
+            raise ForgeError(
+                f"the served model is given other tokens than in evaluation ({where}), when asked "
+                f"{row['messages'][-1]['content']!r}: its chat template or its tokenizer is not the one that it was "
+                "evaluated with"
+            )
+
+
+def _same_answers(rows: list[dict[str, Any]], answers: list[str], min_agreement: float) -> str:
     # Strip as evaluation's own comparison does: white space at the ends is not told apart.
-    pairs = [(messages, said, now) for (messages, said), now in zip(items, answers, strict=True)]
-    differing = [pair for pair in pairs if pair[1].strip() != pair[2].strip()]
-    agreeing = len(items) - len(differing)
-    if agreeing < min_agreement * len(items):
-        messages, said, now = differing[0]
+    differing = [
+        (row, now) for row, now in zip(rows, answers, strict=True) if row["candidate_answer"].strip() != now.strip()
+    ]
+    agreeing = len(rows) - len(differing)
+    if agreeing < min_agreement * len(rows):
+        row, now = differing[0]
         raise ForgeError(
-            f"the served model does not answer as it did in evaluation: {agreeing} of {len(items)} answers agree, and "
-            f"serving.min_agreement is {min_agreement}. Asked {messages[-1]['content']!r} it answered {now!r}, in "
-            f"evaluation {said!r}"
+            f"the served model does not answer as it did in evaluation: {agreeing} of {len(rows)} answers agree, and "
+            f"serving.min_agreement is {min_agreement}. Asked {row['messages'][-1]['content']!r} it answered {now!r}, "
+            f"in evaluation {row['candidate_answer']!r}"
         )
-    return f"{agreeing} of {len(items)}"
+    return f"{agreeing} of {len(rows)}"
+
+
+def _as_likely(vllm: VLLM, versioned: str, rows: list[dict[str, Any]], limit: float) -> None:
+    gaps = []
+    for row in rows:
+        nll = row["candidate_nll"]
+        if row["scored"] and nll is not None and nll == nll:
+            gaps.append(abs(vllm.prompt_nll(versioned, row["whole_tokens"], row["scored"]) - nll))
+    if gaps and sum(gaps) / len(gaps) > limit:
+        raise ForgeError(
+            f"the served model finds expected answers {sum(gaps) / len(gaps):.3f} nats a token more or less likely "
+            f"than in evaluation, and serving.max_nll_gap is {limit}: its weights, its precision or its base are not "
+            "the ones that were evaluated"
+        )

@@ -1,13 +1,14 @@
-"""The stage's work: serve a version, prove it over the API, and only then make it the champion."""
+"""The stage's work: change what should be served, prove it live, watch it, and only then make it the champion."""
 
 import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
@@ -15,108 +16,237 @@ from tasks.package import open_package
 from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import find_champion, open_registry
-from tasks.rollout.prove import prove
-from tasks.rollout.server import LocalServer, Running, Spec, port_is_free
+from tasks.rollout.desired import Actual, Desired, Engine, Served, Serving
+from tasks.rollout.fit import check_serving, read_shape, serving_gpus
+from tasks.rollout.packages import describe
+from tasks.rollout.plan import loading, plan
+from tasks.rollout.prove import prove, read_replay
+from tasks.rollout.target import Target, open_target
+from tasks.rollout.trial import BROKEN_OFF, Trying, recover, tag_failed, trying
+from tasks.rollout.watch import Measured, Watch
 from tasks.settings import Settings
 from tasks.storage import Store
 
+POLL = 0.1  # seconds
 
-@contextlib.contextmanager
-def rollout_lock(settings: Settings, timeout: float) -> Iterator[None]:
-    """One rollout at a time; the kernel gives the lock back if its holder dies."""
-    settings.serving.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(settings.serving / "lock", timeout=timeout):
-            yield
-    except Timeout:
-        raise ForgeError(
-            f"another rollout has held {settings.serving / 'lock'} for {timeout:.0f} s; see what it does"
-        ) from None
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be served: its package, the evaluation to replay (if there is one), and what it is to replace.
+
+    `champion` is the version that it was compared with ("" for none), and `why` is what is recorded of its promotion.
+    """
+
+    served: Served
+    package: Path
+    manifest: dict[str, Any]
+    evaluation: Path | None
+    champion: str
+    why: str
 
 
 def roll_out(
     version: Version, evaluation: Evaluation, recipe: ServingRecipe, settings: Settings, store: Store
 ) -> Deployment:
-    """Serve the version's package on the local port; what served before is started again if anything goes wrong.
+    """Serve a version's package under its public name; what served before serves again if anything goes wrong.
 
-    Raises ForgeError saying why the new model does not serve. The alias champion moves last.
+    Raises ForgeError saying why the new version does not serve. The alias champion moves last.
     """
+    package, manifest = open_package(version.uri, version.digest, settings, store)
+    served = Served(name=version.name, version=version.version, uri=version.uri, digest=version.digest)
+    why = f"{evaluation.verdict}: {evaluation.reason}"
+    candidate = Candidate(served, package, manifest, store.path(evaluation.uri), evaluation.champion, why)
+    return serve(candidate, recipe, settings, store)
+
+
+def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store: Store) -> Deployment:
+    """Try a candidate, and make it the champion; ForgeError where it was undone, and why."""
     started = time.time()
-    server = LocalServer(settings)
+    target, served = open_target(settings), candidate.served
+    before = Serving()
+    with terminate_as_interrupt():
+        try:
+            with trying(
+                target.document, served, candidate.champion, lambda document: recover(document, store, settings),
+                recipe.startup_timeout,
+            ) as trial:  # fmt: skip
+                before = trial.trial.before
+                deployment = _try(candidate, trial, target, recipe, settings, store)
+        except ForgeError as error:
+            tag_failed(settings, served.name, served.version, error.message)
+            again = wait_until_as_before(target, before, recipe.startup_timeout)
+            raise ForgeError(f"{error.message}\n{again}") from None
+        except BaseException:
+            tag_failed(settings, served.name, served.version, BROKEN_OFF)
+            raise
+    tag_failed(settings, served.name, served.version, "")
+    agreed = f"; {deployment.agreement} answers as in evaluation" if deployment.agreement else ""
+    print(f"roll_out: {served.name} version {served.version} {_action(deployment)}{agreed}", flush=True)
+    return deployment.model_copy(update={"started": started, "seconds": time.time() - started})
 
-    def prove_and_promote() -> str:
-        evaluated = store.path(evaluation.uri)
-        agreement = prove(settings.endpoint, version.name, evaluated, recipe.replay, recipe.min_agreement)
-        why = f"{evaluation.verdict}: {evaluation.reason}; {agreement} answers as in evaluation"
-        promote(open_registry(settings), store, version.name, version.version, evaluation.champion, why)
-        return agreement
 
-    with terminate_as_interrupt(), rollout_lock(settings, recipe.startup_timeout):
-        _check_verdict(version, evaluation, settings)
-        package, _ = open_package(version.uri, version.digest, settings, store)
-        spec = Spec(version.name, version.version, version.digest, str(package), settings.serving_port)
-        before = server.running()
-        if before is not None and before.spec == spec and before.healthy():
-            action = "was serving already"
-            agreement = prove_and_promote()
-        else:
-            action = f"serves in place of {_describe(before)}" if before else "serves"
-            with _way_back(server, before, recipe.startup_timeout):
-                server.stop()
-                if not port_is_free(spec.port):
-                    raise ForgeError(
-                        f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT"
-                    )
-                running = server.start(spec)
-                print(f"roll_out: vLLM is starting, which takes up to a minute; its log is {running.log}", flush=True)
-                server.wait_ready(running, recipe.startup_timeout)
-                agreement = prove_and_promote()
-    print(f"roll_out: {version.name} version {version.version} {action}; {agreement} answers as in evaluation")
+def _try(
+    candidate: Candidate, trial: Trying, target: Target, recipe: ServingRecipe, settings: Settings, store: Store
+) -> Deployment:
+    """Load, prove, move the public name, watch, promote."""
+    served, before = candidate.served, trial.trial.before
+    _check_champion(candidate, settings)
+    after = check_fit(plan(before, served, candidate.manifest, engine_of(recipe)), before, candidate, recipe, store)
+    watch = Watch(target.endpoint, served.name, _prompts(candidate, recipe))
+    was = before.find(served.name)
+    unchanged = after == before
+    measured = None if unchanged or was is None else watch.measure()
+    desired = trial.change(loading(before, after))
+    target.ensure()
+    wait_for(target, desired, served, lambda actual: _is_there(actual, after), recipe.startup_timeout)
+    agreement = prove(target.endpoint, served.versioned, candidate.evaluation, recipe)
+    started = time.monotonic()
+    desired = trial.change(after)
+    wait_for(
+        target, desired, served, lambda actual: actual.names.get(served.name) == served.versioned,
+        recipe.startup_timeout,
+    )  # fmt: skip
+    swapped = time.monotonic() - started
+    now: Measured | None = None if unchanged else watch.watch(served.versioned, measured, recipe)
+    trial.renew()
+    why = candidate.why + (f"; {agreement} answers as in evaluation" if agreement else "")
+    client = open_registry(settings)
+    promote(client, store, served.name, served.version, candidate.champion, why)
+    try:
+        trial.finish()
+    except ForgeError:  # undone by somebody else, who had not heard of it, and did not see the promotion any more
+        if target.document.read()[0].serving.find(served.name) != served:
+            if candidate.champion:
+                promote(client, store, served.name, candidate.champion, served.version, "its rollout was undone")
+            raise
+    same_base = before.base == after.base
     return Deployment(
-        endpoint=settings.endpoint,
-        name=version.name,
-        version=version.version,
-        digest=version.digest,
+        endpoint=target.endpoint,
+        name=served.name,
+        version=served.version,
+        digest=served.digest,
         agreement=agreement,
-        started=started,
-        seconds=time.time() - started,
+        how="unchanged" if unchanged else _how(candidate, same_base),
+        previous=was.version if was else "",
+        previous_digest=was.digest if was else "",
+        swap_seconds=0.0 if unchanged else swapped,
+        latency_before=measured.probe if measured else None,
+        latency_after=now.probe if now else None,
     )
 
 
-def _check_verdict(version: Version, evaluation: Evaluation, settings: Settings) -> None:
-    """The gate compared with a champion; ForgeError where another one has taken its place since."""
-    champion = find_champion(open_registry(settings), version.name)
-    now = "" if champion is None else champion.version
-    if now not in (evaluation.champion, version.version):
-        raise not_the_champion(version.name, version.version, evaluation.champion, now)
+def engine_of(recipe: ServingRecipe) -> Engine:
+    """How vLLM is started where a candidate needs a base of its own; on how many GPUs, the fit check decides."""
+    return Engine(adapter_slots=recipe.adapter_slots, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.context)
 
 
-@contextlib.contextmanager
-def _way_back(server: LocalServer, before: Running | None, startup_timeout: float) -> Iterator[None]:
-    """If anything goes wrong, start again what served before."""
+def check_fit(after: Serving, before: Serving, candidate: Candidate, recipe: ServingRecipe, store: Store) -> Serving:
+    """The state, its base on all the GPUs that can divide it; ForgeError where it does not fit them.
+
+    On a base that serves already, adapters must fit the slots that it was started with.
+    """
+    base = after.base
+    if base is None or after == before:
+        return after
+    gpus = serving_gpus()
+    config, weight_bytes = describe(base, store)
+    if base != before.base:
+        shape = read_shape(config, base.versioned)
+        count = max((n for n in range(1, len(gpus) + 1) if shape.divides(n)), default=1)
+        after = after.model_copy(update={"engine": after.engine.model_copy(update={"tensor_parallel": count})})
+    fit = check_serving(
+        config,
+        weight_bytes,
+        after.engine,
+        gpus,
+        base.versioned,
+        context=after.engine.max_model_len,
+        concurrency=recipe.concurrency,
+        adapters=len(loading(before, after).adapters),
+        adapter_rank=candidate.manifest.get("rank"),
+    )
+    print(f"roll_out: {fit}", flush=True)
+    return after
+
+
+def wait_for(
+    target: Target, desired: Desired, served: Served, reached: Callable[[Actual], bool], timeout: float
+) -> None:
+    """Wait until the reconciler has come so far; ForgeError where what is to be served cannot be, or in time."""
+    deadline = time.monotonic() + timeout
+    told = ""
+    names = {served.versioned, *([desired.serving.base.versioned] if desired.serving.base else [])}
+    while True:
+        actual = target.status()
+        if actual is None:
+            target.ensure()  # it was killed
+        elif actual.generation >= desired.generation:
+            if reached(actual):
+                return
+            for name in sorted(names & set(actual.failed)):
+                raise ForgeError(f"{name} cannot be served: {actual.failed[name]}")
+            if actual.waiting not in ("", told):
+                told = actual.waiting
+                print(f"roll_out: {told}", flush=True)
+        if time.monotonic() > deadline:
+            raise ForgeError(
+                f"{served.versioned} did not serve within {timeout:.0f} s ({told or 'the reconciler does not answer'})"
+                "; raise serving.startup_timeout, or mend what it waits for"
+            )
+        time.sleep(POLL)
+
+
+def wait_until_as_before(target: Target, before: Serving, timeout: float) -> str:
+    """Wait until what served before serves again; returns a line that says so, or why not."""
+    names = ", ".join(f"{name} ({versioned})" for name, versioned in sorted(before.names.items()))
+    desired, _ = target.document.read()
+    if before.base is None or desired.serving != before:
+        return "nothing was served before, and nothing is now" if before.base is None else "something else serves now"
     try:
-        yield
-    except BaseException as error:
-        server.stop(grace=0)  # nobody uses it yet
-        if before is not None:
-            again = server.start(before.spec)
-            if isinstance(error, ForgeError):
-                serves = f"{_describe(before)} serves again; the champion is unchanged"
-                try:
-                    server.wait_ready(again, startup_timeout)
-                except ForgeError as worse:
-                    serves = f"{_describe(before)} could not be started again: {worse.message}"
-                raise ForgeError(f"{error.message}\n{serves}") from None
-        raise
+        target.ensure()
+        wait_for(target, desired, before.base, lambda actual: actual.names == before.names, timeout)
+    except ForgeError as worse:
+        return f"{names} could not be served again: {worse.message}"
+    return f"{names} serves again; the champion is unchanged"
 
 
-def _describe(running: Running) -> str:
-    return f"{running.spec.name} version {running.spec.version}"
+def _is_there(actual: Actual, after: Serving) -> bool:
+    """Whether the base and its adapters answer under their versioned names."""
+    base = after.base.versioned if after.base else ""
+    return actual.base == base and {one.versioned for one in after.adapters} <= set(actual.loaded)
+
+
+def _check_champion(candidate: Candidate, settings: Settings) -> None:
+    """The gate compared with a champion; ForgeError where another one has taken its place since."""
+    served = candidate.served
+    champion = find_champion(open_registry(settings), served.name)
+    now = "" if champion is None else champion.version
+    if now not in (candidate.champion, served.version):
+        raise not_the_champion(served.name, served.version, candidate.champion, now)
+
+
+def _prompts(candidate: Candidate, recipe: ServingRecipe) -> list[list[dict[str, Any]]]:
+    if candidate.evaluation is None:
+        return []
+    return [row["messages"] for row in read_replay(candidate.evaluation, recipe.replay)]
+
+
+def _how(candidate: Candidate, same_base: bool) -> Any:
+    if not same_base:
+        return "weights"
+    return "adapter" if candidate.manifest.get("kind") == "adapter" else "name"
+
+
+def _action(deployment: Deployment) -> str:
+    if deployment.how == "unchanged":
+        return "was serving already"
+    instead = f" in place of version {deployment.previous}" if deployment.previous else ""
+    return f"serves{instead} after {deployment.swap_seconds:.1f} s"
 
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, so that a half-started server is not left behind."""
+    """Let SIGTERM unwind as Ctrl-C does, so that a half-done rollout is undone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

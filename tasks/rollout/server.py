@@ -12,29 +12,30 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
 from tasks.errors import ForgeError
-from tasks.settings import Settings
+from tasks.rollout.desired import Engine, Failed, Served
+from tasks.rollout.engine import MODULE, NAMES, VARIABLES, arguments
+from tasks.rollout.vllm_api import VLLM
+from tasks.settings import PROJECT, Settings
 from tasks.storage import write_atomically
-from tasks.vllm_environment import saved_dtype, vllm_environment
+from tasks.vllm_environment import vllm_environment
 
 STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
-DIRECT = build_opener(ProxyHandler({}))  # no proxy leads to this machine
-VLLM = "vllm.entrypoints.openai.api_server"
+UNHEALTHY = 120.0  # seconds after which a server that answers no more is ended, and started again
+STARTUP = 1800.0  # the same for one that has not answered yet: large weights take their time
+STARTING = "vLLM is starting, which takes up to a minute; its log is {}"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a server serves: the package at `path`, in its own dtype, under the model name `name`, on `port`."""
+    """What a server was started with: the base (its versioned name) in the directory `path`, options, and a port."""
 
-    name: str
-    version: str
-    digest: str
+    base: str
     path: str
+    options: list[str]
     port: int
 
 
@@ -64,21 +65,41 @@ class Running:
                     found.append(psutil.Process(pid))
         return found
 
-    def healthy(self) -> bool:
-        """Whether the server answers that it is healthy."""
-        try:
-            with DIRECT.open(f"http://127.0.0.1:{self.spec.port}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (URLError, OSError):
-            return False
-
 
 class LocalServer:
-    """The one vLLM server of this home. Callers hold the rollout lock (`Settings.serving / "lock"`)."""
+    """The one vLLM server of this home, started by its reconciler alone (which holds `reconciler.lock`)."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, grace: float = STOP_GRACE) -> None:
+        self.settings, self.grace = settings, grace
+        self.url = f"http://127.0.0.1:{settings.serving_port}"
         self.record = settings.serving / "server.json"
+        self.names_file = settings.serving / "names.json"
+        self._starting: Running | None = None  # what this process has started, and has not seen healthy yet
+        self._seen = time.monotonic()  # when it was healthy last, or was started
+
+    def ensure(self, base: Served, path: str, engine: Engine) -> str:
+        """See tasks.rollout.desired.Server."""
+        spec = Spec(base.versioned, path, arguments(base, path, engine), self.settings.serving_port)
+        recorded = self.recorded()
+        if recorded is None or recorded.spec != spec:
+            self.stop()
+            if not port_is_free(spec.port):
+                raise Failed(f"port {spec.port} is in use by another program; stop it, or set FORGE_SERVING_PORT")
+            return STARTING.format(self.start(spec).log)
+        if not recorded.alive():
+            self.stop()  # what it left
+            if recorded == self._starting:
+                raise Failed(
+                    f"vLLM ended while it started:\n{last_lines(recorded.log)}\nThe whole log is {recorded.log}"
+                )
+            return f"vLLM had ended, and is started again; the log of its end is {self.start(spec).log}.before"
+        if VLLM(self.url).healthy():
+            self._starting, self._seen = None, time.monotonic()
+            return ""
+        if time.monotonic() - self._seen > (STARTUP if recorded == self._starting else UNHEALTHY):
+            self.stop(grace=0)
+            raise Failed(f"vLLM does not answer, and was ended; its log is {recorded.log}")
+        return STARTING.format(recorded.log)
 
     def running(self) -> Running | None:
         """The recorded server, if its process lives."""
@@ -94,71 +115,56 @@ class LocalServer:
             return None
         except (ValueError, TypeError, KeyError):
             raise ForgeError(
-                f"{self.record} is broken; end vLLM by hand if it runs (pgrep -f {VLLM}), and delete the file"
+                f"{self.record} is broken; end vLLM by hand if it runs (pgrep -f {MODULE}), and delete the file"
             ) from None
 
     def start(self, spec: Spec) -> Running:
-        """Start a server and record it; returns at once, before it is ready."""
+        """Start a server and record it; returns at once, before it is ready. The log of the one before is kept."""
         self.settings.serving.mkdir(parents=True, exist_ok=True)
-        log = self.settings.serving / f"vllm-{spec.digest[:12]}.log"
-        command = [
-            str(self.settings.serving_python),
-            "-m",
-            VLLM,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(spec.port),
-            "--model",
-            spec.path,
-            "--served-model-name",
-            spec.name,
-            "--dtype",
-            saved_dtype(Path(spec.path)),
-            "--enforce-eager",
-        ]
+        log = self.settings.serving / f"vllm-{spec.base}.log"
+        if log.exists():
+            log.replace(f"{log}.before")
+        command = [str(self.settings.serving_python), "-m", MODULE, "--host", "127.0.0.1", "--port", str(spec.port)]
+        variables = {**VARIABLES, NAMES: str(self.names_file), "PYTHONPATH": str(PROJECT)}  # for the middleware
         with signals_deferred(), log.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                [*command, *spec.options, "--enforce-eager"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=vllm_environment(),
+                env=vllm_environment(**variables),
                 cwd=self.settings.serving,
                 start_new_session=True,
             )
             running = Running(spec, process.pid, start_ticks(process.pid) or 0, str(log))
             write_atomically(self.record, json.dumps(asdict(running), indent=2))
+        self._starting, self._seen = running, time.monotonic()
         return running
 
-    def wait_ready(self, running: Running, timeout: float) -> None:
-        """Wait until the server is healthy; ForgeError with the end of its log when it ends or takes too long."""
-        deadline = time.monotonic() + timeout
-        while not running.healthy():
-            if not running.alive():
-                raise ForgeError(
-                    f"vLLM ended while it started:\n{_last_lines(running.log)}\nThe whole log is {running.log}"
-                )
-            if time.monotonic() > deadline:
-                raise ForgeError(
-                    f"vLLM was not ready after {timeout:.0f} s; raise serving.startup_timeout, or see {running.log}"
-                )
-            time.sleep(0.25)
-
-    def stop(self, grace: float = STOP_GRACE) -> Running | None:
+    def stop(self, grace: float | None = None) -> Running | None:
         """Stop the recorded server and all its processes, after `grace` seconds by force; returns what was running."""
+        grace = self.grace if grace is None else grace
         running, recorded = self.running(), self.recorded()
         with signals_deferred():
-            if recorded is not None and (processes := recorded.processes()):
-                if running is not None:
-                    os.kill(running.pid, signal.SIGTERM)
-                _, alive = psutil.wait_procs(processes, timeout=grace if running else 0)
-                for process in alive:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-                psutil.wait_procs(alive, timeout=STOP_GRACE)
+            if running is not None:
+                os.kill(running.pid, signal.SIGTERM)
+            left = {*self._strays(), *(recorded.processes() if recorded else [])}
+            _, alive = psutil.wait_procs(list(left), timeout=grace if running else 0)
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(alive, timeout=STOP_GRACE)
             self.record.unlink(missing_ok=True)
         return running
+
+    def _strays(self) -> list[psutil.Process]:
+        """What runs in this home's directory: also a server whose starter was killed before it had recorded it."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if Path(process.cwd()) == self.settings.serving and process.pid != os.getpid():
+                    found.append(process)
+        return found
 
 
 def start_ticks(pid: int) -> int | None:
@@ -202,5 +208,5 @@ def signals_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _last_lines(log: str, count: int = 12) -> str:
+def last_lines(log: str, count: int = 12) -> str:
     return "\n".join(f"  {line}" for line in Path(log).read_text(errors="replace").splitlines()[-count:])

@@ -1,10 +1,13 @@
-"""The door of the rollout. Not cached: what serves is looked at anew each time."""
+"""The doors of the rollout. Not cached: what serves is looked at anew each time."""
 
 from flytekit import task
+from rich.console import Console
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.recipe import ServingRecipe
+from tasks.rollout import rollback as back
 from tasks.rollout import rollout
+from tasks.rollout.report import table
 from tasks.settings import load_settings
 from tasks.storage import open_store
 
@@ -13,4 +16,15 @@ from tasks.storage import open_store
 def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -> Deployment:
     """Serve a version, prove it over its API, and make it the champion."""
     settings = load_settings()
-    return rollout.roll_out(version, evaluation, serving, settings, open_store(settings))
+    deployment = rollout.roll_out(version, evaluation, serving, settings, open_store(settings))
+    Console().print(table(deployment))
+    return deployment
+
+
+@task
+def roll_back(name: str, to: str) -> Deployment:
+    """Serve an earlier version again, and make it the champion again."""
+    settings = load_settings()
+    deployment = back.roll_back(name, to, ServingRecipe(), settings, open_store(settings))
+    Console().print(table(deployment))
+    return deployment

@@ -50,6 +50,9 @@ def released(deployment: Deployment) -> dict[str, Any]:
         "digest": deployment.digest,
         "endpoint": deployment.endpoint,
         "answers_as_in_evaluation": deployment.agreement,
+        "served_before": deployment.previous,
+        "swap": deployment.how,
+        "swap_seconds": round(deployment.swap_seconds, 2),
     }
 
 

@@ -113,6 +113,15 @@ def test_peft_gives_the_logits_that_sharded_training_had(place: Path) -> None:
     assert (before - adapted).abs().max() > 0.1, "it has learned something"
 
 
+def test_an_adapter_holds_no_path_of_the_machine(place: Path) -> None:
+    adapter = place / "out" / "adapter"
+    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == ""
+    assert config["target_modules"] == sorted(config["target_modules"]), "of a set, which has no order"
+    assert str(place) not in json.dumps(config)
+
+
 @pytest.mark.long
 def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp_path: Path) -> None:
     seen = load_file(place / "seen.safetensors")

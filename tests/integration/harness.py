@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tasks.rollout.rollout import rollout_lock
+from tasks.rollout.desired import Desired
+from tasks.rollout.local import LocalTarget
 from tasks.rollout.server import LocalServer, Running
 from tasks.settings import Settings
 
@@ -26,7 +27,7 @@ RECIPE = {
     "training": {"processes": 2, "rows_per_step": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 64, "max_new_tokens": 32},
     "gate": {"measure": "nll", "json_validity": 0.0, "ended": 0.0},  # a model of a few seconds answers badly
-    "serving": {"replay": 8},
+    "serving": {"replay": 8, "watch_seconds": 1},
 }
 
 
@@ -67,8 +68,10 @@ class Home:
     def start(self, *arguments: str, workflow: str = "training_pipeline") -> subprocess.Popen:
         """Start `pyflyte run` on a workflow, in a process group of its own, as a terminal would."""
         command = [str(Path(sys.executable).parent / "pyflyte"), "run", f"workflows/{workflow}.py", workflow]
+        if workflow != "rollback":
+            command += ["--recipe", str(self.directory / "recipe.yaml")]
         return subprocess.Popen(
-            [*command, "--recipe", str(self.directory / "recipe.yaml"), *arguments],
+            [*command, *arguments],
             cwd=PROJECT, env=self.environment, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -91,10 +94,21 @@ class Home:
         """The server that lives."""
         return LocalServer(self.settings).running()
 
+    def desired(self) -> Desired:
+        """What should be served."""
+        return LocalTarget(self.settings).document.read()[0]
+
+    def serving(self) -> set[int]:
+        """The numbers of the processes that go on when a run has ended: vLLM's, and the reconciler's."""
+        served = self.served()
+        record = self.settings.serving / "reconciler.json"
+        reconciler = {json.loads(record.read_text())["pid"]} if record.exists() else set()
+        return reconciler | ({process.pid for process in served.processes()} if served else set())
+
     def stop(self) -> None:
         """Stop serving."""
-        with rollout_lock(self.settings, 30):
-            LocalServer(self.settings).stop()
+        LocalTarget(self.settings).stop()
+        LocalServer(self.settings).stop()
 
     def processes(self) -> list[psutil.Process]:
         """All processes that belong to this home, the server's included."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tasks.contracts import Base, Dataset, Evaluation, Model, Version
-from tasks.recipe import Recipe
+from tasks.recipe import Lora, Recipe
 from tasks.register.package import build_package
 from tasks.register.register import register
 from tasks.settings import Settings
@@ -85,15 +85,34 @@ class Inputs(NamedTuple):
         return register(*self, settings, open_store(settings))
 
 
-def inputs(directory: Path, settings: Settings, recipe: Recipe, seed: bytes = b"1", size: int = 100_000) -> Inputs:
-    """What training and evaluation leave, of random bytes that the seed decides, in the settings' store."""
+def inputs(
+    directory: Path,
+    settings: Settings,
+    recipe: Recipe,
+    seed: bytes = b"1",
+    size: int = 100_000,
+    base: Version | None = None,
+) -> Inputs:
+    """What training and evaluation leave, of random bytes that the seed decides, in the settings' store.
+
+    With a base, it is an adapter that stands on that version.
+    """
     store = open_store(settings)
     common = {"store": store.identity}
     training = {"base": {"location": "random weights", "revision": ""}, "versions": {"torch": "2.13.0"}}
+    if base is not None:
+        training["base"] = {"location": base.uri, "revision": base.digest}
+        lora = recipe.training.model_copy(update={"method": "lora", "lora": Lora()})
+        recipe = recipe.model_copy(update={"training": lora})
     training |= {"curve": [{"step": 1, "loss": 2.0}], "tokens_per_second": 1000, "made_by": "somebody@somewhere"}
     with store.stage() as staged:
         write_model(staged / "model")
         (staged / "model" / "model.safetensors").write_bytes(random.Random(seed).randbytes(size))
+        (staged / "model" / "config.json").write_text('{"dtype": "float32"}')
+        if base is not None:
+            (staged / "adapter").mkdir()
+            (staged / "adapter" / "adapter_config.json").write_text('{"r": 4}')
+            (staged / "adapter" / "adapter_model.safetensors").write_bytes(seed * 1000)
         (staged / "training.json").write_text(json.dumps(training))
         trained = store.publish(staged, "trained")
     with store.stage() as staged:

@@ -117,6 +117,33 @@ def test_retention_keeps_champions_the_last_versions_and_the_young(
     assert store.names("leases/registration-dates") == []
 
 
+def test_what_an_adapter_stands_on_stays_for_as_long_as_the_adapter_does(
+    settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, client = open_store(settings), open_registry(settings)
+    words = recipe.model_copy(update={"name": "words"})
+    first, second = (inputs(tmp_path, settings, recipe, seed=seed).register(settings) for seed in (b"1", b"2"))
+    mine = inputs(tmp_path, settings, recipe, seed=b"3", base=first).register(settings)
+    theirs = inputs(tmp_path, settings, words, seed=b"4", base=second).register(settings)
+    for name, version in (("dates", mine), ("words", theirs)):
+        promote(client, store, name, version.version, "", "better")
+        inputs(tmp_path, settings, recipe.model_copy(update={"name": name}), seed=name.encode()).register(settings)
+    age(settings, monkeypatch, 31)
+    for name in ("", "dates"):
+        assert retain(name, 1, 30, True, settings, store) == [], "of another name, and of its own"
+    promote(client, store, "words", "2", "1", "better")
+    inputs(tmp_path, settings, words, seed=b"5").register(settings)
+    promote(client, store, "words", "3", "2", "better")
+    gone = [removal.package.uri for removal in retain("words", 1, 30, True, settings, store)]
+    assert gone == [theirs.uri]
+    assert [removal.package.uri for removal in retain("", 1, 30, False, settings, store)] == [second.uri]
+    assert [removal.package.uri for removal in retain("", 1, 30, True, settings, store)] == [second.uri]
+    assert client.get_model_version("dates", first.version).source == first.uri
+    with pytest.raises(ForgeError, match=r"register: words is an adapter of .*, which is gone; put it back"):
+        inputs(tmp_path, settings, words, seed=b"6", base=second).register(settings)
+    assert store.names("leases/registration-dates") == store.names("leases/registration-words") == []
+
+
 def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

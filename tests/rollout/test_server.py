@@ -1,14 +1,12 @@
 """The local server's bookkeeping, without vLLM: a process that only sleeps stands where it would."""
 
+import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,18 +17,24 @@ from tasks.errors import ForgeError
 from tasks.promotion import promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import open_registry
-from tasks.rollout.rollout import roll_out, rollout_lock
-from tasks.rollout.server import LocalServer, Running, Spec, port_is_free, signals_deferred
+from tasks.rollout.desired import Engine, Failed
+from tasks.rollout.local import FileDocument
+from tasks.rollout.rollout import roll_out
+from tasks.rollout.server import LocalServer, Running, port_is_free, signals_deferred
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 from tests.conftest import Trained
+from tests.rollout.states import version
+
+ENGINE = Engine()
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> Spec:
-    """What the server is to serve: a model of which there is only the configuration."""
-    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
-    return Spec(name="dates", version="1", digest="d" * 64, path=str(tmp_path), port=59_999)
+def base(tmp_path: Path) -> str:
+    """The directory of a model of which there is only the configuration."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"dtype": "float32"}')
+    return str(tmp_path / "base")
 
 
 @pytest.fixture
@@ -43,41 +47,80 @@ def server(tmp_path: Path) -> LocalServer:
         "print('up', flush=True)\ntime.sleep(600)\n"
     )
     program.chmod(0o755)
-    return LocalServer(Settings(home=tmp_path / "home", serving_python=program))
+    return LocalServer(Settings(home=tmp_path / "home", serving_python=program, serving_port=59_999), grace=0.1)
 
 
-def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer, spec: Spec) -> None:
-    running = server.start(spec)
+@pytest.fixture
+def running(server: LocalServer, base: str) -> Iterator[Running]:
+    """The server, started; none of its processes is left afterwards."""
+    assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
+    running = server.running()
+    assert running is not None
     while "up" not in Path(running.log).read_text():
         time.sleep(0.02)
-    assert server.running() == running
+    yield running
+    server.stop(grace=0)
+    assert running.processes() == []
+
+
+def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer, running: Running) -> None:
     family = [psutil.Process(running.pid), *psutil.Process(running.pid).children()]
     assert len(family) == 2
-    assert not running.healthy()
     assert server.stop(grace=0.2) == running
     assert server.running() is None
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     assert server.stop() is None
 
 
-def test_the_model_s_own_precision_is_served(server: LocalServer, spec: Spec) -> None:
-    running = server.start(spec)
+def test_what_serves_is_left_alone_and_what_serves_something_else_is_replaced(
+    server: LocalServer, running: Running, base: str
+) -> None:
+    assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
+    assert LocalServer(server.settings).ensure(version(1), base, ENGINE).startswith("vLLM is starting"), "adopted"
+    assert server.running() == running
+    for other in (version(2), version(1)):
+        server.ensure(other, base, Engine(adapter_slots=0) if other == version(1) else ENGINE)
+        now = server.running()
+        assert now is not None
+        assert now != running
+        assert now.spec.base == other.versioned
+    assert not running.alive()
+
+
+def test_how_it_is_started(server: LocalServer, running: Running, base: str) -> None:
     command = psutil.Process(running.pid).cmdline()
-    assert command[command.index("--dtype") + 1] == "float32"
-    server.stop(grace=0)
+
+    def after(option: str) -> str:
+        return command[command.index(option) + 1]
+
+    assert (after("--dtype"), after("--model")) == ("float32", base), "the model's own precision"
+    assert after("--served-model-name") == version(1).versioned
+    assert after("--max-loras") == "2"
+    assert after("--middleware") == "tasks.rollout.names.PublicNames"
+    assert psutil.Process(running.pid).environ()["SERVED_NAMES"] == str(server.names_file)
 
 
-def test_what_a_dead_server_left_is_stopped_too(server: LocalServer, spec: Spec) -> None:
-    running = server.start(spec)
-    while "up" not in Path(running.log).read_text():
-        time.sleep(0.02)
+def test_a_server_that_died_is_started_again_and_its_log_is_kept(
+    server: LocalServer, running: Running, base: str
+) -> None:
     (child,) = psutil.Process(running.pid).children()
     os.kill(running.pid, signal.SIGKILL)
-    os.waitpid(running.pid, 0)
-    assert server.running() is None
-    assert child.is_running()
-    assert server.stop() is None
+    psutil.wait_procs([psutil.Process(running.pid)], timeout=10)
+    again = LocalServer(server.settings)  # which does not know whether it had ever been ready
+    assert "is started again" in again.ensure(version(1), base, ENGINE)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    now = again.running()
+    assert now is not None
+    assert now.pid != running.pid
+    assert Path(f"{running.log}.before").read_text() == "up\n"
+
+
+def test_one_whose_starter_was_killed_before_it_was_recorded_is_found(
+    server: LocalServer, running: Running, base: str
+) -> None:
+    server.record.unlink()
+    server.ensure(version(1), base, ENGINE)
+    assert not running.alive()
 
 
 def test_a_broken_record_is_named(server: LocalServer) -> None:
@@ -87,66 +130,32 @@ def test_a_broken_record_is_named(server: LocalServer) -> None:
         server.running()
 
 
-def test_health_is_asked_without_a_proxy(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Healthy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with HTTPServer(("127.0.0.1", 0), Healthy) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        assert Running(replace(spec, port=http.server_port), 0, 0, "").healthy()
-        http.shutdown()
-
-
-def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, spec: Spec) -> None:
-    running = server.start(spec)
+def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, running: Running) -> None:
     server.record.write_text(server.record.read_text().replace(str(running.ticks), str(running.ticks - 60)))
     assert server.running() is None
-    os.killpg(running.pid, signal.SIGKILL)
 
 
-def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer, spec: Spec) -> None:
+def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer, base: str) -> None:
     server.settings.serving_python.write_text(f"#!{sys.executable}\nprint('no such model')\n")
-    with pytest.raises(ForgeError, match="no such model"):
-        server.wait_ready(server.start(spec), timeout=30)
+    server.ensure(version(1), base, ENGINE)
+    started = server.recorded()
+    assert started is not None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(started.pid).wait(60)
+    with pytest.raises(Failed, match="no such model"):
+        server.ensure(version(1), base, ENGINE)
+    assert server.recorded() is None, "and is tried anew the next time"
 
 
-def test_a_server_that_is_never_ready_is_told(server: LocalServer, spec: Spec) -> None:
-    running = server.start(spec)
-    with pytest.raises(ForgeError, match="not ready after 0 s"):
-        server.wait_ready(running, timeout=0)
-    server.stop(grace=0)
-
-
-def test_a_taken_port_is_not_free() -> None:
+def test_a_port_of_somebody_else_is_told(server: LocalServer, base: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        assert not port_is_free(port)
-    assert port_is_free(port)
-
-
-def test_one_rollout_at_a_time(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path)
-    with rollout_lock(settings, 1), pytest.raises(ForgeError, match="another rollout"), rollout_lock(settings, 0.1):
-        pass
-
-
-def test_a_lock_does_not_outlive_its_holder(tmp_path: Path) -> None:
-    code = (
-        "import os\nfrom pathlib import Path\n"
-        "from tasks.rollout.rollout import rollout_lock\nfrom tasks.settings import Settings\n"
-        f"with rollout_lock(Settings(home=Path({str(tmp_path)!r})), 1):\n    os.kill(os.getpid(), 9)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    with rollout_lock(Settings(home=tmp_path), 1):
-        pass
+        settings = server.settings.model_copy(update={"serving_port": taken.getsockname()[1]})
+        with pytest.raises(Failed, match=r"port \d+ is in use by another program; stop it, or set FORGE_SERVING_PORT"):
+            LocalServer(settings).ensure(version(1), base, ENGINE)
+        assert not port_is_free(settings.serving_port)
+    assert port_is_free(settings.serving_port)
 
 
 def test_a_signal_waits_for_the_moment_to_pass() -> None:
@@ -176,10 +185,15 @@ def test_a_verdict_on_a_champion_of_yesterday_rolls_nothing_out(
         client.create_model_version("dates", source=trained.model.uri)
     if champion:
         promote(client, DirectoryStore(tmp_path / "store"), "dates", champion, "", "a test")
-    version = Version(
-        uri=trained.model.uri, digest="d", store=trained.store.identity, name="dates", version="3", run_id=""
-    )
+    with trained.store.stage() as staged:
+        (staged / "config.json").write_text("{}")
+        uri = trained.store.publish(staged, "models/dates", facts={"name": "dates"})
+    digest = uri.rpartition("sha256-")[2]
+    version = Version(uri=uri, digest=digest, store=trained.store.identity, name="dates", version="3", run_id="")
     evaluation = trained.evaluation.model_copy(update={"champion": compared})
     with pytest.raises(ForgeError, match=says):
         roll_out(version, evaluation, ServingRecipe(), settings, trained.store)
     assert LocalServer(settings).running() is None
+    document, _ = FileDocument(settings).read()
+    assert (document.trial, document.serving.base) == (None, None)
+    assert says.split(",")[0] in client.get_model_version("dates", "3").tags["rollout_failed"]

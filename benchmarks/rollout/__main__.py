@@ -1,0 +1,177 @@
+"""`python -m benchmarks.rollout`: adapters swapped on a real vLLM while clients keep asking.
+
+The last line on stdout is one JSON object. See docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import urllib3
+
+from benchmarks.measure import say
+from benchmarks.rollout.names import cost
+from tasks.endpoint import client_of
+from tasks.rollout.desired import Desired, Engine, Served, Serving
+from tasks.rollout.local import LocalTarget
+from tasks.rollout.server import LocalServer
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+from tests.rollout.models import publish, write_adapter, write_base
+
+HIDDEN, LAYERS, RANK = 512, 4, 64  # an adapter of about 10 MB in fp32
+NAME, CLIENTS, TOKENS = "bench", 8, 48
+PROMPTS = ["What is the day?", "Hello", "Tell me more", "20 juni 1969"]
+
+
+def main() -> None:
+    """Serve a base and the first adapter, then swap."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout")
+    parser.add_argument("--swaps", type=int, default=20)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings = Settings(home=Path(folder) / "home", serving_port=probe.getsockname()[1])
+        probe.close()
+        target = LocalTarget(settings)
+        try:
+            print(json.dumps(measure(target, *packages(settings, Path(folder)), options.swaps)))
+        finally:
+            target.stop()
+            LocalServer(settings).stop()
+
+
+def packages(settings: Settings, folder: Path) -> tuple[Served, list[Served]]:
+    """A base, and adapters to be swapped in turn."""
+    store = DirectoryStore(settings.store_root)
+    directory = write_base(folder / "base", HIDDEN, LAYERS)
+    base = publish(store, directory, NAME, 1)
+    adapters = [
+        publish(store, write_adapter(folder / f"adapter-{seed}", directory, RANK, seed), NAME, seed, base)
+        for seed in range(2, 6)
+    ]
+    return base, adapters
+
+
+@dataclass
+class Asked:
+    """What clients were answered: seconds, the version that answered, prompt, text, and when it began and ended."""
+
+    found: list[tuple[float, str, str, str, float]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: int) -> dict[str, Any]:
+    """Swap adapters under load; every answer is compared with what its version answers alone."""
+    engine = Engine(adapter_slots=2, max_lora_rank=RANK)
+    declare(target, Serving(base=base, engine=engine, adapters=(adapters[0],), names={NAME: adapters[0].versioned}))
+    say("vLLM serves; each version is asked alone")
+    alone: dict[tuple[str, str], str] = {}
+    for adapter in adapters:
+        declare(target, Serving(base=base, engine=engine, adapters=(adapter,), names={NAME: adapter.versioned}))
+        for prompt in PROMPTS:
+            version, text = ask(target.endpoint, prompt)
+            alone[version, prompt] = text
+    asked, ended = Asked(), threading.Event()
+    clients = [threading.Thread(target=keep_asking, args=(target.endpoint, asked, ended, n)) for n in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    time.sleep(20)  # without swaps, to compare with
+    before = [seconds for seconds, *_ in asked.found]
+    swapped, periods = [], []
+    loads, loading = loaded(target)
+    for number in range(swaps):
+        adapter = adapters[number % len(adapters)]
+        began = time.monotonic()
+        swapped.append(
+            declare(target, Serving(base=base, engine=engine, adapters=(adapter,), names={NAME: adapter.versioned}))
+        )
+        time.sleep(1)
+        periods.append((began, time.monotonic()))
+    loads, loading = loaded(target)[0] - loads, loaded(target)[1] - loading
+    ended.set()
+    for client in clients:
+        client.join()
+    during = [one[0] for one in asked.found if any(one[4] - one[0] < end and one[4] > start for start, end in periods)]
+    wrong = [one for one in asked.found if alone[one[1], one[2]] != one[3]]
+    for one in asked.failed[:3]:
+        say(f"failed: {one}")
+    for one in wrong[:3]:
+        say(f"{one[1]} was asked {one[2]!r} and answered {one[3]!r}; alone {alone[one[1], one[2]]!r}")
+    return {
+        "swaps": swaps,
+        "requests": len(asked.found) + len(asked.failed),
+        "failed_requests": len(asked.failed),
+        "wrong_version_answers": len(wrong),
+        "versions_that_answered": len({one[1] for one in asked.found}),
+        "swap_seconds_median": round(statistics.median(swapped), 3),
+        "vllm_load_seconds_mean": round(loading / loads, 3),
+        "swap_seconds_max": round(max(swapped), 3),
+        "p99_latency_during_swap_ratio": round(percentile(during, 99) / percentile(before, 99), 2),
+        "p50_latency_during_swap_ratio": round(percentile(during, 50) / percentile(before, 50), 2),
+        "middleware_ms": round(cost(), 4),
+    }
+
+
+def declare(target: LocalTarget, serving: Serving) -> float:
+    """Change the desired state; returns the seconds until the public name leads there."""
+    desired, revision = target.document.read()
+    started = time.monotonic()
+    target.document.write(Desired(generation=desired.generation + 1, serving=serving), revision)
+    while True:
+        actual = target.status()
+        if actual is None:
+            target.ensure()
+        elif actual.failed:
+            raise RuntimeError(actual.waiting)
+        elif actual.generation > desired.generation and actual.names == serving.names:
+            return time.monotonic() - started
+        time.sleep(0.02)
+
+
+def loaded(target: LocalTarget) -> tuple[float, float]:
+    """How many adapters vLLM has loaded so far, and how many seconds that took it, by the reconciler's metrics."""
+    port = json.loads(target.record.read_text())["port"]
+    text = urllib3.request("GET", f"http://127.0.0.1:{port}/metrics").data.decode()
+    values = dict(line.split(" ") for line in text.splitlines() if line.startswith("forge_adapter_load"))
+    return float(values["forge_adapter_loads_total"]), float(values["forge_adapter_load_seconds_total"])
+
+
+def ask(endpoint: str, prompt: str) -> tuple[str, str]:
+    """One greedy answer of the public name, and the version that gave it."""
+    messages: Any = [{"role": "user", "content": prompt}]
+    answer = client_of(endpoint).chat.completions.create(
+        model=NAME, messages=messages, temperature=0, max_tokens=TOKENS, extra_body={"ignore_eos": True}
+    )
+    return answer.model, answer.choices[0].message.content or ""
+
+
+def keep_asking(endpoint: str, asked: Asked, ended: threading.Event, number: int) -> None:
+    """A client that asks one thing after another."""
+    while not ended.is_set():
+        prompt = PROMPTS[number % len(PROMPTS)]
+        number += 1
+        started = time.monotonic()
+        try:
+            version, text = ask(endpoint, prompt)
+        except Exception as error:  # whatever a client sees is a failed request
+            asked.failed.append(f"{type(error).__name__}: {error}")
+            continue
+        now = time.monotonic()
+        asked.found.append((now - started, version, prompt, text, now))
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """A percentile of some values."""
+    return statistics.quantiles(values, n=100)[percent - 1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a rollout will change: derived from the package, not asked."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from tasks.errors import ForgeError
+from tasks.rollout.desired import Engine, Served, Serving
+
+
+def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine) -> Serving:
+    """The state in which the public name leads to what is to be served.
+
+    An adapter of the base that serves is loaded beside it. Whole weights, and an adapter of another base, take the
+    base's place; `engine` is how vLLM is started then. ForgeError where others' public names would lead nowhere.
+    """
+    adapter = manifest.get("kind") == "adapter"
+    base = base_of(manifest, now) if adapter else served
+    names = {**now.names, served.name: served.versioned}
+    if now.base is not None and now.base.digest == base.digest:
+        state = now.model_copy(update={"names": names})
+        adapters = [*now.adapters, *([served] if adapter and served not in now.adapters else [])]
+    else:
+        state = Serving(base=base, engine=engine, names=names)
+        adapters = [served] if adapter else []
+    used = set(state.names.values())
+    state = state.model_copy(update={"adapters": tuple(one for one in adapters if one.versioned in used)})
+    there = {one.versioned for one in state.adapters} | ({state.base.versioned} if state.base else set())
+    if lost := sorted(name for name, versioned in names.items() if versioned not in there):
+        raise ForgeError(
+            f"{served.name} version {served.version} needs the base {base.versioned}, and the server has another; it "
+            f"would take away {', '.join(lost)}. Roll those out for this base, or remove them: "
+            "python -m tasks.rollout remove NAME"
+        )
+    return state
+
+
+def loading(now: Serving, after: Serving) -> Serving:
+    """The state before public names move: all that is needed is there, and names lead where they did, if they can."""
+    there = {one.versioned for one in after.adapters} | ({after.base.versioned} if after.base else set())
+    same_base = now.base == after.base
+    kept = [one for one in now.adapters if same_base and one not in after.adapters]
+    there |= {one.versioned for one in kept}
+    names = {name: versioned for name, versioned in now.names.items() if versioned in there}
+    return after.model_copy(update={"adapters": (*kept, *after.adapters), "names": names})
+
+
+def base_of(manifest: dict[str, Any], now: Serving) -> Served:
+    """What an adapter stands on, by its manifest: the base that serves, where it is that one."""
+    location, digest = manifest["base"]["location"], manifest["base"]["revision"]
+    if now.base is not None and now.base.digest == digest:
+        return now.base
+    parts = PurePosixPath(location).parts
+    name = parts[-2] if "://" in location else parts[-1]  # a package's directory is its digest
+    return Served(name=name, version="", uri=location, digest=digest)
+
+
+def remove(now: Serving, name: str) -> Serving:
+    """The state without a public name; the base stays for as long as any name leads to it or its adapters."""
+    names = {public: versioned for public, versioned in now.names.items() if public != name}
+    adapters = tuple(one for one in now.adapters if one.versioned in names.values())
+    return now.model_copy(update={"names": names, "adapters": adapters}) if names else Serving()

@@ -1,0 +1,57 @@
+"""Where a rollout takes place: on this machine, or on the cluster."""
+
+from typing import Protocol
+
+import urllib3
+
+from tasks.errors import ForgeError
+from tasks.rollout.desired import Actual, Document
+from tasks.rollout.local import LocalTarget
+from tasks.rollout.vllm_api import UNREACHABLE
+from tasks.settings import Settings
+
+DOCUMENT = "vllm-desired"  # the ConfigMap, of which the cluster's reconciler and rollouts know
+
+
+class Target(Protocol):
+    """The document of what should be served, and what is said of it."""
+
+    document: Document
+    endpoint: str
+
+    def status(self) -> Actual | None:
+        """What the reconciler reports, or None where it does not answer."""
+
+    def ensure(self) -> None:
+        """See to it that a reconciler runs."""
+
+
+class ClusterTarget:
+    """The cluster's vLLM, whose reconciler Kubernetes keeps running."""
+
+    def __init__(self, settings: Settings) -> None:
+        from tasks.rollout.kubernetes import ConfigMapDocument, open_cluster
+
+        self.settings = settings
+        self.document: Document = ConfigMapDocument(open_cluster(), settings.serving_namespace, DOCUMENT)
+        self.endpoint = settings.endpoint
+
+    def status(self) -> Actual | None:
+        """See Target."""
+        url = f"{self.settings.reconciler_url.rstrip('/')}/status"
+        try:
+            return Actual.model_validate_json(urllib3.request("GET", url, retries=False, timeout=5).data)
+        except UNREACHABLE:
+            return None
+
+    def ensure(self) -> None:
+        """Nothing to do: Kubernetes starts it again."""
+
+
+def open_target(settings: Settings) -> Target:
+    """The target of the settings; ForgeError where they do not say where it is."""
+    if settings.serving_target == "local":
+        return LocalTarget(settings)
+    if not settings.serving_url or not settings.reconciler_url:
+        raise ForgeError("FORGE_SERVING_TARGET is kubernetes: set FORGE_SERVING_URL and FORGE_RECONCILER_URL too")
+    return ClusterTarget(settings)

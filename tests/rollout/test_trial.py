@@ -1,0 +1,230 @@
+"""One rollout at a time, and what becomes of one that was broken off; the real document, store and registry."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ForgeError
+from tasks.promotion import promote, promotions
+from tasks.registry import champion_version, open_registry
+from tasks.rollout import trial as trials
+from tasks.rollout.desired import Conflict, Desired, Document
+from tasks.rollout.local import FileDocument
+from tasks.rollout.trial import BROKEN_OFF, FAILED, recover, trying
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+from tests.rollout.states import desired, serving, version
+
+BEFORE, AFTER = serving(version(1)), serving(version(1), version(2))
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with two registered versions, of which the first is the champion and serves; not to be changed."""
+    settings = Settings(home=tmp_path_factory.mktemp("registered"))
+    client = open_registry(settings)
+    client.create_registered_model("dates")
+    for number in (1, 2):
+        client.create_model_version("dates", source=version(number).uri)
+    promote(client, DirectoryStore(settings.store_root), "dates", "1", "", "the first")
+    document = FileDocument(settings)
+    document.write(desired(BEFORE), document.read()[1])
+    return settings.home
+
+
+@pytest.fixture
+def settings(registered: Path, tmp_path: Path) -> Settings:
+    """A copy of that home."""
+    shutil.copytree(registered, tmp_path / "home")
+    return Settings(home=tmp_path / "home")
+
+
+def store_of(settings: Settings) -> DirectoryStore:
+    return DirectoryStore(settings.store_root)
+
+
+def nobody(document: Document) -> bool:
+    """Recovers nothing."""
+    return False
+
+
+def tag(settings: Settings) -> str | None:
+    return open_registry(settings).get_model_version("dates", "2").tags.get(FAILED)
+
+
+def test_a_trial_changes_the_document_and_ends(settings: Settings) -> None:
+    document = FileDocument(settings)
+    with trying(document, version(2), "1", nobody, 1) as trial:
+        begun, _ = document.read()
+        assert begun.trial is not None
+        assert (begun.trial.before, begun.serving, begun.generation) == (BEFORE, BEFORE, 2)
+        trial.change(AFTER)
+        trial.renew()
+        assert document.read()[0].generation == 3, "a renewal is no change"
+        trial.finish()
+    assert document.read()[0] == Desired(generation=4, serving=AFTER)
+
+
+@pytest.mark.parametrize("error", [ForgeError("no"), KeyboardInterrupt()])
+def test_what_goes_wrong_brings_back_what_served_before(settings: Settings, error: BaseException) -> None:
+    document = FileDocument(settings)
+    with pytest.raises(type(error)), trying(document, version(2), "1", nobody, 1) as trial:
+        trial.change(AFTER)
+        raise error
+    assert document.read()[0] == Desired(generation=4, serving=BEFORE)
+
+
+def test_one_rollout_at_a_time(settings: Settings) -> None:
+    document = FileDocument(settings)
+    with trying(document, version(2), "1", nobody, 1):  # noqa: SIM117
+        with pytest.raises(ForgeError, match=r"another rollout, of dates-222222222222 by .*, has gone on"):
+            with trying(document, version(3), "1", lambda it: recover(it, store_of(settings), settings), 0.1):
+                raise AssertionError("two at once")
+
+
+def test_the_next_one_waits_for_its_turn(settings: Settings) -> None:
+    document = FileDocument(settings)
+    seen = []
+
+    def second() -> None:
+        with trying(document, version(3), "1", nobody, 60) as trial:
+            seen.append(document.read()[0].serving)
+            trial.finish()
+
+    with trying(document, version(2), "1", nobody, 1) as trial:
+        thread = threading.Thread(target=second)
+        thread.start()
+        trial.change(AFTER)
+        trial.finish()
+    thread.join(60)
+    assert seen == [AFTER]
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from tasks.promotion import promote
+from tasks.registry import open_registry
+from tasks.rollout.local import FileDocument
+from tasks.rollout.trial import trying
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+from tests.rollout.states import serving, version
+settings = Settings(home=Path(sys.argv[1]))
+with trying(FileDocument(settings), version(2), "1", lambda document: False, 1) as trial:
+    trial.change(serving(version(1), version(2)))
+    if sys.argv[2] == "promoted":
+        promote(open_registry(settings), DirectoryStore(settings.store_root), "dates", "2", "1", "passed")
+    if sys.argv[2] == "recorded":
+        from tasks import promotion
+        from mlflow import MlflowClient
+        MlflowClient.set_registered_model_alias = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+        promote(open_registry(settings), DirectoryStore(settings.store_root), "dates", "2", "1", "passed")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def crash(settings: Settings, when: str) -> None:
+    """A rollout whose process is killed."""
+    done = subprocess.run([sys.executable, "-c", CRASH, str(settings.home), when], cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL
+    assert FileDocument(settings).read()[0].trial is not None
+
+
+def test_a_rollout_whose_process_was_killed_is_undone_and_the_registry_says_so(settings: Settings) -> None:
+    crash(settings, "before")
+    document = FileDocument(settings)
+    assert recover(document, store_of(settings), settings)
+    assert document.read()[0] == Desired(generation=4, serving=BEFORE)
+    assert tag(settings) == BROKEN_OFF
+    assert champion_version(open_registry(settings), "dates") == "1"
+    assert not recover(document, store_of(settings), settings)
+
+
+@pytest.mark.parametrize("when", ["promoted", pytest.param("recorded", marks=pytest.mark.long)])  # a lease runs out
+def test_one_that_had_promoted_its_version_is_made_whole(settings: Settings, when: str) -> None:
+    crash(settings, when)
+    document = FileDocument(settings)
+    assert recover(document, store_of(settings), settings)
+    assert document.read()[0] == Desired(generation=4, serving=AFTER)
+    assert tag(settings) is None
+    assert champion_version(open_registry(settings), "dates") == "2"
+    assert [past.version for past in promotions(store_of(settings), "dates")] == ["1", "2"]
+
+
+def test_one_of_another_machine_is_undone_when_it_is_not_renewed(settings: Settings) -> None:
+    crash(settings, "before")
+    document = FileDocument(settings)
+    there, _ = document.read()
+    assert there.trial is not None
+
+    def elsewhere(until: float) -> None:
+        moved = there.trial.model_copy(update={"process": "elsewhere/1/1", "until": until})
+        document.write(there.model_copy(update={"trial": moved}), document.read()[1])
+
+    elsewhere(time.time() + 1000)
+    assert not recover(document, store_of(settings), settings)
+    elsewhere(time.time() - 1)
+    assert recover(document, store_of(settings), settings)
+
+
+def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) -> None:
+    document = FileDocument(settings)
+    with (
+        pytest.raises(ForgeError, match="was ended by somebody else"),
+        trying(document, version(2), "1", nobody, 1) as ours,
+    ):
+        there, revision = document.read()
+        document.write(desired(serving(version(3)), there.generation + 1), revision)
+        ours.change(AFTER)
+    assert document.read()[0].serving == serving(version(3))
+
+
+def test_a_trial_is_renewed_while_it_lasts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "RENEWED", 0.02)
+    document = FileDocument(settings)
+    with trying(document, version(2), "1", nobody, 1) as trial:
+        first = document.read()[0].trial
+        assert first is not None
+        while (now := document.read()[0].trial) is None or now.until <= first.until:
+            time.sleep(0.01)
+        trial.finish()
+
+
+def count_up(home: str, times: int) -> None:
+    document = FileDocument(Settings(home=Path(home)))
+    for _ in range(times):
+        while True:
+            there, revision = document.read()
+            try:
+                document.write(there.model_copy(update={"generation": there.generation + 1}), revision)
+                break
+            except Conflict:
+                continue
+
+
+def test_no_change_of_several_writers_is_lost(settings: Settings) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=count_up, args=(str(settings.home), 20)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert FileDocument(settings).read()[0].generation == 1 + 80
+
+
+def test_a_broken_document_is_named(settings: Settings) -> None:
+    document = FileDocument(settings)
+    document.path.write_text(json.dumps({"serving": {"base": 3}}))
+    with pytest.raises(ForgeError, match=r"desired\.json: not a description of what to serve \(serving\.base"):
+        document.read()
+    assert os.path.exists(document.path)
