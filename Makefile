@@ -8,7 +8,7 @@ export Q
 BIN := .venv/bin
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,9 @@ ask: ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
 ui: setup ## Open MLflow's UI on the embedded registry
 	@exec $(BIN)/python -m tasks.register ui
 
+start: ## Serve again what `make stop`, or a reboot, has stopped
+	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout start
+
 stop: ## Stop the server that `make run` left serving
 	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout stop
 
@@ -62,6 +65,9 @@ bench-evaluate: .venv ## Measure evaluation's answers against transformers'
 
 bench-register: .venv ## Measure pushing and fetching a package against the plain minio client
 	@exec $(BIN)/python -m benchmarks.register $(ARGS)
+
+bench-rollout: setup ## Measure swaps of adapters on vLLM while clients keep asking
+	@exec $(BIN)/python -m benchmarks.rollout $(ARGS)
 
 bench-scaling: .venv ## Measure training on two processes against one
 	@exec $(BIN)/python -m benchmarks.scaling $(ARGS)

@@ -84,8 +84,12 @@ class Architecture(Section):
 class ModelRecipe(Section):
     """What training starts from: a base model, or an architecture with random weights."""
 
-    base: str | None = Field(None, description="a local directory in Hugging Face format, or a model id of the hub")
-    revision: str | None = Field(None, description="commit of the hub, or digest of the local directory")
+    base: str | None = Field(
+        None,
+        description="a local directory in Hugging Face format, a model id of the hub, or a registered model such as "
+        "models:/name@champion",
+    )
+    revision: str | None = Field(None, description="commit of the hub, or digest of the directory or the package")
     architecture: Architecture | None = None
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.cluster import GPU, architecture_config, check_fit, measure_model, training_gpus
+from tasks.cluster import FP32, GPU, architecture_config, check_fit, measure_model, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
@@ -15,6 +15,8 @@ from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
 from tasks.registry import find_champion, open_registry
+from tasks.rollout.engine import engine_of
+from tasks.rollout.fit import check_serving, serving_gpus, widest
 from tasks.rollout.server import LocalServer, port_is_free
 from tasks.settings import Settings, load_settings
 from tasks.signature import check_keys
@@ -60,6 +62,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
             if store is not None and is_registered(base.location):
                 start = Base(location=str(store.path(base.location)))  # verified a moment ago
             attempt(lambda: check_memory(wanted, start, here))
+            attempt(lambda: check_served(wanted, start))
     if settings is not None:
         if store is not None or settings.mlflow_uri:
             client = attempt(lambda: open_registry(places))
@@ -129,10 +132,32 @@ def check_training(recipe: TrainingRecipe) -> list[GPU]:
 
 def check_memory(recipe: Recipe, base: Base, gpus: list[GPU]) -> None:
     """A training process fits the smallest of the GPUs, or all of them this machine."""
-    architecture, context = recipe.model.architecture, recipe.data.context
-    config = architecture_config(architecture, context) if architecture else base_config(base)
     gpu = min(gpus, key=lambda one: one.memory, default=None)
-    check_fit(measure_model(config), recipe.training, context, gpu)
+    check_fit(measure_model(config_of(recipe, base)), recipe.training, recipe.data.context, gpu)
+
+
+def check_served(recipe: Recipe, base: Base) -> None:
+    """What training will leave can be served: it fits the GPUs that serve, and vLLM takes adapters of that rank."""
+    config, gpus, name = config_of(recipe, base), serving_gpus(), base.location or recipe.name
+    element = FP32 if recipe.training.precision == "fp32" else FP32 // 2
+    lora = recipe.training.lora
+    check_serving(
+        config,
+        measure_model(config).parameters * element,
+        engine_of(recipe.serving).model_copy(update={"tensor_parallel": widest(config, gpus, name)}),
+        gpus,
+        name,
+        context=recipe.serving.context,
+        concurrency=recipe.serving.concurrency,
+        adapters=2 if lora else 0,  # the old one stays until the name has moved
+        adapter_rank=lora.rank if lora else None,
+    )
+
+
+def config_of(recipe: Recipe, base: Base) -> dict[str, Any]:
+    """The config.json of what is trained."""
+    architecture = recipe.model.architecture
+    return architecture_config(architecture, recipe.data.context) if architecture else base_config(base)
 
 
 def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Store | None = None) -> Base:

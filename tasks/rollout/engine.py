@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tasks.recipe import ServingRecipe
 from tasks.rollout.desired import Engine, Served
 from tasks.vllm_environment import saved_dtype
 
@@ -25,3 +26,8 @@ def arguments(base: Served, path: str, engine: Engine) -> list[str]:
     if engine.tensor_parallel > 1:
         options += ["--tensor-parallel-size", str(engine.tensor_parallel)]
     return options
+
+
+def engine_of(recipe: ServingRecipe) -> Engine:
+    """How vLLM is started where a recipe needs a base of its own, on one GPU; the fit check says on how many."""
+    return Engine(adapter_slots=recipe.adapter_slots, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.context)

@@ -182,6 +182,12 @@ def serving_gpus() -> list[GPU]:
     return SERVING_NODE if on_cluster() else find_gpus()
 
 
+def widest(config: dict[str, Any], gpus: Sequence[GPU], name: str) -> int:
+    """On how many of the GPUs a base is served: as many as can divide it."""
+    shape = read_shape(config, name)
+    return max((count for count in range(1, len(gpus) + 1) if shape.divides(count)), default=1)
+
+
 def check_serving(
     config: dict[str, Any],
     weight_bytes: int,

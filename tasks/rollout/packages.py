@@ -8,7 +8,7 @@ from tasks.errors import ForgeError
 from tasks.package import open_package
 from tasks.rollout.desired import Served
 from tasks.settings import Settings
-from tasks.storage import Store
+from tasks.storage import Store, digest_directory
 
 KINDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
@@ -21,7 +21,10 @@ def fetch(one: Served, settings: Settings, store: Store) -> Path:
     if "://" in one.uri:
         return open_package(one.uri, one.digest, settings, store)[0]
     if Path(one.uri).is_absolute():
-        return _directory(one)
+        directory = _directory(one)
+        if digest_directory(directory)[0] != one.digest:
+            raise ForgeError(f"base model {directory}: was changed since its adapter was trained on it; put it back")
+        return directory
     from huggingface_hub import snapshot_download
 
     try:

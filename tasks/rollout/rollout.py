@@ -16,8 +16,9 @@ from tasks.package import open_package
 from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import find_champion, open_registry
-from tasks.rollout.desired import Actual, Desired, Engine, Served, Serving
-from tasks.rollout.fit import check_serving, read_shape, serving_gpus
+from tasks.rollout.desired import Actual, Desired, Served, Serving
+from tasks.rollout.engine import engine_of
+from tasks.rollout.fit import check_serving, serving_gpus, widest
 from tasks.rollout.packages import describe
 from tasks.rollout.plan import loading, plan
 from tasks.rollout.prove import prove, read_replay
@@ -135,11 +136,6 @@ def _try(
     )
 
 
-def engine_of(recipe: ServingRecipe) -> Engine:
-    """How vLLM is started where a candidate needs a base of its own; on how many GPUs, the fit check decides."""
-    return Engine(adapter_slots=recipe.adapter_slots, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.context)
-
-
 def check_fit(after: Serving, before: Serving, candidate: Candidate, recipe: ServingRecipe, store: Store) -> Serving:
     """The state, its base on all the GPUs that can divide it; ForgeError where it does not fit them.
 
@@ -151,8 +147,7 @@ def check_fit(after: Serving, before: Serving, candidate: Candidate, recipe: Ser
     gpus = serving_gpus()
     config, weight_bytes = describe(base, store)
     if base != before.base:
-        shape = read_shape(config, base.versioned)
-        count = max((n for n in range(1, len(gpus) + 1) if shape.divides(n)), default=1)
+        count = widest(config, gpus, base.versioned)
         after = after.model_copy(update={"engine": after.engine.model_copy(update={"tensor_parallel": count})})
     fit = check_serving(
         config,
