@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Promotion(BaseModel):
     """One line of a name's history. `previous` is "" where there was no champion, `version` where there is none now.
 
-    `when` is in seconds since 1970.
+    `when` is in seconds since 1970; `trial` is the rollout that it belongs to, where it does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +32,7 @@ class Promotion(BaseModel):
     when: float
     who: str
     why: str
+    trial: str = ""
 
 
 def promotions(store: Store, name: str) -> list[Promotion]:
@@ -49,7 +50,9 @@ def promotions(store: Store, name: str) -> list[Promotion]:
     return found
 
 
-def promote(client: "MlflowClient", store: Store, name: str, version: str, instead_of: str, why: str) -> None:
+def promote(
+    client: "MlflowClient", store: Store, name: str, version: str, instead_of: str, why: str, trial: str = ""
+) -> None:
     """Move the alias champion to a version, from the one that the caller compared it with ("" for none).
 
     Safe to run again. ForgeError where another version has become the champion meanwhile.
@@ -63,14 +66,15 @@ def promote(client: "MlflowClient", store: Store, name: str, version: str, inste
                 raise not_the_champion(name, version, instead_of, now)
             history = promotions(store, name)
             last = history[-1].version if history else ""
-            if now != version and last == version and history[-1].previous == now:
+            recorded = bool(history) and (last, history[-1].previous, history[-1].trial) == (version, now, trial)
+            if now != version and recorded:
                 pass  # recorded, and then broken off
             else:
                 if now != last:
                     found = "the alias was found there: moved by hand, or a promotion was broken off"
                     history.append(_record(store, name, len(history) + 1, now, last, found))
                 if now != version:
-                    _record(store, name, len(history) + 1, version, now, why)
+                    _record(store, name, len(history) + 1, version, now, why, trial)
             check()
             client.set_model_version_tag(name, version, "previous_champion", _previous(store, name))
             client.set_registered_model_alias(name, CHAMPION, version)
@@ -93,8 +97,10 @@ def _previous(store: Store, name: str) -> str:
     return promotions(store, name)[-1].previous
 
 
-def _record(store: Store, name: str, number: int, version: str, previous: str, why: str) -> Promotion:
-    record = Promotion(number=number, version=version, previous=previous, when=time.time(), who=whoami(), why=why)
+def _record(store: Store, name: str, number: int, version: str, previous: str, why: str, trial: str = "") -> Promotion:
+    record = Promotion(
+        number=number, version=version, previous=previous, when=time.time(), who=whoami(), why=why, trial=trial
+    )
     if not store.put_if_absent(f"promotions/{name}/{number:08}.json", record.model_dump_json(indent=2).encode()):
         raise ForgeError(f"{name} version {version}: somebody else was promoting at the same time; run again")
     return record

@@ -24,11 +24,15 @@ ENVIRONMENT = {
 
 
 def vllm_environment(**more: str) -> dict[str, str]:
-    """The variables of a process of vLLM: this process's, but of vLLM's own those given here alone.
+    """The variables of a process of vLLM: this process's, but no credentials, and of vLLM's own those given alone.
 
     Kubernetes gives pods a VLLM_PORT where a Service is named vllm, and vLLM does not start with it.
     """
-    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT | more
+    return (
+        {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "FORGE_S3_", "AWS_"))}
+        | ENVIRONMENT
+        | more
+    )
 
 
 def saved_dtype(model: Path) -> str:

@@ -1,5 +1,6 @@
 """`python -m tasks.rollout ask|start|stop|remove|reconcile`: the served model, by hand and beside vLLM."""
 
+import functools
 import json
 import os
 import signal
@@ -12,16 +13,17 @@ from openai import OpenAIError
 from tasks.endpoint import ask as ask_once
 from tasks.endpoint import client_of
 from tasks.errors import ForgeError
+from tasks.processes import start_ticks
 from tasks.rollout.desired import Conflict, Desired, Server
-from tasks.rollout.local import LocalTarget, reconciler_lock
+from tasks.rollout.local import LocalTarget, made_of, reconciler_lock
 from tasks.rollout.packages import fetch
 from tasks.rollout.plan import remove as without
 from tasks.rollout.reconciler import Reconciler, run
-from tasks.rollout.server import LocalServer, start_ticks
+from tasks.rollout.server import LocalServer
 from tasks.rollout.status import Status
 from tasks.rollout.target import open_target
-from tasks.rollout.trial import recover
-from tasks.settings import load_settings
+from tasks.rollout.trial import Recovery
+from tasks.settings import Settings, load_settings
 from tasks.storage import open_store, write_atomically
 
 POLL = 0.1  # seconds between the reconciler's looks at a file of this machine
@@ -57,7 +59,7 @@ def ask(question: str, name: str) -> None:
 @cli.command()
 def start() -> None:
     """Serve again what should be served: after `stop`, or after the machine was started."""
-    target = LocalTarget(load_settings())
+    target = LocalTarget(here(load_settings()))
     desired, _ = target.document.read()
     if desired.serving.base is None:
         raise ForgeError("there is nothing to serve yet; train a model: make run")
@@ -68,11 +70,12 @@ def start() -> None:
 @cli.command()
 def stop() -> None:
     """Stop serving on this machine; `start` goes on from there."""
-    settings = load_settings()
+    settings = here(load_settings())
     target = LocalTarget(settings)
     desired, _ = target.document.read()
     target.stop()
-    stopped = LocalServer(settings).stop()
+    with FileLock(reconciler_lock(settings), timeout=10):  # so that none starts vLLM again meanwhile
+        stopped = LocalServer(settings).stop()
     names = ", ".join(sorted(desired.serving.names))
     click.echo(f"Stopped {names or 'the server'}." if stopped else "Nothing is serving.")
 
@@ -81,8 +84,11 @@ def stop() -> None:
 @click.argument("name")
 def remove(name: str) -> None:
     """Serve a public name no longer. The registry keeps its versions."""
-    target = open_target(load_settings())
+    settings = load_settings()
+    target = open_target(settings)
+    recovery = Recovery(lambda: open_store(settings), settings)
     while True:
+        recovery(target.document)
         desired, revision = target.document.read()
         if name not in desired.serving.names:
             raise ForgeError(f"{name} is not served; served are {', '.join(sorted(desired.serving.names)) or 'none'}")
@@ -105,10 +111,10 @@ def reconcile() -> None:
     settings.serving.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(reconciler_lock(settings))
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=5)  # somebody may be looking whether it is held
     except Timeout:
         raise ForgeError(f"another reconciler holds {reconciler_lock(settings)}") from None
-    store = open_store(settings)
+    store = functools.cache(lambda: open_store(settings))  # when it is needed first: it may be away now
     server: Server = LocalServer(settings)
     if not local:
         from tasks.rollout.kubernetes import KubernetesServer, open_cluster
@@ -117,8 +123,9 @@ def reconcile() -> None:
     reconciler = Reconciler(
         open_target(settings).document,
         server,
-        lambda one: fetch(one, settings, store),
-        lambda document: recover(document, store, settings),
+        lambda one: fetch(one, settings, store()),
+        lambda one: store().release(one.uri) if "://" in one.uri else None,
+        Recovery(store, settings),
         settings.serving / "names.json",
         tell=click.echo,
     )
@@ -132,12 +139,21 @@ def reconcile() -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "port": status.port}
+    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "port": status.port, "made_of": made_of(settings)}
     write_atomically(record, json.dumps(me))
 
     # On a cluster there may be something to serve later, and Kubernetes would only start it again.
     run(reconciler, POLL if local else POLL_CLUSTER, lambda: ended, status.touch, forever=not local)
     record.unlink(missing_ok=True)
+
+
+def here(settings: Settings) -> Settings:
+    """The settings; ForgeError where they say that the cluster serves."""
+    if settings.serving_target != "local":
+        raise ForgeError(
+            "FORGE_SERVING_TARGET is kubernetes: start and stop are for this machine; scale the Deployment"
+        )
+    return settings
 
 
 if __name__ == "__main__":

@@ -61,17 +61,18 @@ class Serving(Contract):
 class Trial(Contract):
     """A rollout under way: what it tries under which public name, and the state to go back to.
 
-    `champion` is the version that was the champion when it began ("" for none). `process` is who carries it on
-    (host/number/start). `until` (Unix time) is when it counts as broken off, if it has not been renewed before.
+    `id` is its own, and `champion` the version that was the champion when it began ("" for none). `process` is who
+    carries it on (host/number/start); it counts up `renewals` while it lives.
     """
 
+    id: str
     name: str
     of: Served
     before: Serving
     champion: str
     owner: str
     process: str
-    until: float
+    renewals: int = 0
 
 
 class Desired(Contract):
@@ -138,12 +139,13 @@ class Server(Protocol):
 def read_document(text: str, where: str) -> Desired:
     """The document in a text; ForgeError where it is none."""
     try:
-        return Desired.model_validate_json(text) if text else Desired()
+        return Desired.model_validate_json(text)
     except ValidationError as error:
         reason = error.errors()[0]
         place = ".".join(str(part) for part in reason["loc"])
         raise ForgeError(
-            f"{where}: not a description of what to serve ({place}: {reason['msg']}); delete it, and roll out again"
+            f"{where}: not a description of what to serve ({place}: {reason['msg']}); mend it, or delete it, which "
+            "ends what serves, and roll out again"
         ) from None
 
 

@@ -182,6 +182,13 @@ def serving_gpus() -> list[GPU]:
     return SERVING_NODE if on_cluster() else find_gpus()
 
 
+def check_adapters(engine: Engine, adapters: int, rank: int | None, name: str) -> None:
+    """Whether so many adapters fit the slots of a base that serves; ForgeError, or Problems, where they do not."""
+    problems = list(_adapter_problems(engine, adapters, rank))
+    if problems:
+        raise Problems(f"{name} cannot serve it:", problems) if problems[1:] else ForgeError(f"{name}: {problems[0]}")
+
+
 def widest(config: dict[str, Any], gpus: Sequence[GPU], name: str) -> int:
     """On how many of the GPUs a base is served: as many as can divide it."""
     shape = read_shape(config, name)

@@ -7,18 +7,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import urllib3
 from filelock import FileLock, Timeout
+from pydantic import SecretStr
 
 from tasks.errors import ForgeError
+from tasks.processes import start_ticks
 from tasks.rollout.desired import Actual, Conflict, Desired, Document, read_document, revision_of
-from tasks.rollout.server import last_lines, signals_deferred, start_ticks
+from tasks.rollout.server import last_lines, signals_deferred
 from tasks.rollout.vllm_api import UNREACHABLE
-from tasks.settings import PROJECT, Settings
-from tasks.storage import write_atomically
+from tasks.settings import PREFIX, PROJECT, Settings
+from tasks.storage import digest_json, write_atomically
+from tasks.version import code_version
 
 STARTING = 60.0  # seconds until a reconciler answers: Python's imports, mostly
+ENDING = 90.0  # seconds until it ends: it may be waiting for vLLM to end its requests
 
 
 class FileDocument:
@@ -30,7 +35,9 @@ class FileDocument:
 
     def read(self) -> tuple[Desired, str]:
         """See tasks.rollout.desired.Document."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if not self.path.exists():
+            return Desired(), ""
+        text = self.path.read_text(encoding="utf-8")
         return read_document(text, self.where), revision_of(text)
 
     def write(self, desired: Desired, revision: str) -> None:
@@ -56,18 +63,25 @@ class LocalTarget:
         """What the reconciler reports, or None where none answers."""
         try:
             recorded = json.loads(self.record.read_text())
+            if start_ticks(recorded["pid"]) != recorded["ticks"]:
+                return None  # its port may be another program's by now
             answer = urllib3.request("GET", f"http://127.0.0.1:{recorded['port']}/status", retries=False, timeout=5)
             return Actual.model_validate_json(answer.data)
         except (FileNotFoundError, KeyError, *UNREACHABLE):
             return None
 
     def ensure(self) -> None:
-        """Start the reconciler if none runs, and wait until it answers; ForgeError with its log where it does not."""
+        """Start the reconciler if none runs, and wait until it answers; ForgeError with its log where it does not.
+
+        One that was started with other settings, or by other code, is replaced.
+        """
         deadline = time.monotonic() + STARTING
+        if self._runs() and self._recorded().get("made_of", "") != made_of(self.settings):
+            self.stop()
         while self.status() is None:
             process = None if self._runs() else self._start()
             while self.status() is None:
-                if process is not None and process.poll() is not None and process.returncode != 0:
+                if process is not None and process.poll() not in (None, 0) and not self._runs():
                     raise ForgeError(f"the reconciler ended while it started:\n{last_lines(str(self.log))}")
                 if not self._runs() and (process is None or process.poll() is not None):
                     break
@@ -77,18 +91,24 @@ class LocalTarget:
 
     def stop(self) -> bool:
         """End the reconciler; vLLM is left alone. Returns whether one ran."""
-        if not self._runs():
-            return False
-        recorded = json.loads(self.record.read_text())
+        ran = self._runs()
         with signals_deferred():
-            if start_ticks(recorded["pid"]) == recorded["ticks"]:
-                os.kill(recorded["pid"], signal.SIGTERM)
-            deadline = time.monotonic() + 30
-            while self._runs() and time.monotonic() < deadline:
+            asked = None
+            deadline = time.monotonic() + ENDING
+            while self._runs():
+                recorded = self._recorded()  # anew: one that has just been started records itself a moment later
+                late = time.monotonic() > deadline
+                if recorded and start_ticks(recorded["pid"]) == recorded["ticks"] and (recorded != asked or late):
+                    os.kill(recorded["pid"], signal.SIGKILL if late else signal.SIGTERM)
+                    asked = recorded
                 time.sleep(0.05)
-            if start_ticks(recorded["pid"]) == recorded["ticks"]:
-                os.kill(recorded["pid"], signal.SIGKILL)
-        return True
+        return ran
+
+    def _recorded(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.record.read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def _runs(self) -> bool:
         """Whether a reconciler holds its lock, which the kernel takes from it when it dies."""
@@ -109,10 +129,25 @@ class LocalTarget:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """This process's environment, with the settings that decide what a reconciler of this home does."""
-    given = {"FORGE_HOME": settings.home, "FORGE_SERVING_PORT": settings.serving_port, "FORGE_STORE": settings.store,
-             "FORGE_SERVING_PYTHON": settings.serving_python}  # fmt: skip
-    return os.environ | {name: str(value) for name, value in given.items()}
+    """This process's environment, with these settings."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return others | given(settings)
+
+
+def given(settings: Settings) -> dict[str, str]:
+    """The settings that are not as they are by default, as variables."""
+    found = {}
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        if value != field.default and value is not None:
+            plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+            found[PREFIX + name.upper()] = str(plain)
+    return found
+
+
+def made_of(settings: Settings) -> str:
+    """A digest of what decides how a reconciler works: its settings, and the code."""
+    return digest_json([given(settings), code_version("rollout")])
 
 
 def reconciler_lock(settings: Settings) -> Path:

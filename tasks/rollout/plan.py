@@ -11,7 +11,8 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
     """The state in which the public name leads to what is to be served.
 
     An adapter of the base that serves is loaded beside it. Whole weights, and an adapter of another base, take the
-    base's place; `engine` is how vLLM is started then. ForgeError where others' public names would lead nowhere.
+    base's place; `engine` is how vLLM is started then, and also where an adapter needs more slots, or a higher rank,
+    than it was started with, and the recipe grants them. ForgeError where others' public names would lead nowhere.
     """
     adapter = manifest.get("kind") == "adapter"
     base = base_of(manifest, now) if adapter else served
@@ -24,6 +25,9 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
         adapters = [served] if adapter else []
     used = set(state.names.values())
     state = state.model_copy(update={"adapters": tuple(one for one in adapters if one.versioned in used)})
+    if adapter and now.base == state.base:
+        needed = len(loading(now, state).adapters), manifest.get("rank") or 0
+        state = state.model_copy(update={"engine": widened(now.engine, engine, *needed)})
     there = {one.versioned for one in state.adapters} | ({state.base.versioned} if state.base else set())
     if lost := sorted(name for name, versioned in names.items() if versioned not in there):
         raise ForgeError(
@@ -32,6 +36,15 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
             "python -m tasks.rollout remove NAME"
         )
     return state
+
+
+def widened(now: Engine, granted: Engine, adapters: int, rank: int) -> Engine:
+    """vLLM's options for so many adapters of such a rank: as they are if they suffice, or the granted ones do not."""
+    slots, ranks = max(now.adapter_slots, granted.adapter_slots), max(now.max_lora_rank, granted.max_lora_rank)
+    suffices = adapters <= now.adapter_slots and rank <= now.max_lora_rank
+    if suffices or adapters > slots or rank > ranks:
+        return now
+    return now.model_copy(update={"adapter_slots": slots, "max_lora_rank": ranks})
 
 
 def loading(now: Serving, after: Serving) -> Serving:

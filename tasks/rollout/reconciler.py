@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import ForgeError
-from tasks.rollout.desired import Actual, Conflict, Desired, Document, Failed, Served, Server, Serving
+from tasks.rollout.desired import Actual, Desired, Document, Failed, Served, Server, Serving
 from tasks.rollout.vllm_api import UNREACHABLE, VLLM, Names
 from tasks.storage import write_atomically
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0  # seconds until something that failed is tried again; doubled each time
+RECOVERY = "a rollout that was broken off"
 NOTHING = "nothing to serve"
 
 
@@ -32,8 +33,9 @@ class Failure:
 class Reconciler:
     """One step at a time from what is served to what should be.
 
-    `fetch` gives the verified local directory of something to serve; `recover` is given a document whose trial was
-    broken off, and changes it (tasks/rollout/trial.py). `names_file` is what vLLM's middleware reads.
+    `fetch` gives the verified local directory of something to serve, and `release` lets go of it; `recover` is given a
+    document, and ends its trial if that was broken off (tasks/rollout/trial.py). `names_file` is what vLLM's middleware
+    reads.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Reconciler:
         document: Document,
         server: Server,
         fetch: Callable[[Served], Path],
+        release: Callable[[Served], None],
         recover: Callable[[Document], bool],
         names_file: Path,
         tell: Callable[[str], None] = print,
     ) -> None:
-        self.document, self.server, self.fetch, self.recover = document, server, fetch, recover
+        self.document, self.server, self.recover = document, server, recover
+        self.fetch, self.release = fetch, release
         self.names_file, self.tell = names_file, tell
         self.vllm = VLLM(server.url)
         self.actual = Actual()
@@ -53,16 +57,23 @@ class Reconciler:
         self.loads, self.load_seconds = 0, 0.0  # adapters that vLLM has loaded, and the time that it took
         self.failures: dict[str, Failure] = {}
         self._told = ""
-        self._paths: dict[str, Path] = {}
+        self._paths: dict[str, tuple[Served, Path]] = {}
 
     def step(self) -> Actual:
         """Bring what is served nearer to the document; returns how far it has come."""
         desired, _ = self.document.read()
-        if desired.trial is not None and self.recover(self.document):
-            desired, _ = self.document.read()
+        if desired.trial is not None and self._may_try(RECOVERY):
+            try:
+                if self.recover(self.document):
+                    desired, _ = self.document.read()
+            except ForgeError as error:  # MLflow or the store is away: what serves is seen to all the same
+                self.tell(f"{RECOVERY} cannot be ended yet: {error.message}")
+                self._failed(RECOVERY, error)
         if desired.generation != self.actual.generation:
             wanted = {one.versioned for one in self._wanted(desired)}
-            self.failures = {name: failure for name, failure in self.failures.items() if name in wanted}
+            self.failures = {name: failure for name, failure in self.failures.items() if name in {*wanted, RECOVERY}}
+            for name in self._paths.keys() - wanted:
+                self.release(self._paths.pop(name)[0])
         self.actual = self._step(desired)
         told = self.actual.waiting or f"as desired: {json.dumps(self.actual.names)}"
         if told != self._told:
@@ -76,25 +87,26 @@ class Reconciler:
             self._lead(desired, [])
             self.server.stop()
             return Actual(generation=desired.generation, waiting=NOTHING)
-        live = self._live()
-        self._lead(desired, live)
         base = serving.base
-        waiting = ""
-        if self._may_try(base):
+        waiting = f"{base.versioned} to be tried again"
+        if self._may_try(base.versioned):
             try:
                 waiting = self.server.ensure(base, str(self._fetched(base)), serving.engine)
             except (Failed, ForgeError) as error:
-                self._failed(base, error)
-            else:
-                live = self._live()
-                if not waiting and base.versioned in live:
-                    self.failures.pop(base.versioned, None)
+                self._failed(base.versioned, error)
+        live: list[str] = []
+        if not waiting:
+            found = self._live()
+            if found is None:  # busy, or just dead: names stay where they lead until `ensure` knows
+                return self.actual.model_copy(update={"waiting": "vLLM does not answer at the moment"})
+            live = found
+            self.failures.pop(base.versioned, None)
+        names = self._lead(desired, live)
         if base.versioned in live:
             live = self._load(serving, live)
             names = self._lead(desired, live)
             live = self._unload(desired, live, names)
         else:
-            names = {}
             waiting = waiting or f"vLLM does not serve {base.versioned} yet"
         missing = [one.versioned for one in serving.adapters if one.versioned not in live]
         if not waiting and missing:
@@ -110,24 +122,25 @@ class Reconciler:
             waiting="; ".join(failed.values()) or waiting,
         )
 
-    def _live(self) -> list[str]:
-        """The versioned names that vLLM answers to now."""
+    def _live(self) -> list[str] | None:
+        """The versioned names that vLLM answers to now; None where it does not answer."""
         try:
-            return self.vllm.models() if self.vllm.healthy() else []
+            return self.vllm.models()
         except UNREACHABLE:
-            return []
+            return None
 
     def _fetched(self, one: Served) -> Path:
         """Where it is on this machine, verified once by this process."""
-        if one.versioned not in self._paths or not self._paths[one.versioned].is_dir():
-            self.tell(f"fetching {one.uri}")
-            self._paths[one.versioned] = self.fetch(one)
-        return self._paths[one.versioned]
+        if one.versioned not in self._paths or not self._paths[one.versioned][1].is_dir():
+            self.actual = self.actual.model_copy(update={"waiting": f"{one.uri} is fetched and verified"})
+            self.tell(self.actual.waiting)
+            self._paths[one.versioned] = one, self.fetch(one)
+        return self._paths[one.versioned][1]
 
     def _load(self, serving: Serving, live: list[str]) -> list[str]:
         """Load the adapters that are missing; returns what is live then."""
         for one in serving.adapters:
-            if one.versioned in live or not self._may_try(one):
+            if one.versioned in live or not self._may_try(one.versioned):
                 continue
             try:
                 path = str(self._fetched(one))
@@ -137,7 +150,7 @@ class Reconciler:
                 live = [*live, one.versioned]
                 self.failures.pop(one.versioned, None)
             except (Failed, ForgeError) as error:
-                self._failed(one, error)
+                self._failed(one.versioned, error)
             except UNREACHABLE:
                 continue  # vLLM has ended meanwhile
         return live
@@ -191,15 +204,15 @@ class Reconciler:
         states = [desired.serving, *([desired.trial.before] if desired.trial else [])]
         return [one for state in states for one in [*state.adapters, *([state.base] if state.base else [])]]
 
-    def _may_try(self, one: Served) -> bool:
-        failure = self.failures.get(one.versioned)
+    def _may_try(self, what: str) -> bool:
+        failure = self.failures.get(what)
         return failure is None or time.monotonic() >= failure.again
 
-    def _failed(self, one: Served, error: Exception) -> None:
-        before = self.failures.get(one.versioned)
+    def _failed(self, what: str, error: Exception) -> None:
+        before = self.failures.get(what)
         wait = min(2 * before.wait, LONGEST_WAIT) if before else FIRST_WAIT
         reason = error.message if isinstance(error, ForgeError) else str(error)
-        self.failures[one.versioned] = Failure(reason, wait, time.monotonic() + wait)
+        self.failures[what] = Failure(reason, wait, time.monotonic() + wait)
 
 
 def run(
@@ -207,15 +220,15 @@ def run(
 ) -> None:
     """Step until `ended`, or, unless `forever`, until nothing is to be served. `after` is called after each step.
 
-    What goes wrong in a step is told, and tried again: nobody would start this process again on a laptop.
+    Whatever goes wrong in a step is told, and tried again: on a laptop nobody would start this process again.
     """
     last = ""
     while not ended():
         try:
             actual = reconciler.step()
             last = ""
-        except (ForgeError, OSError, Conflict) as error:
-            reason = str(error) or type(error).__name__
+        except Exception as error:
+            reason = error.message if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
             if reason != last:
                 reconciler.tell(f"will be tried again: {reason}")
             last = reason

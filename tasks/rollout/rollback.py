@@ -1,35 +1,43 @@
 """The way back by hand: an earlier version serves again, and is the champion again."""
 
+from typing import TYPE_CHECKING
+
 from tasks.contracts import Deployment
 from tasks.errors import ForgeError
-from tasks.package import open_package, resolve
+from tasks.package import find_version, open_package, resolve
 from tasks.promotion import promotions
 from tasks.recipe import ServingRecipe
-from tasks.registry import find_champion, open_registry
+from tasks.registry import find_champion, open_registry, telling
 from tasks.rollout.desired import Served
 from tasks.rollout.rollout import Candidate, serve
+from tasks.rollout.trial import FAILED
 from tasks.settings import Settings
 from tasks.storage import Store
+from tasks.storage.lease import whoami
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 EVALUATION = "evaluation_digest"  # the tag of a version with its evaluation's digest
+ROLLED_BACK = "rolled_back"  # the tag of a version that was taken back by hand: for which one, by whom
 
 
-def roll_back(name: str, to: str, recipe: ServingRecipe, settings: Settings, store: Store) -> Deployment:
+def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settings, store: Store) -> Deployment:
     """Serve version `to` again, or without one the champion before the present one; proved as any rollout is.
 
-    ForgeError where there is no such version, or it does not serve as it was evaluated; then nothing is changed.
+    It is served as its own recipe said, unless another is given. ForgeError where there is no such version, or it does
+    not serve as it was evaluated; then nothing is changed.
     """
     client = open_registry(settings)
-    champion = find_champion(client, name)
+    with telling(f"the champion of {name} cannot be told", settings):
+        champion = find_champion(client, name)
     if champion is None:
-        raise ForgeError(f"rollback: {name} has no champion; name a version to serve: --to N")
-    if not to:
-        to = next((past.previous for past in reversed(promotions(store, name)) if past.version == champion.version), "")
-        if not to:
-            raise ForgeError(f"rollback: there was no champion of {name} before version {champion.version}; use --to N")
+        raise ForgeError(f"rollback: {name} has no champion yet; run training_pipeline first")
+    to = to or champion_before(name, champion.version, settings, store)
+    version = find_version(f"models:/{name}/{to}", settings)
     uri, digest = resolve(f"models:/{name}/{to}", settings)
     package, manifest = open_package(uri, digest, settings, store)
-    evaluated = client.get_model_version(name, to).tags.get(EVALUATION, "")
+    evaluated = version.tags.get(EVALUATION, "")
     place = f"evaluations/sha256-{evaluated}"
     if not store.exists(place):
         print(f"rollback: the evaluation of {name} version {to} is gone; it need only answer", flush=True)
@@ -42,4 +50,33 @@ def roll_back(name: str, to: str, recipe: ServingRecipe, settings: Settings, sto
         champion.version,
         f"rolled back by hand from version {champion.version}",
     )
-    return serve(candidate, recipe, settings, store)
+    deployment = serve(candidate, recipe or recipe_of(version, settings), settings, store)
+    if champion.version != to:
+        why = f"for version {to}, by {whoami()}"
+        with telling(f"{name} version {champion.version} could not be tagged", settings):
+            client.set_model_version_tag(name, champion.version, ROLLED_BACK, why)
+    with telling(f"{name} version {to} could not be tagged", settings):
+        if ROLLED_BACK in version.tags:
+            client.delete_model_version_tag(name, to, ROLLED_BACK)
+    return deployment
+
+
+def champion_before(name: str, version: str, settings: Settings, store: Store) -> str:
+    """The last champion but the present one that was neither rolled back nor failed; ForgeError where there is none."""
+    for past in reversed(promotions(store, name)):
+        if past.version not in ("", version):
+            tags = find_version(f"models:/{name}/{past.version}", settings).tags
+            if ROLLED_BACK not in tags and FAILED not in tags:
+                return past.version
+    raise ForgeError(f"rollback: no other version of {name} was the champion before {version}; name one: --to N")
+
+
+def recipe_of(version: "ModelVersion", settings: Settings) -> ServingRecipe:
+    """The serving section of the recipe that a version was made with, as its run in MLflow has it."""
+    if not version.run_id:
+        return ServingRecipe()
+    with telling(f"the run of version {version.version} cannot be read", settings):
+        params = open_registry(settings).get_run(version.run_id).data.params
+    known = {key.removeprefix("serving."): value for key, value in params.items() if key.startswith("serving.")}
+    given = {key: value for key, value in known.items() if key in ServingRecipe.model_fields and value != "None"}
+    return ServingRecipe.model_validate_strings(given)

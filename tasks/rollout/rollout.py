@@ -15,15 +15,15 @@ from tasks.errors import ForgeError
 from tasks.package import open_package
 from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
-from tasks.registry import find_champion, open_registry
-from tasks.rollout.desired import Actual, Desired, Served, Serving
+from tasks.registry import find_champion, open_registry, telling
+from tasks.rollout.desired import Actual, Desired, Served, Serving, Trial
 from tasks.rollout.engine import engine_of
-from tasks.rollout.fit import check_serving, serving_gpus, widest
+from tasks.rollout.fit import check_adapters, check_serving, serving_gpus, widest
 from tasks.rollout.packages import describe
 from tasks.rollout.plan import loading, plan
 from tasks.rollout.prove import prove, read_replay
 from tasks.rollout.target import Target, open_target
-from tasks.rollout.trial import BROKEN_OFF, Trying, recover, tag_failed, trying
+from tasks.rollout.trial import BROKEN_OFF, Recovery, Trying, is_promoted, tag_failed, trying
 from tasks.rollout.watch import Measured, Watch
 from tasks.settings import Settings
 from tasks.storage import Store
@@ -64,23 +64,33 @@ def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store
     """Try a candidate, and make it the champion; ForgeError where it was undone, and why."""
     started = time.time()
     target, served = open_target(settings), candidate.served
-    before = Serving()
+    after_error: list[str] = []
+
+    def undone(trial: Trial, error: BaseException) -> bool:
+        """Tell the registry first: whoever is killed after it leaves a trial, which is ended by the reconciler."""
+        try:
+            promoted = is_promoted(store, trial)
+        except ForgeError:
+            promoted = True  # cannot be told now; whoever ends the trial will
+        if promoted:
+            after_error.append("its promotion is recorded: the reconciler makes the rollout whole")
+            return False
+        reason = error.message if isinstance(error, ForgeError) else BROKEN_OFF
+        tag_failed(settings, served.name, served.version, reason)
+        return True
+
+    before: Serving | None = None
     with terminate_as_interrupt():
         try:
-            with trying(
-                target.document, served, candidate.champion, lambda document: recover(document, store, settings),
-                recipe.startup_timeout,
-            ) as trial:  # fmt: skip
+            recovery = Recovery(lambda: store, settings)
+            timeout = recipe.startup_timeout
+            with trying(target.document, served, candidate.champion, recovery, undone, timeout) as trial:
                 before = trial.trial.before
                 deployment = _try(candidate, trial, target, recipe, settings, store)
         except ForgeError as error:
-            tag_failed(settings, served.name, served.version, error.message)
-            again = wait_until_as_before(target, before, recipe.startup_timeout)
-            raise ForgeError(f"{error.message}\n{again}") from None
-        except BaseException:
-            tag_failed(settings, served.name, served.version, BROKEN_OFF)
-            raise
-    tag_failed(settings, served.name, served.version, "")
+            if before is not None and not after_error:
+                after_error.append(wait_until_as_before(target, before, recipe.startup_timeout))
+            raise ForgeError("\n".join([error.message, *after_error])) from None
     agreed = f"; {deployment.agreement} answers as in evaluation" if deployment.agreement else ""
     print(f"roll_out: {served.name} version {served.version} {_action(deployment)}{agreed}", flush=True)
     return deployment.model_copy(update={"started": started, "seconds": time.time() - started})
@@ -92,7 +102,8 @@ def _try(
     """Load, prove, move the public name, watch, promote."""
     served, before = candidate.served, trial.trial.before
     _check_champion(candidate, settings)
-    after = check_fit(plan(before, served, candidate.manifest, engine_of(recipe)), before, candidate, recipe, store)
+    after = plan(before, served, candidate.manifest, engine_of(recipe))
+    after = check_fit(after, before, candidate, recipe, settings, store)
     watch = Watch(target.endpoint, served.name, _prompts(candidate, recipe))
     was = before.find(served.name)
     unchanged = after == before
@@ -109,25 +120,19 @@ def _try(
     )  # fmt: skip
     swapped = time.monotonic() - started
     now: Measured | None = None if unchanged else watch.watch(served.versioned, measured, recipe)
-    trial.renew()
     why = candidate.why + (f"; {agreement} answers as in evaluation" if agreement else "")
-    client = open_registry(settings)
-    promote(client, store, served.name, served.version, candidate.champion, why)
-    try:
-        trial.finish()
-    except ForgeError:  # undone by somebody else, who had not heard of it, and did not see the promotion any more
-        if target.document.read()[0].serving.find(served.name) != served:
-            if candidate.champion:
-                promote(client, store, served.name, candidate.champion, served.version, "its rollout was undone")
-            raise
-    same_base = before.base == after.base
+    tag_failed(settings, served.name, served.version, "")
+    trial.renew()
+    promote(open_registry(settings), store, served.name, served.version, candidate.champion, why, trial.trial.id)
+    trial.finish()
+    restarted = (before.base, before.engine) != (after.base, after.engine)
     return Deployment(
         endpoint=target.endpoint,
         name=served.name,
         version=served.version,
         digest=served.digest,
         agreement=agreement,
-        how="unchanged" if unchanged else _how(candidate, same_base),
+        how="unchanged" if unchanged else _how(candidate, restarted),
         previous=was.version if was else "",
         previous_digest=was.digest if was else "",
         swap_seconds=0.0 if unchanged else swapped,
@@ -136,19 +141,28 @@ def _try(
     )
 
 
-def check_fit(after: Serving, before: Serving, candidate: Candidate, recipe: ServingRecipe, store: Store) -> Serving:
+def check_fit(
+    after: Serving, before: Serving, candidate: Candidate, recipe: ServingRecipe, settings: Settings, store: Store
+) -> Serving:
     """The state, its base on all the GPUs that can divide it; ForgeError where it does not fit them.
 
-    On a base that serves already, adapters must fit the slots that it was started with.
+    Beside a base that goes on serving, adapters must fit the slots that it was started with.
     """
-    base = after.base
+    base, adapters, rank = after.base, len(loading(before, after).adapters), candidate.manifest.get("rank")
     if base is None or after == before:
         return after
+    if (base, after.engine) == (before.base, before.engine):
+        check_adapters(after.engine, adapters, rank, base.versioned)
+        return after
+    if settings.serving_target == "kubernetes" and Path(base.uri).is_absolute():
+        raise ForgeError(
+            f"base model {base.uri}: the cluster's vLLM has no such directory; train on a model of the hub, or on a "
+            "registered one: models:/name/version"
+        )
     gpus = serving_gpus()
     config, weight_bytes = describe(base, store)
-    if base != before.base:
-        count = widest(config, gpus, base.versioned)
-        after = after.model_copy(update={"engine": after.engine.model_copy(update={"tensor_parallel": count})})
+    count = widest(config, gpus, base.versioned)
+    after = after.model_copy(update={"engine": after.engine.model_copy(update={"tensor_parallel": count})})
     fit = check_serving(
         config,
         weight_bytes,
@@ -157,8 +171,8 @@ def check_fit(after: Serving, before: Serving, candidate: Candidate, recipe: Ser
         base.versioned,
         context=after.engine.max_model_len,
         concurrency=recipe.concurrency,
-        adapters=len(loading(before, after).adapters),
-        adapter_rank=candidate.manifest.get("rank"),
+        adapters=adapters,
+        adapter_rank=rank,
     )
     print(f"roll_out: {fit}", flush=True)
     return after
@@ -175,11 +189,12 @@ def wait_for(
         actual = target.status()
         if actual is None:
             target.ensure()  # it was killed
-        elif actual.generation >= desired.generation:
-            if reached(actual):
-                return
-            for name in sorted(names & set(actual.failed)):
-                raise ForgeError(f"{name} cannot be served: {actual.failed[name]}")
+        else:
+            if actual.generation >= desired.generation:
+                if reached(actual):
+                    return
+                for name in sorted(names & set(actual.failed)):
+                    raise ForgeError(f"{name} cannot be served: {actual.failed[name]}")
             if actual.waiting not in ("", told):
                 told = actual.waiting
                 print(f"roll_out: {told}", flush=True)
@@ -194,10 +209,12 @@ def wait_for(
 def wait_until_as_before(target: Target, before: Serving, timeout: float) -> str:
     """Wait until what served before serves again; returns a line that says so, or why not."""
     names = ", ".join(f"{name} ({versioned})" for name, versioned in sorted(before.names.items()))
-    desired, _ = target.document.read()
-    if before.base is None or desired.serving != before:
-        return "nothing was served before, and nothing is now" if before.base is None else "something else serves now"
+    if before.base is None:
+        return "nothing was served before, and nothing is now"
     try:
+        desired, _ = target.document.read()
+        if desired.serving != before:
+            return "something else serves now"
         target.ensure()
         wait_for(target, desired, before.base, lambda actual: actual.names == before.names, timeout)
     except ForgeError as worse:
@@ -214,7 +231,8 @@ def _is_there(actual: Actual, after: Serving) -> bool:
 def _check_champion(candidate: Candidate, settings: Settings) -> None:
     """The gate compared with a champion; ForgeError where another one has taken its place since."""
     served = candidate.served
-    champion = find_champion(open_registry(settings), served.name)
+    with telling(f"the champion of {served.name} cannot be told", settings):
+        champion = find_champion(open_registry(settings), served.name)
     now = "" if champion is None else champion.version
     if now not in (candidate.champion, served.version):
         raise not_the_champion(served.name, served.version, candidate.champion, now)
@@ -226,8 +244,8 @@ def _prompts(candidate: Candidate, recipe: ServingRecipe) -> list[list[dict[str,
     return [row["messages"] for row in read_replay(candidate.evaluation, recipe.replay)]
 
 
-def _how(candidate: Candidate, same_base: bool) -> Any:
-    if not same_base:
+def _how(candidate: Candidate, restarted: bool) -> Any:
+    if restarted:
         return "weights"
     return "adapter" if candidate.manifest.get("kind") == "adapter" else "name"
 

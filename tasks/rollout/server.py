@@ -16,14 +16,15 @@ from types import FrameType
 import psutil
 
 from tasks.errors import ForgeError
+from tasks.processes import start_ticks
 from tasks.rollout.desired import Engine, Failed, Served
-from tasks.rollout.engine import MODULE, NAMES, VARIABLES, arguments
+from tasks.rollout.engine import DRAIN, MODULE, NAMES, VARIABLES, arguments
 from tasks.rollout.vllm_api import VLLM
 from tasks.settings import PROJECT, Settings
 from tasks.storage import write_atomically
 from tasks.vllm_environment import vllm_environment
 
-STOP_GRACE = 20.0  # seconds between asking the server to stop and killing it
+STOP_GRACE = DRAIN + 10.0  # seconds between asking the server to stop and killing it
 UNHEALTHY = 120.0  # seconds after which a server that answers no more is ended, and started again
 STARTUP = 1800.0  # the same for one that has not answered yet: large weights take their time
 STARTING = "vLLM is starting, which takes up to a minute; its log is {}"
@@ -58,11 +59,12 @@ class Running:
 
     def processes(self) -> list[psutil.Process]:
         """The processes of the server's session that live, whether or not the first of them does."""
+        there = processes_in(Path(self.log).parent)
         found = []
-        for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(pid) == self.pid and (start_ticks(pid) or 0) >= self.ticks:
-                    found.append(psutil.Process(pid))
+        for process in there:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(process.pid) == self.pid:
+                    found.append(process)
         return found
 
 
@@ -99,7 +101,8 @@ class LocalServer:
         if time.monotonic() - self._seen > (STARTUP if recorded == self._starting else UNHEALTHY):
             self.stop(grace=0)
             raise Failed(f"vLLM does not answer, and was ended; its log is {recorded.log}")
-        return STARTING.format(recorded.log)
+        # One that was ready and does not answer at the moment is busy, and is left alone.
+        return STARTING.format(recorded.log) if recorded == self._starting else ""
 
     def running(self) -> Running | None:
         """The recorded server, if its process lives."""
@@ -151,29 +154,33 @@ class LocalServer:
             left = {*self._strays(), *(recorded.processes() if recorded else [])}
             _, alive = psutil.wait_procs(list(left), timeout=grace if running else 0)
             for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(alive, timeout=STOP_GRACE)
             self.record.unlink(missing_ok=True)
         return running
 
     def _strays(self) -> list[psutil.Process]:
-        """What runs in this home's directory: also a server whose starter was killed before it had recorded it."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if Path(process.cwd()) == self.settings.serving and process.pid != os.getpid():
-                    found.append(process)
-        return found
+        """vLLM's processes in this home: also of a server whose starter was killed before it had recorded it."""
+        sessions: dict[int, list[psutil.Process]] = {}
+        ours = set()
+        for process in processes_in(self.settings.serving):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                session = os.getsid(process.pid)
+                sessions.setdefault(session, []).append(process)
+                if any(word in " ".join(process.cmdline()) for word in (MODULE, "VLLM::")):
+                    ours.add(session)
+        return [process for session in ours for process in sessions[session]]
 
 
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it has ended. See stat in proc(5)."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
+def processes_in(directory: Path) -> list[psutil.Process]:
+    """The processes that were started in a directory, but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and Path(process.cwd()) == directory.resolve():
+                found.append(process)
+    return found
 
 
 def port_is_free(port: int) -> bool:
@@ -205,7 +212,10 @@ def signals_deferred() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if pending:
-        raise KeyboardInterrupt
+        handler = handlers[signal.Signals(pending[0])]
+        if not callable(handler):
+            raise KeyboardInterrupt
+        handler(pending[0], None)
 
 
 def last_lines(log: str, count: int = 12) -> str:

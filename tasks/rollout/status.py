@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from tasks.rollout.reconciler import Reconciler
 
-STALE = 180.0  # seconds without a step after which it counts as hung: stopping vLLM and fetching take their time
+STALE = 3600.0  # seconds without a step after which it counts as hung: fetching large weights takes its time
 
 
 class Status:
@@ -24,13 +24,15 @@ class Status:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                fresh = time.monotonic() - status.stepped < STALE
-                pages = {
-                    "/healthz": (200 if fresh else 503, "text/plain", b"ok" if fresh else b"no step for too long"),
-                    "/status": (200, "application/json", status.reconciler.actual.model_dump_json().encode()),
-                    "/metrics": (200, "text/plain; version=0.0.4", generate_latest(registry)),
-                }
-                code, kind, body = pages.get(self.path, (404, "text/plain", b"/healthz, /status, /metrics"))
+                code, kind, body = 200, "text/plain", b"ok"
+                if self.path == "/status":
+                    kind, body = "application/json", status.reconciler.actual.model_dump_json().encode()
+                elif self.path == "/metrics":
+                    kind, body = "text/plain; version=0.0.4", generate_latest(registry)
+                elif self.path != "/healthz":
+                    code, body = 404, b"/healthz, /status, /metrics"
+                elif time.monotonic() - status.stepped > STALE:
+                    code, body = 503, b"no step for too long"
                 self.send_response(code)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))

@@ -25,6 +25,6 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
 def roll_back(name: str, to: str) -> Deployment:
     """Serve an earlier version again, and make it the champion again."""
     settings = load_settings()
-    deployment = back.roll_back(name, to, ServingRecipe(), settings, open_store(settings))
+    deployment = back.roll_back(name, to, None, settings, open_store(settings))
     Console().print(table(deployment))
     return deployment

@@ -9,13 +9,14 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 
 from tasks.errors import ForgeError
+from tasks.processes import start_ticks
 from tasks.promotion import promote, promotions
-from tasks.registry import open_registry, telling
+from tasks.registry import find_champion, open_registry, telling
 from tasks.rollout.desired import Conflict, Desired, Document, Served, Serving, Trial
-from tasks.rollout.server import start_ticks
 from tasks.settings import Settings
 from tasks.storage import Store
 from tasks.storage.lease import whoami
@@ -46,7 +47,7 @@ class Trying:
         return self._write(lambda desired: desired.model_copy(update={"trial": None, **more}), renew=False)
 
     def renew(self) -> None:
-        """Say that we live."""
+        """Say that we live; ForgeError where the trial is no longer ours."""
         self._write(lambda desired: desired, count=0)
 
     def keep_renewing(self) -> None:
@@ -59,14 +60,14 @@ class Trying:
         with self._lock:
             while True:
                 desired, revision = self.document.read()
-                if desired.trial is None or desired.trial.process != self.trial.process:
+                if desired.trial is None or desired.trial.id != self.trial.id:
                     raise ForgeError(
                         f"{self.document.where}: the rollout of {self.trial.of.versioned} was ended by somebody else, "
                         "since it had not been heard of; run again"
                     )
                 changed = change(desired)
                 if renew:
-                    alive = desired.trial.model_copy(update={"until": time.time() + ABANDONED})
+                    alive = desired.trial.model_copy(update={"renewals": desired.trial.renewals + 1})
                     changed = changed.model_copy(update={"trial": alive})
                 changed = changed.model_copy(update={"generation": desired.generation + count})
                 with contextlib.suppress(Conflict):
@@ -76,9 +77,17 @@ class Trying:
 
 @contextlib.contextmanager
 def trying(
-    document: Document, of: Served, champion: str, recover: Callable[[Document], bool], timeout: float
+    document: Document,
+    of: Served,
+    champion: str,
+    recover: Callable[[Document], bool],
+    undone: Callable[[Trial, BaseException], bool],
+    timeout: float,
 ) -> Iterator[Trying]:
     """Begin a trial, after the one under way has ended; on an error, what served before should be served again.
+
+    `undone` is told of an error first, and says whether it is to be undone: where the version's promotion was recorded
+    already, the trial stays in the document, for `recover` to make it whole.
 
     ForgeError where another rollout goes on for `timeout` seconds. A trial that was broken off is ended first.
     """
@@ -87,8 +96,8 @@ def trying(
         desired, revision = document.read()
         if desired.trial is None:
             trial = Trial(
-                name=of.name, of=of, before=desired.serving, champion=champion, owner=whoami(), process=this_process(),
-                until=time.time() + ABANDONED,
+                id=uuid.uuid4().hex, name=of.name, of=of, before=desired.serving, champion=champion, owner=whoami(),
+                process=this_process(),
             )  # fmt: skip
             begun = desired.model_copy(update={"trial": trial, "generation": desired.generation + 1})
             with contextlib.suppress(Conflict):
@@ -102,24 +111,43 @@ def trying(
                 )
             time.sleep(POLL)
     ours = Trying(document, trial)
-    renewing = threading.Thread(target=ours.keep_renewing, daemon=True)
-    renewing.start()
     try:
+        threading.Thread(target=ours.keep_renewing, daemon=True).start()
         yield ours
-    except BaseException:
-        with contextlib.suppress(ForgeError):  # ended by somebody else: undone already
-            ours.finish(trial.before)
+    except BaseException as error:
+        if not ours.ended.is_set() and undone(trial, error):
+            with contextlib.suppress(ForgeError):  # ended by somebody else: undone already
+                ours.finish(trial.before)
         raise
     finally:
         ours.ended.set()
 
 
-def broken_off(trial: Trial) -> bool:
-    """Whether nobody carries a trial on: its process on this machine has ended, or it was not renewed."""
-    host, pid, ticks = trial.process.split("/")
-    if host == socket.gethostname() and start_ticks(int(pid)) != int(ticks):
-        return True
-    return time.time() > trial.until
+class Recovery:
+    """Finds trials that were broken off, and ends them.
+
+    A trial of this machine is known by its process; another one by its renewals, watched for a while by our own watch,
+    so that no clocks need to agree.
+    """
+
+    def __init__(self, store: Callable[[], Store], settings: Settings) -> None:
+        self.store, self.settings = store, settings
+        self._seen: tuple[str, int] = ("", 0)
+        self._since = 0.0
+
+    def __call__(self, document: Document) -> bool:
+        """End the trial in a document if it was broken off; returns whether it was."""
+        trial = document.read()[0].trial
+        return trial is not None and self.broken_off(trial) and recover(document, self.store(), self.settings, trial.id)
+
+    def broken_off(self, trial: Trial) -> bool:
+        """Whether nobody carries a trial on."""
+        host, pid, ticks = trial.process.split("/")
+        if host == socket.gethostname():
+            return start_ticks(int(pid)) != int(ticks)
+        if (trial.id, trial.renewals) != self._seen:
+            self._seen, self._since = (trial.id, trial.renewals), time.monotonic()
+        return time.monotonic() - self._since > ABANDONED
 
 
 def this_process() -> str:
@@ -127,33 +155,35 @@ def this_process() -> str:
     return f"{socket.gethostname()}/{os.getpid()}/{start_ticks(os.getpid())}"
 
 
-def recover(document: Document, store: Store, settings: Settings) -> bool:
-    """End a trial that was broken off; returns whether there was one.
+def recover(document: Document, store: Store, settings: Settings, trial_id: str) -> bool:
+    """End a trial that was broken off; returns whether it was still there.
 
-    Where the version's promotion was recorded, it is made whole. Else what served before should be served again, and
-    the version is tagged with the reason.
+    Where the version's promotion was recorded, it is made whole, unless somebody has moved the alias elsewhere since.
+    Else what served before should be served again, and the version is tagged with the reason.
     """
     desired, revision = document.read()
     trial = desired.trial
-    if trial is None or not broken_off(trial):
+    if trial is None or trial.id != trial_id:
         return False
     promoted = is_promoted(store, trial)
     if promoted:
-        promote(open_registry(settings), store, trial.name, trial.of.version, trial.champion, "a rollout made whole")
+        client = open_registry(settings)
+        with telling(f"the champion of {trial.name} cannot be told", settings):
+            champion = find_champion(client, trial.name)
+        promoted = (champion.version if champion else "") in (trial.champion, trial.of.version)
+        if promoted:
+            why = "its rollout was broken off, and made whole"
+            promote(client, store, trial.name, trial.of.version, trial.champion, why, trial.id)
+    tag_failed(settings, trial.name, trial.of.version, "" if promoted else BROKEN_OFF)
     ended = Desired(generation=desired.generation + 1, serving=desired.serving if promoted else trial.before)
-    try:
+    with contextlib.suppress(Conflict):  # somebody else has ended it
         document.write(ended, revision)
-    except Conflict:
-        return True
-    if not promoted:
-        tag_failed(settings, trial.name, trial.of.version, BROKEN_OFF)
     return True
 
 
 def is_promoted(store: Store, trial: Trial) -> bool:
-    """Whether the version became the champion in this trial."""
-    history = promotions(store, trial.name)
-    return bool(history) and history[-1].version == trial.of.version != trial.champion
+    """Whether the version's promotion was recorded in this trial."""
+    return any(past.trial == trial.id for past in promotions(store, trial.name))
 
 
 def tag_failed(settings: Settings, name: str, version: str, reason: str) -> None:

@@ -11,7 +11,8 @@ from tasks.rollout.desired import Failed
 
 TIMEOUT = urllib3.Timeout(connect=2, read=10)
 LOADING = urllib3.Timeout(connect=2, read=300)  # an adapter is read from disk
-UNREACHABLE = (urllib3.exceptions.HTTPError, OSError, ValueError)
+# The last three: something else answers on that port.
+UNREACHABLE = (urllib3.exceptions.HTTPError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class VLLM:
 
     def unload(self, versioned: str) -> None:
         """Take an adapter away."""
-        self.http.request("POST", f"{self.url}/v1/unload_lora_adapter", json={"lora_name": versioned})
+        answer = self.http.request("POST", f"{self.url}/v1/unload_lora_adapter", json={"lora_name": versioned})
+        if answer.status != 200:
+            raise urllib3.exceptions.HTTPError(f"{versioned} is not unloaded: {_reason(answer.data)}")
 
     def prompt_nll(self, versioned: str, tokens: list[int], scored: list[int]) -> float:
         """How unlikely the model finds the tokens at the places `scored`: nats a token."""

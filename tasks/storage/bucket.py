@@ -120,6 +120,11 @@ class BucketStore:
         path = self.copies.get(artifact, lambda directory: self._fetch(artifact, directory))
         return path / key[len(artifact) :].lstrip("/")
 
+    def release(self, uri: str) -> None:
+        """Let go of an artifact's local copy: it may make room for others from then on."""
+        if found := ARTIFACT.match(self._key(uri)):
+            self.copies.release(found.group())
+
     def manifest(self, uri: str) -> dict[str, Any]:
         """An artifact's manifest; ForgeError where it is not there, or broken."""
         data = self.read(f"{self._key(uri)}/{MANIFEST}")

@@ -47,6 +47,12 @@ class Copies:
             if not target.is_dir():
                 self._place(staged, target)
 
+    def release(self, key: str) -> None:
+        """Let go of a copy, which may make room for others from then on."""
+        with self._mutex:
+            if (handle := self._held.pop(key, None)) is not None:
+                os.close(handle)
+
     def remove(self, key: str) -> None:
         """Remove the copy of a key; nothing happens where there is none, or another process uses it."""
         with self._mutex:

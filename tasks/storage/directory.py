@@ -159,6 +159,9 @@ class DirectoryStore:
             raise gone(uri)
         return path
 
+    def release(self, uri: str) -> None:
+        """Nothing to do: what is in this store is no copy."""
+
     def manifest(self, uri: str) -> dict[str, Any]:
         """An artifact's manifest; ForgeError where it is not there, or broken."""
         path = self.path(uri)

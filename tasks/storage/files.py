@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
+from tasks.processes import start_ticks
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -31,7 +31,7 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def staged_directory(staging: Path) -> Iterator[Path]:
     """A new directory of this process, to fill and rename; removed afterwards if it was not."""
-    staged = Path(tempfile.mkdtemp(dir=staging, prefix=f"{os.getpid()}-"))
+    staged = Path(tempfile.mkdtemp(dir=staging, prefix=f"{os.getpid()}-{start_ticks(os.getpid())}-"))
     try:
         yield staged
     finally:
@@ -41,8 +41,9 @@ def staged_directory(staging: Path) -> Iterator[Path]:
 def sweep(staging: Path) -> None:
     """Remove what processes that were killed left in staging."""
     for staged in staging.iterdir():
-        owner = staged.name.split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+        pid, _, rest = staged.name.partition("-")
+        # A number alone says little: a container's first process is always 1.
+        if pid.isdigit() and str(start_ticks(int(pid))) != rest.partition("-")[0]:
             if staged.is_dir():
                 shutil.rmtree(staged, ignore_errors=True)
             else:

@@ -49,17 +49,16 @@ def test_a_model_is_trained_registered_and_serves(home: Home) -> None:
         assert part in home.first_output  # type: ignore[attr-defined]
     served = home.served()
     assert served is not None
-    assert served.spec.digest == facts["digest"]
+    assert home.desired().serving.names == {"dates": served.spec.base} == {"dates": f"dates-{facts['digest'][:12]}"}
     client = OpenAI(base_url=facts["endpoint"], api_key="EMPTY")
-    assert [model.id for model in client.models.list()] == ["dates"]
+    assert {model.id for model in client.models.list()} == {"dates", served.spec.base}
     answer = client.chat.completions.create(
         model="dates", messages=[{"role": "user", "content": "NL: 20 juni 1969"}], temperature=0, max_tokens=32
     )
     assert answer.choices[0].message.content.startswith('{"date":')
-    # Of the run itself nothing lives but the server.
-    server = {process.pid for process in served.processes()}
-    assert served.pid in server
-    assert {process.pid for process in home.processes()} <= server
+    # Of the run itself nothing lives but the server and its reconciler.
+    assert served.pid in home.serving()
+    assert {process.pid for process in home.processes()} <= home.serving()
 
 
 def test_again_runs_nothing_again(home: Home) -> None:

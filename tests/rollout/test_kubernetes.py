@@ -139,13 +139,11 @@ def test_a_broken_document_is_told_with_its_place(fake: Place) -> None:
         fake.document.read()
 
 
-def test_a_config_map_without_data_is_an_empty_document(fake: Place) -> None:
+def test_a_config_map_that_was_emptied_does_not_end_what_serves(fake: Place) -> None:
     fake.document.write(wanted(OLD), "")
     fake.fake.edit(lambda one: one.pop("data"), CONFIGMAPS, DOCUMENT)
-    there, revision = fake.document.read()
-    assert there == Desired()
-    fake.document.write(wanted(NEW), revision)
-    assert fake.document.read()[0] == wanted(NEW)
+    with pytest.raises(ForgeError, match="not a description of what to serve"):
+        fake.document.read()
 
 
 def test_who_may_not_write_is_told_which_role_to_bind(fake: Place) -> None:

@@ -76,6 +76,15 @@ def test_an_adapter_of_another_base_brings_its_base() -> None:
     )
 
 
+def test_vllm_is_started_anew_for_an_adapter_that_its_slots_do_not_hold_if_the_recipe_grants_more() -> None:
+    one, two = version(1), version(2)
+    before = serving(one)
+    wide = {**adapter_of(one), "rank": 64}
+    assert plan(before, two, wide, Engine(max_lora_rank=64, adapter_slots=1)).engine == Engine(max_lora_rank=64)
+    assert plan(before, two, wide, ENGINE).engine == before.engine, "which the fit check refuses"
+    assert plan(before, two, {**wide, "rank": 8}, Engine(max_lora_rank=64)).engine == before.engine
+
+
 def test_nobody_s_name_is_taken_away() -> None:
     base = version(1, "llama")
     before = serving(base, version(2), version(3, "times"), names={"dates": version(2), "times": version(3, "times")})

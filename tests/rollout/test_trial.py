@@ -17,9 +17,9 @@ from tasks.errors import ForgeError
 from tasks.promotion import promote, promotions
 from tasks.registry import champion_version, open_registry
 from tasks.rollout import trial as trials
-from tasks.rollout.desired import Conflict, Desired, Document
+from tasks.rollout.desired import Conflict, Desired, Document, Trial
 from tasks.rollout.local import FileDocument
-from tasks.rollout.trial import BROKEN_OFF, FAILED, recover, trying
+from tasks.rollout.trial import BROKEN_OFF, FAILED, Recovery, trying
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 from tests.rollout.states import desired, serving, version
@@ -52,9 +52,18 @@ def store_of(settings: Settings) -> DirectoryStore:
     return DirectoryStore(settings.store_root)
 
 
+def recovery_of(settings: Settings) -> Recovery:
+    return Recovery(lambda: store_of(settings), settings)
+
+
 def nobody(document: Document) -> bool:
     """Recovers nothing."""
     return False
+
+
+def undo(trial: Trial, error: BaseException) -> bool:
+    """Every error is to be undone."""
+    return True
 
 
 def tag(settings: Settings) -> str | None:
@@ -63,7 +72,7 @@ def tag(settings: Settings) -> str | None:
 
 def test_a_trial_changes_the_document_and_ends(settings: Settings) -> None:
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, 1) as trial:
+    with trying(document, version(2), "1", nobody, undo, 1) as trial:
         begun, _ = document.read()
         assert begun.trial is not None
         assert (begun.trial.before, begun.serving, begun.generation) == (BEFORE, BEFORE, 2)
@@ -77,7 +86,7 @@ def test_a_trial_changes_the_document_and_ends(settings: Settings) -> None:
 @pytest.mark.parametrize("error", [ForgeError("no"), KeyboardInterrupt()])
 def test_what_goes_wrong_brings_back_what_served_before(settings: Settings, error: BaseException) -> None:
     document = FileDocument(settings)
-    with pytest.raises(type(error)), trying(document, version(2), "1", nobody, 1) as trial:
+    with pytest.raises(type(error)), trying(document, version(2), "1", nobody, undo, 1) as trial:
         trial.change(AFTER)
         raise error
     assert document.read()[0] == Desired(generation=4, serving=BEFORE)
@@ -85,9 +94,9 @@ def test_what_goes_wrong_brings_back_what_served_before(settings: Settings, erro
 
 def test_one_rollout_at_a_time(settings: Settings) -> None:
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, 1):  # noqa: SIM117
+    with trying(document, version(2), "1", nobody, undo, 1):  # noqa: SIM117
         with pytest.raises(ForgeError, match=r"another rollout, of dates-222222222222 by .*, has gone on"):
-            with trying(document, version(3), "1", lambda it: recover(it, store_of(settings), settings), 0.1):
+            with trying(document, version(3), "1", recovery_of(settings), undo, 0.1):
                 raise AssertionError("two at once")
 
 
@@ -96,11 +105,11 @@ def test_the_next_one_waits_for_its_turn(settings: Settings) -> None:
     seen = []
 
     def second() -> None:
-        with trying(document, version(3), "1", nobody, 60) as trial:
+        with trying(document, version(3), "1", nobody, undo, 60) as trial:
             seen.append(document.read()[0].serving)
             trial.finish()
 
-    with trying(document, version(2), "1", nobody, 1) as trial:
+    with trying(document, version(2), "1", nobody, undo, 1) as trial:
         thread = threading.Thread(target=second)
         thread.start()
         trial.change(AFTER)
@@ -120,15 +129,16 @@ from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 from tests.rollout.states import serving, version
 settings = Settings(home=Path(sys.argv[1]))
-with trying(FileDocument(settings), version(2), "1", lambda document: False, 1) as trial:
+store = DirectoryStore(settings.store_root)
+with trying(FileDocument(settings), version(2), "1", lambda document: False, lambda trial, error: True, 1) as trial:
     trial.change(serving(version(1), version(2)))
     if sys.argv[2] == "promoted":
-        promote(open_registry(settings), DirectoryStore(settings.store_root), "dates", "2", "1", "passed")
+        promote(open_registry(settings), store, "dates", "2", "1", "passed", trial.trial.id)
     if sys.argv[2] == "recorded":
         from tasks import promotion
         from mlflow import MlflowClient
         MlflowClient.set_registered_model_alias = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
-        promote(open_registry(settings), DirectoryStore(settings.store_root), "dates", "2", "1", "passed")
+        promote(open_registry(settings), store, "dates", "2", "1", "passed", trial.trial.id)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -143,45 +153,98 @@ def crash(settings: Settings, when: str) -> None:
 def test_a_rollout_whose_process_was_killed_is_undone_and_the_registry_says_so(settings: Settings) -> None:
     crash(settings, "before")
     document = FileDocument(settings)
-    assert recover(document, store_of(settings), settings)
+    assert recovery_of(settings)(document)
     assert document.read()[0] == Desired(generation=4, serving=BEFORE)
     assert tag(settings) == BROKEN_OFF
     assert champion_version(open_registry(settings), "dates") == "1"
-    assert not recover(document, store_of(settings), settings)
+    assert not recovery_of(settings)(document)
 
 
 @pytest.mark.parametrize("when", ["promoted", pytest.param("recorded", marks=pytest.mark.long)])  # a lease runs out
 def test_one_that_had_promoted_its_version_is_made_whole(settings: Settings, when: str) -> None:
     crash(settings, when)
     document = FileDocument(settings)
-    assert recover(document, store_of(settings), settings)
+    assert recovery_of(settings)(document)
     assert document.read()[0] == Desired(generation=4, serving=AFTER)
     assert tag(settings) is None
     assert champion_version(open_registry(settings), "dates") == "2"
     assert [past.version for past in promotions(store_of(settings), "dates")] == ["1", "2"]
 
 
-def test_one_of_another_machine_is_undone_when_it_is_not_renewed(settings: Settings) -> None:
+def test_one_of_another_machine_is_undone_when_it_is_not_renewed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crash(settings, "before")
     document = FileDocument(settings)
     there, _ = document.read()
     assert there.trial is not None
 
-    def elsewhere(until: float) -> None:
-        moved = there.trial.model_copy(update={"process": "elsewhere/1/1", "until": until})
+    def renewed(renewals: int) -> None:
+        moved = there.trial.model_copy(update={"process": "elsewhere/1/1", "renewals": renewals})
         document.write(there.model_copy(update={"trial": moved}), document.read()[1])
 
-    elsewhere(time.time() + 1000)
-    assert not recover(document, store_of(settings), settings)
-    elsewhere(time.time() - 1)
-    assert recover(document, store_of(settings), settings)
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    recovery = recovery_of(settings)
+    renewed(1)
+    for _ in range(10):
+        assert not recovery(document)
+        now += trials.ABANDONED - 1
+        renewed(int(now))
+    assert not recovery(document)
+    now += trials.ABANDONED + 1
+    monkeypatch.undo()
+    monkeypatch.setattr(recovery, "_since", time.monotonic() - trials.ABANDONED - 1)
+    assert recovery(document)
+
+
+def test_what_fails_after_the_promotion_was_recorded_is_made_whole_and_not_undone(settings: Settings) -> None:
+    """Its process lives on for a while: it is ended by it, or by whoever finds the trial later."""
+    document, store, client = FileDocument(settings), store_of(settings), open_registry(settings)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        trying(
+            document, version(2), "1", nobody, lambda trial, error: not trials.is_promoted(store, trial), 1
+        ) as trial,
+    ):
+        trial.change(AFTER)
+        promote(client, store, "dates", "2", "1", "passed", trial.trial.id)
+        raise KeyboardInterrupt
+    left, _ = document.read()
+    assert left.trial is not None
+    assert left.serving == AFTER
+    assert trials.recover(document, store, settings, left.trial.id)
+    assert document.read()[0] == Desired(generation=left.generation + 1, serving=AFTER)
+
+
+def test_an_old_promotion_of_the_version_makes_no_new_trial_whole(settings: Settings) -> None:
+    """Version 2 was the champion once, and the alias was moved back by hand: a new trial of it proves nothing yet."""
+    client, store = open_registry(settings), store_of(settings)
+    promote(client, store, "dates", "2", "1", "passed", "an earlier trial")
+    client.set_registered_model_alias("dates", "champion", "1")
+    crash(settings, "before")
+    document = FileDocument(settings)
+    assert recovery_of(settings)(document)
+    assert document.read()[0].serving == BEFORE
+    assert champion_version(client, "dates") == "1"
+
+
+def test_an_alias_that_somebody_moved_meanwhile_is_left_there(settings: Settings) -> None:
+    crash(settings, "promoted")
+    client = open_registry(settings)
+    other = client.create_model_version("dates", source=version(3).uri)
+    client.set_registered_model_alias("dates", "champion", other.version)
+    document = FileDocument(settings)
+    assert recovery_of(settings)(document)
+    assert document.read()[0].serving == BEFORE
+    assert champion_version(client, "dates") == "3"
 
 
 def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) -> None:
     document = FileDocument(settings)
     with (
         pytest.raises(ForgeError, match="was ended by somebody else"),
-        trying(document, version(2), "1", nobody, 1) as ours,
+        trying(document, version(2), "1", nobody, undo, 1) as ours,
     ):
         there, revision = document.read()
         document.write(desired(serving(version(3)), there.generation + 1), revision)
@@ -192,10 +255,10 @@ def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) ->
 def test_a_trial_is_renewed_while_it_lasts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "RENEWED", 0.02)
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, 1) as trial:
+    with trying(document, version(2), "1", nobody, undo, 1) as trial:
         first = document.read()[0].trial
         assert first is not None
-        while (now := document.read()[0].trial) is None or now.until <= first.until:
+        while (now := document.read()[0].trial) is None or now.renewals < 3:
             time.sleep(0.01)
         trial.finish()
 

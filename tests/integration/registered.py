@@ -1,0 +1,114 @@
+"""A server of registered versions, made in half a minute and without training: a random base and adapters of it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI
+
+from tasks.package import open_package
+from tasks.promotion import promotions
+from tasks.recipe import ServingRecipe
+from tasks.registry import PACKAGE_DIGEST, champion_version, open_registry
+from tasks.rollout.desired import Served
+from tasks.rollout.local import LocalTarget
+from tasks.rollout.rollout import Candidate, serve
+from tasks.rollout.server import LocalServer
+from tasks.settings import Settings
+from tasks.storage import DirectoryStore
+from tests.integration.harness import PROJECT
+from tests.rollout.models import publish, write_adapter, write_base
+
+SWAP = """
+import sys
+from pathlib import Path
+from tasks.recipe import ServingRecipe
+from tasks.rollout.rollback import roll_back
+from tasks.settings import load_settings
+from tasks.storage import open_store
+settings = load_settings()
+recipe = ServingRecipe(watch_seconds=float(sys.argv[2]), startup_timeout=180)
+roll_back("dates", sys.argv[1], recipe, settings, open_store(settings))
+"""
+
+
+class Server:
+    """A home that serves version 1, a base, or one of the adapters 2 and 3 that stand on it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.settings = Settings(home=folder / "home", serving_port=probe.getsockname()[1])
+        self.store = DirectoryStore(self.settings.store_root)
+        base = write_base(folder / "base")
+        first = publish(self.store, base, "dates", 1)
+        adapters = [
+            publish(self.store, write_adapter(folder / str(seed), base, seed=seed), "dates", seed, first)
+            for seed in (2, 3)
+        ]
+        self.versions: dict[str, Served] = {one.version: one for one in (first, *adapters)}
+        client = open_registry(self.settings)
+        client.create_registered_model("dates")
+        for one in self.versions.values():
+            client.create_model_version("dates", source=one.uri, tags={PACKAGE_DIGEST: one.digest})
+        self.target = LocalTarget(self.settings)
+        package, manifest = open_package(first.uri, first.digest, self.settings, self.store)
+        candidate = Candidate(first, package, manifest, None, "", "the first")
+        serve(candidate, ServingRecipe(watch_seconds=0), self.settings, self.store)
+
+    def swap(self, to: str = "", watch: float = 1) -> subprocess.Popen:
+        """Begin to serve a version, or another adapter than the champion, in a process of its own."""
+        to = to or next(version for version in ("2", "3") if version != self.champion())
+        environment = os.environ | {
+            "FORGE_HOME": str(self.settings.home),
+            "FORGE_SERVING_PORT": str(self.settings.serving_port),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", SWAP, to, str(watch)], cwd=PROJECT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End all that runs."""
+        self.target.stop()
+        LocalServer(self.settings).stop()
+
+    def champion(self) -> str:
+        """The version that is the champion."""
+        return champion_version(open_registry(self.settings), "dates") or ""
+
+    def victim(self, who: str, rollout: subprocess.Popen) -> int:
+        """The number of the process to kill."""
+        if who == "rollout":
+            return rollout.pid
+        if who == "reconciler":
+            return int(json.loads(self.target.record.read_text())["pid"])
+        running = LocalServer(self.settings).running()
+        assert running is not None
+        return running.pid
+
+    def settle(self) -> None:
+        """Wait until nothing is under way and all is as desired; a dead reconciler is started, as Kubernetes would."""
+        deadline = time.monotonic() + 240
+        while True:
+            self.target.ensure()
+            actual, (desired, _) = self.target.status(), self.target.document.read()
+            if actual and desired.trial is None and (actual.generation, actual.waiting) == (desired.generation, ""):
+                return
+            assert time.monotonic() < deadline, f"{actual}\n{desired}\n{self.target.log.read_text()[-3000:]}"
+            time.sleep(0.2)
+
+    def agrees(self) -> None:
+        """Registry, history, document and vLLM say the same."""
+        champion = self.champion()
+        desired, _ = self.target.document.read()
+        assert desired.serving.names == {"dates": self.versions[champion].versioned}
+        assert promotions(self.store, "dates")[-1].version == champion
+        client = OpenAI(base_url=self.settings.endpoint, api_key="EMPTY", max_retries=0)
+        messages = [{"role": "user", "content": "Hello"}]
+        answer = client.chat.completions.create(model="dates", messages=messages, max_tokens=4)
+        assert answer.model == self.versions[champion].versioned
