@@ -13,7 +13,15 @@ import yaml
 from tasks import cluster
 from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
-from tasks.preflight.checks import base_config, check_all, check_memory, check_training, check_vllm, find_base
+from tasks.preflight.checks import (
+    base_config,
+    check_all,
+    check_memory,
+    check_served,
+    check_training,
+    check_vllm,
+    find_base,
+)
 from tasks.preprocess import sample
 from tasks.promotion import promote
 from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
@@ -130,6 +138,30 @@ def test_a_base_model_must_fit(tmp_path: Path) -> None:
     check([great], num_hidden_layers=16)
     with pytest.raises(ForgeError, match=r"A100-40GB has 38\.0 GiB"):
         check([great, small], num_hidden_layers=16)
+
+
+def test_what_training_leaves_must_fit_what_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(rank: int = 16, **serving: int) -> None:
+        training = {**SMALL["training"], "precision": "bf16", "method": "lora", "lora": {"rank": rank}}
+        model = {"base": str(tmp_path)}
+        recipe = Recipe.model_validate({**SMALL, "model": model, "training": training, "serving": serving})
+        check_served(recipe, Base(location=str(tmp_path)))
+
+    llama = {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    check(context=4096)
+    with pytest.raises(ForgeError, match=r"adapter of rank 32: .* take serving\.max_lora_rank 32"):
+        check(rank=32, context=4096)
+    check(rank=32, context=4096, max_lora_rank=32)
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
+    with pytest.raises(ForgeError, match=r"each of 2 x A100-40GB needs .*; it fits with .* or with 4-bit AWQ weights"):
+        check(context=4096)
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "num_hidden_layers": 16}))
+    check(context=4096)
 
 
 def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
