@@ -19,7 +19,10 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
     names = {**now.names, served.name: served.versioned}
     if now.base is not None and now.base.digest == base.digest:
         state = now.model_copy(update={"names": names})
-        adapters = [*now.adapters, *([served] if adapter and served not in now.adapters else [])]
+        adapters = [one for one in now.adapters if one.versioned != served.versioned]
+        if adapter:  # in its place, so that what serves already changes nothing
+            at = next((at for at, one in enumerate(now.adapters) if one.versioned == served.versioned), len(adapters))
+            adapters.insert(at, served)
     else:
         state = Serving(base=base, engine=engine, names=names)
         adapters = [served] if adapter else []

@@ -172,12 +172,13 @@ def registered(home: Home, of: str, breakage: str) -> tuple[Version, Evaluation]
         for path in package.iterdir():
             if path.name != "manifest.json":
                 (staged / path.name).write_bytes(path.read_bytes())
+        (staged / "README.md").write_text(f"# dates\n\nWith another {breakage}.\n")
         if breakage == "template":
             template = staged / "chat_template.jinja"
             template.write_text(template.read_text().replace("<|assistant|>", "<|user|>"))
         elif breakage == "weights":
             (staged / "model.safetensors").write_bytes(b"not a model")
-        uri = store.publish(staged, "models/dates", facts={**facts, "made_for": breakage})
+        uri = store.publish(staged, "models/dates", facts=facts)
     tags = client.get_model_version("dates", of).tags
     made = client.create_model_version("dates", source=uri, tags=tags)
     digest = uri.rpartition("sha256-")[2]

@@ -99,6 +99,12 @@ def test_what_serves_already_changes_nothing() -> None:
     assert plan(serving(one), one, WEIGHTS, ENGINE) == serving(one)
 
 
+def test_a_package_that_was_registered_twice_is_there_once() -> None:
+    one, two = version(1), version(2)
+    again = two.model_copy(update={"version": "9"})
+    assert plan(serving(one, two), again, adapter_of(one), ENGINE).adapters == (again,)
+
+
 def test_a_name_is_removed_with_its_adapter_and_the_base_with_the_last_one() -> None:
     one, two = version(1, "llama"), version(2)
     assert remove(serving(one, two), "dates") == serving(one)
