@@ -170,6 +170,25 @@ def test_an_adapter_that_vllm_cannot_load_is_told_and_undone(server: Server) -> 
     server.agrees()
 
 
+def test_weights_that_vllm_cannot_load_are_told_and_undone(server: Server) -> None:
+    swapped(server, "2")
+    first = server.versions["1"]
+    with server.store.stage() as staged:
+        for path in open_package(first.uri, first.digest, server.settings, server.store)[0].iterdir():
+            if path.name != "manifest.json":
+                (staged / path.name).write_bytes(path.read_bytes())
+        (staged / "model.safetensors").write_bytes(b"not a model")
+        uri = server.store.publish(staged, "models/dates", facts={"name": "dates", "kind": "model"})
+    broken = Served(name="dates", version="3", uri=uri, digest=uri.rpartition("sha256-")[2])
+    candidate = Candidate(broken, server.store.path(uri), {"kind": "model"}, None, "2", "a test")
+    with pytest.raises(ForgeError, match="vLLM ended while it started") as caught:
+        serve(candidate, ServingRecipe(), server.settings, server.store)
+    assert "serves again; the champion is unchanged" in caught.value.message
+    server.settle()
+    server.agrees()
+    assert server.champion() == "2"
+
+
 def by_hand(server: Server, *command: str) -> subprocess.CompletedProcess:
     """`python -m tasks.rollout ...`"""
     environment = os.environ | {

@@ -27,7 +27,7 @@ from tests.integration.harness import Home, gone, wait_for
 
 pytestmark = pytest.mark.long
 FIRST, MORE = ["en", "nl"], ["en", "nl", "de", "pt"]
-ROWS = 8000
+ROWS = 6000
 LORA = {"method": "lora", "lora": {"rank": 16, "alpha": 32.0}, "learning_rate": 0.01}
 SERVING = ServingRecipe(replay=8, watch_seconds=1)
 
@@ -176,8 +176,6 @@ def registered(home: Home, of: str, breakage: str) -> tuple[Version, Evaluation]
         if breakage == "template":
             template = staged / "chat_template.jinja"
             template.write_text(template.read_text().replace("<|assistant|>", "<|user|>"))
-        elif breakage == "weights":
-            (staged / "model.safetensors").write_bytes(b"not a model")
         uri = store.publish(staged, "models/dates", facts=facts)
     tags = client.get_model_version("dates", of).tags
     made = client.create_model_version("dates", source=uri, tags=tags)
@@ -191,18 +189,9 @@ def registered(home: Home, of: str, breakage: str) -> tuple[Version, Evaluation]
     return version, evaluation
 
 
-@pytest.mark.parametrize(
-    ("breakage", "says"),
-    [
-        ("template", "is given other tokens than in evaluation"),
-        ("weights", "vLLM ended while it started"),
-    ],
-)
-def test_act_4_what_passes_the_gate_and_fails_live_is_rolled_back_and_the_registry_says_so(
-    home: Home, breakage: str, says: str
-) -> None:
-    before = home.desired().serving
-    version, evaluation = registered(home, "1", breakage)
+def test_act_4_what_passes_the_gate_and_fails_live_is_rolled_back_and_the_registry_says_so(home: Home) -> None:
+    before, says = home.desired().serving, "is given other tokens than in evaluation"
+    version, evaluation = registered(home, "1", "template")
     with pytest.raises(ForgeError, match=says) as caught:
         roll_out(version, evaluation, SERVING, home.settings, open_store(home.settings))
     assert "serves again; the champion is unchanged" in caught.value.message
