@@ -55,6 +55,7 @@ class Server:
         client.create_registered_model("dates")
         for one in self.versions.values():
             client.create_model_version("dates", source=one.uri, tags={PACKAGE_DIGEST: one.digest})
+        self.rollout: subprocess.Popen | None = None
         self.target = LocalTarget(self.settings)
         package, manifest = open_package(first.uri, first.digest, self.settings, self.store)
         candidate = Candidate(first, package, manifest, None, "", "the first")
@@ -67,13 +68,16 @@ class Server:
             "FORGE_HOME": str(self.settings.home),
             "FORGE_SERVING_PORT": str(self.settings.serving_port),
         }
-        return subprocess.Popen(
+        self.rollout = subprocess.Popen(
             [sys.executable, "-c", SWAP, to, str(watch)], cwd=PROJECT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        return self.rollout
 
     def stop(self) -> None:
         """End all that runs."""
+        if self.rollout is not None and self.rollout.poll() is None:
+            self.rollout.kill()
         self.target.stop()
         LocalServer(self.settings).stop()
 
