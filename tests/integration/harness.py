@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,3 +148,17 @@ def gone(processes: list[psutil.Process], within: float = 10.0) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+@contextlib.contextmanager
+def ended_at_last(home: Home) -> Iterator[Home]:
+    """A home of which nothing lives afterwards."""
+    try:
+        yield home
+    finally:
+        home.stop()
+        left = home.processes()
+        ended = gone(left)
+        for process in left:
+            process.kill()
+        assert ended, f"left running: {left}"

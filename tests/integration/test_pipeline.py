@@ -13,24 +13,16 @@ from openai import OpenAI
 
 from tasks.registry import champion_version, open_registry
 from tests.conftest import chat, write_jsonl
-from tests.integration.harness import Home, gone
+from tests.integration.harness import Home, ended_at_last
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """A home in which the pipeline has run once; nothing of it lives afterwards."""
-    home = Home(tmp_path_factory.mktemp("pipeline"))
-    try:
+    with ended_at_last(Home(tmp_path_factory.mktemp("pipeline"))) as home:
         status, home.first_output = home.run()  # type: ignore[attr-defined]
         assert status == 0, home.first_output  # type: ignore[attr-defined]
         yield home
-    finally:
-        home.stop()
-        left = home.processes()
-        ended = gone(left)
-        for process in left:
-            process.kill()
-        assert ended, f"left running: {left}"
 
 
 def versions(home: Home) -> list[str]:

@@ -23,7 +23,7 @@ from tasks.registry import champion_version, open_registry
 from tasks.rollout.local import LocalTarget
 from tasks.rollout.rollout import roll_out
 from tasks.storage import open_store
-from tests.integration.harness import Home, gone, wait_for
+from tests.integration.harness import Home, ended_at_last, wait_for
 
 pytestmark = pytest.mark.long
 FIRST, MORE = ["en", "nl"], ["en", "nl", "de", "pt"]
@@ -34,16 +34,8 @@ SERVING = ServingRecipe(replay=8, watch_seconds=1)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    home = Home(tmp_path_factory.mktemp("story"))
-    try:
+    with ended_at_last(Home(tmp_path_factory.mktemp("story"))) as home:
         yield home
-    finally:
-        home.stop()
-        left = home.processes()
-        ended = gone(left)
-        for process in left:
-            process.kill()
-        assert ended, f"left running: {left}"
 
 
 def run(home: Home, **sections: dict) -> str:
