@@ -108,9 +108,12 @@ def _try(
     was = before.find(served.name)
     unchanged = after == before
     measured = None if unchanged or was is None else watch.measure()
+    instead = f" in place of version {was.version}" if was else ""
+    print(f"roll_out: {served.versioned} is loaded, to be {served.name}{instead}", flush=True)
     desired = trial.change(loading(before, after))
     target.ensure()
     wait_for(target, desired, served, lambda actual: _is_there(actual, after), recipe.startup_timeout)
+    print(f"roll_out: {served.versioned} is there, and is asked what evaluation asked", flush=True)
     agreement = prove(target.endpoint, served.versioned, candidate.evaluation, recipe)
     started = time.monotonic()
     desired = trial.change(after)
@@ -119,7 +122,12 @@ def _try(
         recipe.startup_timeout,
     )  # fmt: skip
     swapped = time.monotonic() - started
-    now: Measured | None = None if unchanged else watch.watch(served.versioned, measured, recipe)
+    now: Measured | None = None
+    if not unchanged:
+        print(
+            f"roll_out: {served.name} is {served.versioned} now, watched for {recipe.watch_seconds:.0f} s", flush=True
+        )
+        now = watch.watch(served.versioned, measured, recipe)
     why = candidate.why + (f"; {agreement} answers as in evaluation" if agreement else "")
     tag_failed(settings, served.name, served.version, "")
     trial.renew()
