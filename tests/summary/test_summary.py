@@ -34,6 +34,12 @@ DEPLOYMENT = Deployment(
     version="3",
     digest="abc",
     agreement="16 of 16",
+    how="adapter",
+    previous="2",
+    previous_digest="def",
+    swap_seconds=0.31,
+    latency_before=0.21,
+    latency_after=0.2,
     started=120,
     seconds=30,
 )
