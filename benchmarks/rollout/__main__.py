@@ -68,8 +68,10 @@ class Asked:
     failed: list[str] = field(default_factory=list)
 
 
-def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: int) -> dict[str, Any]:
-    """Swap adapters under load; every answer is compared with what its version answers alone."""
+def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: int, quiet: float = 20) -> dict[str, Any]:
+    """Swap adapters under load, after so many seconds of it without swaps; every answer is compared with what its
+    version answers alone.
+    """
     engine = Engine(adapter_slots=2, max_lora_rank=RANK)
     declare(target, Serving(base=base, engine=engine, adapters=(adapters[0],), names={NAME: adapters[0].versioned}))
     say("vLLM serves; each version is asked alone")
@@ -83,7 +85,7 @@ def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: in
     clients = [threading.Thread(target=keep_asking, args=(target.endpoint, asked, ended, n)) for n in range(CLIENTS)]
     for client in clients:
         client.start()
-    time.sleep(20)  # without swaps, to compare with
+    time.sleep(quiet)
     before = [seconds for seconds, *_ in asked.found]
     swapped, periods = [], []
     loads, loading = loaded(target)

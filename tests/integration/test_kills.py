@@ -1,7 +1,7 @@
 """kill -9 of vLLM, of the reconciler and of the rollout: what is desired and what is served agree soon, and one version
 is the champion. The rollout has either finished or was undone.
 
-FORGE_TEST_MOMENTS says how many moments of each; the suite takes two, since each of vLLM's costs a start of it.
+FORGE_TEST_MOMENTS says how many moments of each; the suite takes one, since each of vLLM's costs a start of it.
 """
 
 import os
@@ -17,7 +17,7 @@ from tasks.rollout.server import LocalServer
 from tests.integration.registered import Server
 
 pytestmark = pytest.mark.long
-MOMENTS = int(os.environ.get("FORGE_TEST_MOMENTS", "2"))
+MOMENTS = int(os.environ.get("FORGE_TEST_MOMENTS", "1"))
 
 
 @pytest.fixture(scope="module")
