@@ -78,16 +78,15 @@ class LocalTarget:
         deadline = time.monotonic() + STARTING
         if self._runs() and self._recorded().get("made_of", "") != made_of(self.settings):
             self.stop()
+        process = None
         while self.status() is None:
-            process = None if self._runs() else self._start()
-            while self.status() is None:
-                if process is not None and process.poll() not in (None, 0) and not self._runs():
-                    raise ForgeError(f"the reconciler ended while it started:\n{last_lines(str(self.log))}")
-                if not self._runs() and (process is None or process.poll() is not None):
-                    break
-                if time.monotonic() > deadline:
-                    raise ForgeError(f"the reconciler does not answer after {STARTING:.0f} s; see {self.log}")
-                time.sleep(0.1)
+            if process is not None and process.poll() not in (None, 0) and not self._runs():
+                raise ForgeError(f"the reconciler ended while it started:\n{last_lines(str(self.log))}")
+            if time.monotonic() > deadline:
+                raise ForgeError(f"the reconciler does not answer after {STARTING:.0f} s; see {self.log}")
+            if not self._runs() and (process is None or process.poll() is not None):
+                process = self._start()
+            time.sleep(0.1)
 
     def stop(self) -> bool:
         """End the reconciler; vLLM is left alone. Returns whether one ran."""

@@ -16,7 +16,7 @@ from tasks.errors import ForgeError
 from tasks.package import open_package
 from tasks.recipe import ServingRecipe
 from tasks.registry import open_registry
-from tasks.rollout.desired import Served
+from tasks.rollout.desired import Desired, Served
 from tasks.rollout.local import LocalTarget
 from tasks.rollout.rollout import Candidate, serve
 from tasks.rollout.server import LocalServer
@@ -215,3 +215,5 @@ def test_20_swaps_while_8_clients_keep_asking(server: Server) -> None:
     assert found["failed_requests"] == 0
     assert found["wrong_version_answers"] == 0
     assert found["versions_that_answered"] == len(adapters)
+    there, revision = server.target.document.read()
+    server.target.document.write(Desired(generation=there.generation + 1), revision)  # nothing, for the next test
