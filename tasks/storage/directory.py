@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from tasks.errors import ForgeError
 from tasks.storage.artifacts import Found
-from tasks.storage.files import staged_directory, sweep, sync
+from tasks.storage.files import owner, staged_directory, sweep, sync
 from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
 
 
@@ -76,7 +76,7 @@ class DirectoryStore:
     def _small(self, target: Path, data: bytes) -> Iterator[str]:
         """A synced file of its own that holds the data, to be moved or linked to its target."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=self._staging, prefix=f"{os.getpid()}-")
+        handle, staged = tempfile.mkstemp(dir=self._staging, prefix=owner())
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

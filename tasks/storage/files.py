@@ -31,18 +31,22 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def staged_directory(staging: Path) -> Iterator[Path]:
     """A new directory of this process, to fill and rename; removed afterwards if it was not."""
-    staged = Path(tempfile.mkdtemp(dir=staging, prefix=f"{os.getpid()}-{start_ticks(os.getpid())}-"))
+    staged = Path(tempfile.mkdtemp(dir=staging, prefix=owner()))
     try:
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def owner() -> str:
+    """How the names begin of what this process stages: its number alone says little, since a container's is always 1."""
+    return f"{os.getpid()}-{start_ticks(os.getpid())}-"
+
+
 def sweep(staging: Path) -> None:
     """Remove what processes that were killed left in staging."""
     for staged in staging.iterdir():
         pid, _, rest = staged.name.partition("-")
-        # A number alone says little: a container's first process is always 1.
         if pid.isdigit() and str(start_ticks(int(pid))) != rest.partition("-")[0]:
             if staged.is_dir():
                 shutil.rmtree(staged, ignore_errors=True)
