@@ -39,7 +39,7 @@ def staged_directory(staging: Path) -> Iterator[Path]:
 
 
 def owner() -> str:
-    """How the names begin of what this process stages: its number alone says little, since a container's is always 1."""
+    """How the names begin of what this process stages. Its number alone says little: a container's is always 1."""
     return f"{os.getpid()}-{start_ticks(os.getpid())}-"
 
 
