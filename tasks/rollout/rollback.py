@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import yaml
+
 from tasks.contracts import Deployment
 from tasks.errors import ForgeError
 from tasks.package import find_version, open_package, resolve
@@ -78,5 +80,5 @@ def recipe_of(version: "ModelVersion", settings: Settings) -> ServingRecipe:
     with telling(f"the run of version {version.version} cannot be read", settings):
         params = open_registry(settings).get_run(version.run_id).data.params
     known = {key.removeprefix("serving."): value for key, value in params.items() if key.startswith("serving.")}
-    given = {key: value for key, value in known.items() if key in ServingRecipe.model_fields and value != "None"}
-    return ServingRecipe.model_validate_strings(given)
+    given = {key: yaml.safe_load(value) for key, value in known.items() if value != "None"}  # MLflow keeps texts
+    return ServingRecipe.model_validate({key: given[key] for key in given.keys() & ServingRecipe.model_fields.keys()})
