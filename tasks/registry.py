@@ -23,6 +23,7 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"  # the version that was registered last and does not serve yet
 PACKAGE_DIGEST = "package_digest"  # the tag of a version: of all files of its package
 MODEL_DIGEST = "model_digest"  # the tag of a version and of its run: of the model's files alone
+EVALUATION = "evaluation_digest"  # the tag of a version: of the evaluation that the gate let through
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 

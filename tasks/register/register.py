@@ -14,6 +14,7 @@ from tasks.recipe import Recipe
 from tasks.register.package import build_package, ensure_signed
 from tasks.registry import (
     CHALLENGER,
+    EVALUATION,
     MODEL_DIGEST,
     PACKAGE_DIGEST,
     artifact_root,
@@ -24,8 +25,6 @@ from tasks.registry import (
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory, digest_json
 from tasks.storage.lease import lease
-
-EVALUATION = "evaluation_digest"
 
 
 def register(

@@ -52,10 +52,13 @@ class Serving(Contract):
     adapters: tuple[Served, ...] = ()
     names: dict[str, str] = Field(default_factory=dict)
 
+    def all(self) -> list[Served]:
+        """The base, if there is one, and its adapters."""
+        return [*([self.base] if self.base else []), *self.adapters]
+
     def find(self, name: str) -> Served | None:
         """What a public name leads to."""
-        all_of_it = [*self.adapters, *([self.base] if self.base else [])]
-        return next((one for one in all_of_it if one.versioned == self.names.get(name)), None)
+        return next((one for one in self.all() if one.versioned == self.names.get(name)), None)
 
 
 class Trial(Contract):

@@ -4,6 +4,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tasks.errors import ForgeError
+from tasks.package import ADAPTER
 from tasks.rollout.desired import Engine, Served, Serving
 
 
@@ -14,7 +15,7 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
     base's place; `engine` is how vLLM is started then, and also where an adapter needs more slots, or a higher rank,
     than it was started with, and the recipe grants them. ForgeError where others' public names would lead nowhere.
     """
-    adapter = manifest.get("kind") == "adapter"
+    adapter = manifest.get("kind") == ADAPTER
     base = base_of(manifest, now) if adapter else served
     names = {**now.names, served.name: served.versioned}
     if now.base is not None and now.base.digest == base.digest:
@@ -31,7 +32,7 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
     if adapter and now.base == state.base:
         needed = len(loading(now, state).adapters), manifest.get("rank") or 0
         state = state.model_copy(update={"engine": widened(now.engine, engine, *needed)})
-    there = {one.versioned for one in state.adapters} | ({state.base.versioned} if state.base else set())
+    there = {one.versioned for one in state.all()}
     if lost := sorted(name for name, versioned in names.items() if versioned not in there):
         raise ForgeError(
             f"{served.name} version {served.version} needs the base {base.versioned}, and the server has another; it "
@@ -52,10 +53,8 @@ def widened(now: Engine, granted: Engine, adapters: int, rank: int) -> Engine:
 
 def loading(now: Serving, after: Serving) -> Serving:
     """The state before public names move: all that is needed is there, and names lead where they did, if they can."""
-    there = {one.versioned for one in after.adapters} | ({after.base.versioned} if after.base else set())
-    same_base = now.base == after.base
-    kept = [one for one in now.adapters if same_base and one not in after.adapters]
-    there |= {one.versioned for one in kept}
+    kept = [one for one in now.adapters if now.base == after.base and one not in after.adapters]
+    there = {one.versioned for one in [*kept, *after.all()]}
     names = {name: versioned for name, versioned in now.names.items() if versioned in there}
     return after.model_copy(update={"adapters": (*kept, *after.adapters), "names": names})
 

@@ -32,7 +32,7 @@ def prove(endpoint: str, versioned: str, evaluation: Path | None, recipe: Servin
     evaluation, too few answers are those of evaluation, or expected answers are not as likely. Without an evaluation,
     it need only answer; that returns "".
     """
-    client = client_of(endpoint)
+    client, vllm = client_of(endpoint), VLLM(endpoint.removesuffix("/v1"))
     try:
         served = [model.id for model in client.models.list()]
         if versioned not in served:
@@ -42,10 +42,10 @@ def prove(endpoint: str, versioned: str, evaluation: Path | None, recipe: Servin
             return ""
         rows = read_replay(evaluation, recipe.replay)
         most = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
-        _same_tokens(VLLM(endpoint.removesuffix("/v1")), versioned, rows)
+        _same_tokens(vllm, versioned, rows)
         answers = [ask(client, versioned, row["messages"], row["tools"], most) for row in rows]
         agreement = _same_answers(rows, answers, recipe.min_agreement)
-        _as_likely(VLLM(endpoint.removesuffix("/v1")), versioned, rows, recipe.max_nll_gap)
+        _as_likely(vllm, versioned, rows, recipe.max_nll_gap)
         return agreement
     except (OpenAIError, *UNREACHABLE) as error:
         raise ForgeError(f"the server at {endpoint} did not answer: {error}") from None

@@ -202,7 +202,7 @@ class Reconciler:
     def _wanted(desired: Desired) -> list[Served]:
         """All that stays loaded: while a rollout is under way, also what it would go back to."""
         states = [desired.serving, *([desired.trial.before] if desired.trial else [])]
-        return [one for state in states for one in [*state.adapters, *([state.base] if state.base else [])]]
+        return [one for state in states for one in state.all()]
 
     def _may_try(self, what: str) -> bool:
         failure = self.failures.get(what)

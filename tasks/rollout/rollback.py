@@ -9,7 +9,7 @@ from tasks.errors import ForgeError
 from tasks.package import find_version, open_package, resolve
 from tasks.promotion import promotions
 from tasks.recipe import ServingRecipe
-from tasks.registry import find_champion, open_registry, telling
+from tasks.registry import EVALUATION, find_champion, open_registry, telling
 from tasks.rollout.desired import Served
 from tasks.rollout.rollout import Candidate, serve
 from tasks.rollout.trial import FAILED
@@ -20,7 +20,6 @@ from tasks.storage.lease import whoami
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-EVALUATION = "evaluation_digest"  # the tag of a version with its evaluation's digest
 ROLLED_BACK = "rolled_back"  # the tag of a version that was taken back by hand: for which one, by whom
 
 
@@ -41,14 +40,15 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     package, manifest = open_package(uri, digest, settings, store)
     evaluated = version.tags.get(EVALUATION, "")
     place = f"evaluations/sha256-{evaluated}"
-    if not store.exists(place):
+    evaluation = store.path(store.uri(place)) if store.exists(place) else None
+    if evaluation is None:
         print(f"rollback: the evaluation of {name} version {to} is gone; it need only answer", flush=True)
     served = Served(name=name, version=to, uri=uri, digest=digest)
     candidate = Candidate(
         served,
         package,
         manifest,
-        store.path(store.uri(place)) if store.exists(place) else None,
+        evaluation,
         champion.version,
         f"rolled back by hand from version {champion.version}",
     )

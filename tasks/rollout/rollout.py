@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.errors import ForgeError
-from tasks.package import open_package
+from tasks.package import ADAPTER, open_package
 from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import find_champion, open_registry, telling
@@ -255,7 +255,7 @@ def _prompts(candidate: Candidate, recipe: ServingRecipe) -> list[list[dict[str,
 def _how(candidate: Candidate, restarted: bool) -> Any:
     if restarted:
         return "weights"
-    return "adapter" if candidate.manifest.get("kind") == "adapter" else "name"
+    return "adapter" if candidate.manifest.get("kind") == ADAPTER else "name"
 
 
 def _action(deployment: Deployment) -> str:
