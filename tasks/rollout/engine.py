@@ -1,6 +1,9 @@
 """How vLLM is started to serve a base and its adapters: the same on this machine and on the cluster."""
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import safe_open
 
 from tasks.recipe import ServingRecipe
 from tasks.rollout.desired import Engine, Served
@@ -26,6 +29,29 @@ def arguments(base: Served, path: str, engine: Engine) -> list[str]:
     if engine.tensor_parallel > 1:
         options += ["--tensor-parallel-size", str(engine.tensor_parallel)]
     return options
+
+
+def on_cpu(path: str, engine: Engine) -> list[str]:
+    """What vLLM is given besides, where it runs on a CPU.
+
+    For models like Llama, vLLM makes room for adapters of the output layer too, which Forge's never change. On a CPU,
+    it is then ended by whoever asks how likely a prompt is (prompt_logprobs; echo with logprobs) in the same step as
+    another request: the rows of two tensors differ. On a GPU those rows are not added (github.com/vllm-project/vllm
+    issues 29955 and 51594, pull 51597). So the output layer is left out, by naming the others.
+    """
+    names = sorted(set(linear_layers(Path(path)))) if engine.adapter_slots else []
+    return ["--enforce-eager", *(["--lora-target-modules", *names] if names else [])]
+
+
+def linear_layers(model: Path) -> Iterator[str]:
+    """The last name of each linear layer within a model's numbered blocks, such as q_proj."""
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                *block, layer, kind = name.split(".")
+                numbered = any(part.isdecimal() for part in block)
+                if numbered and kind == "weight" and len(file.get_slice(name).get_shape()) == 2:
+                    yield layer
 
 
 def engine_of(recipe: ServingRecipe) -> Engine:

@@ -18,7 +18,7 @@ import psutil
 from tasks.errors import ForgeError
 from tasks.processes import start_ticks
 from tasks.rollout.desired import Engine, Failed, Served
-from tasks.rollout.engine import DRAIN, MODULE, NAMES, VARIABLES, arguments
+from tasks.rollout.engine import DRAIN, MODULE, NAMES, VARIABLES, arguments, on_cpu
 from tasks.rollout.vllm_api import VLLM
 from tasks.settings import PROJECT, Settings
 from tasks.storage import write_atomically
@@ -81,7 +81,8 @@ class LocalServer:
 
     def ensure(self, base: Served, path: str, engine: Engine) -> str:
         """See tasks.rollout.desired.Server."""
-        spec = Spec(base.versioned, path, arguments(base, path, engine), self.settings.serving_port)
+        options = [*arguments(base, path, engine), *on_cpu(path, engine)]
+        spec = Spec(base.versioned, path, options, self.settings.serving_port)
         recorded = self.recorded()
         if recorded is None or recorded.spec != spec:
             self.stop()
@@ -131,7 +132,7 @@ class LocalServer:
         variables = {**VARIABLES, NAMES: str(self.names_file), "PYTHONPATH": str(PROJECT)}  # for the middleware
         with signals_deferred(), log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, *spec.options, "--enforce-eager"],
+                [*command, *spec.options],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

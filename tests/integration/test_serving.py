@@ -84,6 +84,23 @@ def test_public_names_are_listed_and_the_base_answers_by_its_own(server: Server)
     assert listed == {"dates", server.versions["1"].versioned, server.versions["2"].versioned}
 
 
+def test_how_likely_prompts_are_can_be_asked_of_an_adapter_several_at_once(server: Server) -> None:
+    """vLLM's engine ends there, on a CPU, where its output layer takes adapters: see tasks/rollout/engine.py."""
+    swapped(server, "2")
+    version, vllm = server.versions["2"].versioned, VLLM(server.target.endpoint.removesuffix("/v1"))
+    prompts = [vllm.tokens(version, [{"role": "user", "content": "Hello" * n}], None) for n in (1, 2, 3)]
+    alone = [vllm.prompt_nll(version, prompt, list(range(1, len(prompt)))) for prompt in prompts]
+    client = OpenAI(base_url=server.settings.endpoint, api_key="EMPTY", max_retries=0)
+    together = client.completions.create(
+        model=version, prompt=prompts, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
+    )
+    for prompt, choice, nll in zip(prompts, together.choices, alone, strict=True):
+        found = [
+            float(one[str(token)]["logprob"]) for one, token in zip(choice.prompt_logprobs[1:], prompt[1:], strict=True)
+        ]
+        assert -sum(found) / len(found) == pytest.approx(nll, abs=1e-4)
+
+
 def test_to_the_base_under_its_adapter_only_the_name_moves(server: Server) -> None:
     swapped(server, "2")
     running = LocalServer(server.settings).running()
