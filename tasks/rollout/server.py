@@ -96,12 +96,15 @@ class LocalServer:
                     f"vLLM ended while it started:\n{last_lines(recorded.log)}\nThe whole log is {recorded.log}"
                 )
             return f"vLLM had ended, and is started again; the log of its end is {self.start(spec).log}.before"
-        if VLLM(self.url).healthy():
+        healthy = VLLM(self.url).healthy()
+        if healthy:
             self._starting, self._seen = None, time.monotonic()
             return ""
         if time.monotonic() - self._seen > (STARTUP if recorded == self._starting else UNHEALTHY):
             self.stop(grace=0)
             raise Failed(f"vLLM does not answer, and was ended; its log is {recorded.log}")
+        if healthy is False:  # it ends by itself then, within seconds
+            return f"vLLM's engine has ended; its log is {recorded.log}"
         # One that was ready and does not answer at the moment is busy, and is left alone.
         return STARTING.format(recorded.log) if recorded == self._starting else ""
 

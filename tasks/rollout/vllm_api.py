@@ -40,12 +40,12 @@ class VLLM:
         self.url = url
         self.http = urllib3.PoolManager(retries=False, timeout=TIMEOUT)
 
-    def healthy(self) -> bool:
-        """Whether it answers that it is healthy."""
+    def healthy(self) -> bool | None:
+        """Whether it answers that it is healthy, which it is not where its engine has ended; None without an answer."""
         try:
             return self.http.request("GET", f"{self.url}/health").status == 200
         except UNREACHABLE:
-            return False
+            return None
 
     def models(self) -> list[str]:
         """The versioned names that it serves: the base's, and those of its adapters."""

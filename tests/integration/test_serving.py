@@ -133,6 +133,22 @@ def test_a_version_that_stops_answering_while_it_is_watched_is_rolled_back(serve
     assert "rollout_failed" not in open_registry(server.settings).get_model_version("dates", "3").tags
 
 
+def test_where_vllms_engine_dies_nothing_is_said_to_serve_until_it_does_again(server: Server) -> None:
+    swapped(server, "2")
+    running = LocalServer(server.settings).running()
+    assert running is not None
+    (engine,) = [one for one in running.processes() if "EngineCore" in " ".join(one.cmdline())]
+    engine.kill()
+    said: list[str] = []
+    while not any("is started again" in one for one in said):
+        actual = server.target.status()
+        said += [actual.waiting] if actual and actual.waiting not in said[-1:] else []
+        time.sleep(0.02)
+    assert "" not in said[1:], "it served, for all that was said"
+    server.settle()
+    server.agrees()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_rollout_that_is_interrupted_is_undone(server: Server, number: int) -> None:
     swapped(server, "2")

@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -113,6 +115,33 @@ def test_a_server_that_died_is_started_again_and_its_log_is_kept(
     assert now is not None
     assert now.pid != running.pid
     assert Path(f"{running.log}.before").read_text() == "up\n"
+
+
+def test_one_whose_engine_has_ended_serves_nothing(server: LocalServer, running: Running, base: str) -> None:
+    adopted = LocalServer(server.settings)
+    assert adopted.ensure(version(1), base, ENGINE) == "", "busy, for all that is known"
+    with answering(server.settings.serving_port, status=503):
+        assert adopted.ensure(version(1), base, ENGINE) == f"vLLM's engine has ended; its log is {running.log}"
+
+
+@contextlib.contextmanager
+def answering(port: int, status: int) -> Iterator[None]:
+    """A server that answers everything so."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
 
 
 def test_one_whose_starter_was_killed_before_it_was_recorded_is_found(
