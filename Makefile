@@ -6,9 +6,17 @@ ARGS ?=
 Q ?= NL: 20 juni 1969
 export Q
 BIN := .venv/bin
+# On a cluster: where its images are, which revision they are of, and what is registered where.
+REGISTRY ?=
+TAG ?= $(shell git describe --always --abbrev=12 --match= --dirty)
+PROJECT ?= homelab
+DOMAIN ?= development
+PACKAGE ?= .forge/package.tgz
+IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(REGISTRY)/forge-trainer:$(TAG)
+NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Say where the images are: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +50,21 @@ start: ## Serve again what `make stop`, or a reboot, has stopped
 
 stop: ## Stop the server that `make run` left serving
 	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout stop
+
+package: setup ## Serialise all that runs on Flyte into PACKAGE, offline: make package REGISTRY=...
+	@$(NEEDS_REGISTRY) && mkdir -p "$(dir $(PACKAGE))"
+	@$(BIN)/pyflyte --pkgs workflows package $(IMAGES) --force --output "$(PACKAGE)"
+
+register: setup ## Register it with Flyte: make register REGISTRY=... DOMAIN=production ARGS="--dry-run"
+	@$(NEEDS_REGISTRY)
+	@case "$(DOMAIN)$(TAG)" in production*-dirty) echo "The tree has changes that are in no revision: commit them, then make register" >&2; exit 1;; esac
+	@exec $(BIN)/pyflyte register --project $(PROJECT) --domain $(DOMAIN) --version $(TAG) --non-fast $(IMAGES) $(ARGS) workflows
+
+execute: ## Start a job of executions/ by flytectl: make execute JOB=nightly_fine_tune DOMAIN=production
+	@[ -f "executions/$(JOB).yaml" ] || { echo "JOB must be one of $(basename $(notdir $(wildcard executions/*.yaml)))" >&2; exit 1; }
+	@command -v flytectl >/dev/null || { echo "flytectl is not on the PATH: https://www.union.ai/docs/v1/flyte/api-reference/flytectl-cli/" >&2; exit 1; }
+	@mkdir -p .forge && sed "s/^version: REVISION$$/version: $(TAG)/" "executions/$(JOB).yaml" > .forge/execution.yaml
+	@exec flytectl create execution --project $(PROJECT) --domain $(DOMAIN) --execFile .forge/execution.yaml $(ARGS)
 
 test: setup ## The tests that one runs before every commit
 	$(BIN)/pytest -m "not long"

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from tasks.errors import ForgeError
+from tasks.nodes import SERVING, TRAINING, nodes_of
 from tasks.recipe import Architecture, Lora, TrainingRecipe
 
 Parallelism = Literal["none", "ddp", "fsdp", "hybrid"]
@@ -53,8 +54,15 @@ GPUS = {
     "H100-80GB": GPU("H100-80GB", 81_559 * 2**20, 989e12),
     "H200-141GB": GPU("H200-141GB", 143_771 * 2**20, 989e12),
 }
-TRAINING_NODE = [GPUS["A100-40GB"]] * 2  # of the cluster
-SERVING_NODE = [GPUS["A100-40GB"]] * 2  # of the cluster
+
+
+def gpus_of(role: str) -> list[GPU]:
+    """The GPUs of the smallest of the cluster's nodes of a role."""
+    found = [[GPUS[node.gpus.product]] * node.gpus.count if node.gpus else [] for node in nodes_of(role)]
+    return min(found, key=lambda gpus: sum(gpu.memory for gpu in gpus))
+
+
+TRAINING_NODE, SERVING_NODE = gpus_of(TRAINING), gpus_of(SERVING)
 
 
 @dataclass(frozen=True)
@@ -296,18 +304,19 @@ def resolve_parallelism(
 
 
 def check_fit(model: ModelSize, training: TrainingRecipe, context: int, gpu: GPU | None = None) -> Memory:
-    """The estimate for one process, where it fits the GPU; without one, the processes of a node share this machine.
+    """The estimate for one process, where it fits the GPU; without one, all processes share this machine.
 
     Raises ForgeError with the estimate by part and the nearest change of the recipe that would fit.
     """
-    room = gpu.usable if gpu else psutil.virtual_memory().total // training.processes
+    here = training.nodes * training.processes
+    room = gpu.usable if gpu else psutil.virtual_memory().total // here
     memory = estimate_memory(model, training, context, resolve_parallelism(model, training, context, gpu))
     if memory.total <= room:
         return memory
     if gpu:
         place = f"{gpu.name} has {gpu.usable / GIB:.1f} GiB for it (of {gpu.memory / GIB:.1f})"
     else:
-        sharers = f" for each of {training.processes} processes" if training.processes > 1 else ""
+        sharers = f" for each of {here} processes" if here > 1 else ""
         place = f"this machine has {room / GIB:.1f} GiB{sharers}"
     mend = nearest_fit(model, training, context, gpu, room)
     raise ForgeError(

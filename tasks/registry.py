@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
+REGISTERED_BY = "registered_by"  # the tag of a version: whose run it is of
 CHALLENGER = "challenger"  # the version that was registered last and does not serve yet
 PACKAGE_DIGEST = "package_digest"  # the tag of a version: of all files of its package
 MODEL_DIGEST = "model_digest"  # the tag of a version and of its run: of the model's files alone

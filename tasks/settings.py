@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     checkpoint_copies: str = Field(
         "", description="s3://bucket/prefix that checkpoints are copied to, so that a run goes on on another machine"
     )
+    notify: str = Field("", description="E-mail addresses, with commas, that launch plans tell of runs that failed")
     s3_endpoint: str = Field("", description="URL of the S3 server that s3:// URIs are on, such as http://host:9000")
     s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
     s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")

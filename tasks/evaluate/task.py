@@ -6,6 +6,8 @@ from typing import NamedTuple
 from flytekit import Deck, task
 
 from tasks.contracts import Dataset, Evaluation, Model
+from tasks.nodes import Shape
+from tasks.pods import light, on_gpus
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.settings import load_settings
 from tasks.storage import open_store
@@ -18,7 +20,7 @@ class Judged(NamedTuple):
     passed: bool
 
 
-@task(enable_deck=True)
+@task(enable_deck=True, **on_gpus(Shape(1, 2), hours=6))
 def evaluate_model(name: str, dataset: Dataset, model: Model, evaluation: EvaluationRecipe, gate: GateRecipe) -> Judged:
     """Compare a model with what it was trained from and with the champion; the report is also the task's deck."""
     from tasks.evaluate.evaluate import evaluate
@@ -29,7 +31,7 @@ def evaluate_model(name: str, dataset: Dataset, model: Model, evaluation: Evalua
     return Judged(result, result.verdict == "pass")
 
 
-@task
+@task(**light(hours=2))
 def check_champion(name: str, dataset: Dataset, evaluation: EvaluationRecipe, gate: GateRecipe) -> str:
     """Ask the champion the current held-out prompts over its API; fails where it is worse than when it was promoted."""
     from tasks.evaluate.drift import check_drift

@@ -1,27 +1,37 @@
-"""The door of fine-tuning: a torch elastic task. On the cluster it is a PyTorchJob's pods, here it is processes."""
+"""The doors of fine-tuning: torch elastic tasks. On the cluster they are pods with GPUs, here they are processes.
+
+One door for each shape, since Flyte cannot change how many nodes a registered task has; `training_pipeline` goes
+through the recipe's. Importing them imports no torch.
+"""
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flytekit import Cache, FlyteContextManager, HashMethod, task
+from flytekit import Cache, FlyteContextManager, HashMethod, PythonFunctionTask, task
 from flytekit.core.base_task import IgnoreOutputs
 from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
-from flytekitplugins.kfpytorch import Elastic
+from flytekitplugins.kfpytorch import CleanPodPolicy, Elastic, RunPolicy
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from rich.console import Console
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tasks.contracts import Base, Dataset, Model, cache_key
 from tasks.errors import ForgeError
+from tasks.nodes import SHAPES, Shape
+from tasks.pods import on_gpus
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import load_settings
 from tasks.storage import open_store
 from tasks.version import code_version
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+HOURS = 48  # that a training may take
 RETRIES = 5  # of a run that a drained or reclaimed node ended; other failures are not tried again
 # One thread a process until it has counted the cores; and as many seconds, not 30, until the elastic agent kills
 # processes that it has told to end: as long may a checkpoint and its copy take.
@@ -35,12 +45,28 @@ class Processes(Elastic):
 
 
 class TrainingTask(PytorchElasticFunctionTask):
-    """Runs the task function in as many processes as the recipe says; a failure is the first failing rank's own."""
+    """Runs the task function in as many processes as the recipe says; a failure is the first failing rank's own.
+
+    Without a cluster, those of all nodes run on this machine.
+    """
+
+    def __init__(self, task_config: Processes, task_function: Callable[..., Any], **kwargs: Any) -> None:
+        # As the plugin's own, which imports torch to read the number of nodes.
+        alone = task_config.nnodes == 1
+        kind = self._ELASTIC_TASK_TYPE_STANDALONE if alone else self._ELASTIC_TASK_TYPE
+        PythonFunctionTask.__init__(self, task_config, task_function, task_type=kind, task_type_version=1, **kwargs)
+        self.min_nodes = self.max_nodes = int(task_config.nnodes)
+        self.rdzv_backend = "c10d"
 
     def execute(self, **kwargs: Any) -> Any:
         """Start the processes and return the first rank's result; ForgeError says what failed, and where."""
-        self._task_config = replace(self.task_config, nproc_per_node=kwargs["training"].processes)
+        training = kwargs["training"]
         local = FlyteContextManager.current_context().execution_state.is_local_execution()
+        processes = training.processes
+        if local:
+            processes *= training.nodes
+            self.min_nodes = self.max_nodes = 1
+        self._task_config = replace(self.task_config, nproc_per_node=processes)
         failure = failure_file(os.getpid())
         failure.unlink(missing_ok=True)
         given = {name: value for name, value in ENVIRONMENT.items() if not os.environ.get(name)}
@@ -48,7 +74,10 @@ class TrainingTask(PytorchElasticFunctionTask):
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         try:
             return super().execute(**kwargs)
-        except IgnoreOutputs:  # the elastic agent was told to end, and has ended the processes
+        except IgnoreOutputs as error:
+            if error.__context__ is None:  # done, on another node than the first rank's
+                raise
+            # The elastic agent was told to end, and has ended the processes.
             if local:
                 raise KeyboardInterrupt from None
             # A node is drained, or wanted by others: what is saved is gone on from.
@@ -68,7 +97,7 @@ class TrainingTask(PytorchElasticFunctionTask):
                 signal.signal(number, handler)
 
 
-def describe_exit(error: ChildFailedError, failure: Path) -> str:
+def describe_exit(error: "ChildFailedError", failure: Path) -> str:
     """What the user reads of a process that ended without saying why: most often the kernel wanted its memory."""
     rank, failed = error.get_first_failure()
     if failed.exitcode > 0:  # it raised before it had joined the others
@@ -90,20 +119,58 @@ def failure_file(launcher: int) -> Path:
     return load_settings().failures / f"training-{launcher}.json"
 
 
-@task(
-    task_config=Processes(nnodes=1, increase_shared_mem=False, monitor_interval=0.2),
-    cache=Cache(version=code_version("finetune"), serialize=True),
-    retries=RETRIES,
-)
-def train_model(
+def shaped(shape: Shape) -> dict[str, Any]:
+    """What makes a task one that trains in a shape."""
+    waiting = 900  # seconds that nodes wait for one another: an image may have to be pulled first
+    return {
+        "task_config": Processes(
+            nnodes=shape.nodes,
+            nproc_per_node=shape.processes,
+            increase_shared_mem=False,  # Flyte's shared_memory says how much
+            monitor_interval=0.2,
+            rdzv_configs={"timeout": waiting, "join_timeout": waiting, "read_timeout": waiting},
+            run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.ALL, ttl_seconds_after_finished=24 * 3600),
+        ),
+        "cache": Cache(version=code_version("finetune"), serialize=True),
+        "retries": RETRIES,
+        **on_gpus(shape, hours=HOURS),
+    }
+
+
+ONE_GPU, ONE_NODE, TWO_NODES = SHAPES
+
+
+@task(**shaped(ONE_GPU))
+def train_on_1x1(
     dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
 ) -> Annotated[Model, HashMethod(cache_key)]:
-    """Packed rows and a base model (or an architecture) to a trained model in the store."""
+    """Packed rows and a base model (or an architecture) to a trained model in the store, on one GPU."""
+    return train(dataset, base, model, training)
+
+
+@task(**shaped(ONE_NODE))
+def train_on_1x2(
+    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
+) -> Annotated[Model, HashMethod(cache_key)]:
+    """The same on the two GPUs of a node."""
+    return train(dataset, base, model, training)
+
+
+@task(**shaped(TWO_NODES))
+def train_on_2x2(
+    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
+) -> Annotated[Model, HashMethod(cache_key)]:
+    """The same on the four GPUs of two nodes: a PyTorchJob."""
+    return train(dataset, base, model, training)
+
+
+def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe) -> Model:
+    """What each process of a training does."""
+    from tasks.finetune import run
     from tasks.finetune.processes import joined
-    from tasks.finetune.run import train
 
     with joined(failure_file(os.getppid())) as rank:
         settings = load_settings()
-        trained = train(rank, dataset, base, model, training, open_store(settings), settings)
+        trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
     # Flyte takes the first rank's value; the others have none, and any will do.
     return trained or Model(uri="", digest="", store="", base=Base())

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.cluster import FP32, GPU, architecture_config, check_fit, measure_model, training_gpus
+from tasks.cluster import FP32, GPU, architecture_config, check_fit, measure_model, on_cluster, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
 from tasks.evaluate.harness import check_harness
+from tasks.nodes import check_cluster_has, find_shape
 from tasks.package import is_registered, registered_base
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
@@ -69,6 +70,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
             if client is not None and store is not None and loaded is not None:
                 registry, kept, name = client, store, loaded.name
                 attempt(lambda: check_champion(registry, kept, name))
+        attempt(lambda: check_places(places))
         attempt(lambda: check_copies(places))
         attempt(lambda: check_keys(places))
         if loaded is not None and loaded.evaluation.harness_tasks:
@@ -113,21 +115,34 @@ def check_data(recipe: DataRecipe) -> tuple[DataRecipe, str]:
 
 
 def check_training(recipe: TrainingRecipe) -> list[GPU]:
-    """The method and the shape are ones that can run here; returns the GPUs of a node, none where CPUs train."""
-    problems = []
-    if recipe.nodes > 1:
-        problems.append(
-            f"training.nodes {recipe.nodes}: this version of Forge trains on one node only; set it to 1, or start "
-            "torchrun -m tasks.finetune on each node"
-        )
+    """There is such a shape, and it can run here; returns the GPUs of a node, none where CPUs train.
+
+    On this machine, the processes of all nodes run side by side.
+    """
+    shape = find_shape(recipe.nodes, recipe.processes)
     gpus = training_gpus()
-    if gpus and recipe.processes > len(gpus):
-        problems.append(
-            f"training.processes {recipe.processes}: each takes a GPU, and there are {len(gpus)}; set it to {len(gpus)}"
+    if on_cluster():
+        check_cluster_has(shape)
+    elif gpus and recipe.nodes * recipe.processes > len(gpus):
+        raise ForgeError(
+            f"training.nodes {recipe.nodes} with training.processes {recipe.processes}: each process takes a GPU, and "
+            f"there are {len(gpus)}; lower them"
         )
-    if problems:
-        raise Problems("The recipe's training cannot run here:", problems)
     return gpus
+
+
+def check_places(settings: Settings) -> None:
+    """On the cluster, where pods share no directory, all that a run leaves has a place outside them."""
+    if not on_cluster():
+        return
+    wanted = {
+        "STORE": settings.store, "MLFLOW_URI": settings.mlflow_uri, "CHECKPOINT_COPIES": settings.checkpoint_copies,
+        "SERVING_TARGET=kubernetes": settings.serving_target == "kubernetes",
+    }  # fmt: skip
+    if missing := [f"FORGE_{name}" for name, value in wanted.items() if not value]:
+        raise ForgeError(
+            f"the settings of the cluster's pods lack {', '.join(missing)}: set them in the ConfigMap forge-settings"
+        )
 
 
 def check_memory(recipe: Recipe, base: Base, gpus: list[GPU]) -> None:

@@ -7,23 +7,27 @@ from flytekit import HashMethod, task
 
 from tasks.contracts import Base, Source, cache_key
 from tasks.interrupts import keep_interrupts
+from tasks.nodes import Shape
+from tasks.pods import light
 from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
 
 class Plan(NamedTuple):
-    """What the run will do, with which rows and base model, and when it started (Unix time)."""
+    """What the run will do, with which rows, base model and shape of training; when it started (Unix time)."""
 
     recipe: Recipe
     source: Annotated[Source, HashMethod(cache_key)]
     base: Base
+    shape: str
     started: float
 
 
-@task
+@task(**light(cores=4, memory=16, signs=True))
 def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
     keep_interrupts()
     started = time.time()
     loaded, source, base = check_all(data_path, recipe)
-    return Plan(loaded, source, base, started)
+    training = loaded.training
+    return Plan(loaded, source, base, str(Shape(training.nodes, training.processes)), started)

@@ -8,13 +8,16 @@ from flytekit import Cache, Deck, HashMethod, dynamic, map_task, task
 
 from tasks.contracts import Artifact, Base, Dataset, Source, cache_key
 from tasks.package import local_base
+from tasks.pods import light
 from tasks.recipe import DataRecipe
 from tasks.settings import load_settings
 from tasks.storage import Store, open_store
 from tasks.version import code_version
 
+READER = light(cores=16, memory=64, hours=6)
 
-@task(enable_deck=True)
+
+@task(enable_deck=True, **READER)
 def prepare_whole(source: Source, data: DataRecipe, base: Base) -> Annotated[Dataset, HashMethod(cache_key)]:
     """Raw rows to a packed data set, by this machine alone."""
     from tasks.preprocess.prepare import prepare
@@ -24,7 +27,7 @@ def prepare_whole(source: Source, data: DataRecipe, base: Base) -> Annotated[Dat
     return dataset
 
 
-@task
+@task(**READER)
 def read_shard(shard: int, source: Source, data: DataRecipe, base: Base) -> Artifact:
     """One shard of the raw rows, checked and tokenised."""
     from tasks.preprocess.prepare import prepare_shard
@@ -32,7 +35,7 @@ def read_shard(shard: int, source: Source, data: DataRecipe, base: Base) -> Arti
     return prepare_shard(source, data, *opened(base), shard)
 
 
-@task(enable_deck=True)
+@task(enable_deck=True, **READER)
 def pack_shards(
     shards: list[Artifact], source: Source, data: DataRecipe, base: Base
 ) -> Annotated[Dataset, HashMethod(cache_key)]:
@@ -44,7 +47,7 @@ def pack_shards(
     return dataset
 
 
-@dynamic(cache=Cache(version=code_version("preprocess"), serialize=True))
+@dynamic(cache=Cache(version=code_version("preprocess"), serialize=True), **light(hours=8))
 def preprocess_data(source: Source, data: DataRecipe, base: Base) -> Annotated[Dataset, HashMethod(cache_key)]:
     """Raw rows to a packed data set in the store; in shards side by side, where the recipe asks for more than one."""
     if data.shards == 1:

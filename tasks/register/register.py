@@ -17,6 +17,7 @@ from tasks.registry import (
     EVALUATION,
     MODEL_DIGEST,
     PACKAGE_DIGEST,
+    REGISTERED_BY,
     artifact_root,
     champion_version,
     open_registry,
@@ -24,7 +25,7 @@ from tasks.registry import (
 )
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory, digest_json
-from tasks.storage.lease import lease
+from tasks.storage.lease import lease, whoami
 
 
 def register(
@@ -95,6 +96,7 @@ def register(
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
             print(f"register: {recipe.name} version {found.version} is {uri}")
         if champion_version(client, recipe.name) != str(found.version):
+            client.set_model_version_tag(recipe.name, found.version, REGISTERED_BY, whoami())
             client.set_registered_model_alias(recipe.name, CHALLENGER, found.version)
     return Version(
         uri=uri,

@@ -4,6 +4,7 @@ from flytekit import task
 from rich.console import Console
 
 from tasks.contracts import Dataset, Evaluation, Model, Version
+from tasks.pods import light
 from tasks.recipe import Recipe
 from tasks.register import history as past
 from tasks.register.register import register
@@ -12,14 +13,14 @@ from tasks.settings import load_settings
 from tasks.storage import open_store
 
 
-@task
+@task(**light(cores=8, memory=32, hours=3, signs=True))
 def register_model(recipe: Recipe, dataset: Dataset, model: Model, evaluation: Evaluation) -> Version:
     """A trained model to a package in the store and a version in MLflow."""
     settings = load_settings()
     return register(recipe, dataset, model, evaluation, settings, open_store(settings))
 
 
-@task
+@task(**light())
 def show_history(name: str) -> list[str]:
     """Print the versions of a name, the newest first, and return their numbers."""
     settings = load_settings()
@@ -28,7 +29,7 @@ def show_history(name: str) -> list[str]:
     return [entry.version for entry in entries]
 
 
-@task
+@task(**light())
 def show_lineage(name: str, version: str) -> str:
     """Print what a version was made from, the champion without one, and return the URI of its package."""
     settings = load_settings()
@@ -38,7 +39,7 @@ def show_lineage(name: str, version: str) -> str:
     return str(facts["package"]["uri"])
 
 
-@task
+@task(**light())
 def apply_retention(name: str, keep: int, days: float, apply: bool) -> list[str]:
     """Print what goes, or would go, and return the URIs of those packages."""
     settings = load_settings()

@@ -4,6 +4,7 @@ from flytekit import task
 from rich.console import Console
 
 from tasks.contracts import Deployment, Evaluation, Version
+from tasks.pods import light
 from tasks.recipe import ServingRecipe
 from tasks.rollout import rollback as back
 from tasks.rollout import rollout
@@ -12,7 +13,7 @@ from tasks.settings import load_settings
 from tasks.storage import open_store
 
 
-@task
+@task(**light(cores=8, memory=32, hours=3))
 def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -> Deployment:
     """Serve a version, prove it over its API, and make it the champion."""
     settings = load_settings()
@@ -21,7 +22,7 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
     return deployment
 
 
-@task
+@task(**light(cores=8, memory=32, hours=3))
 def roll_back(name: str, to: str) -> Deployment:
     """Serve an earlier version again, and make it the champion again."""
     settings = load_settings()

@@ -114,6 +114,21 @@ class _Claims:
             self.check()
 
 
+def give_up(store: "Store", name: str) -> int:
+    """Remove our claims on a lease, those of processes that are gone; returns how many there were.
+
+    Only for who knows that none of ours is alive, as a Flyte execution that has failed does.
+    """
+    ours = 0
+    for key in store.names(f"leases/{name}"):
+        data = store.read(f"leases/{name}/{key}")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if data is not None and json.loads(data)["owner"] == whoami():
+                store.delete(f"leases/{name}/{key}")
+                ours += 1
+    return ours
+
+
 def whoami() -> str:
     """Who acts: the Flyte execution, or the user and the machine."""
     if execution := os.environ.get("FLYTE_INTERNAL_EXECUTION_ID"):

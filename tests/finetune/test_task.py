@@ -19,7 +19,7 @@ from torch import distributed
 from tasks.errors import ForgeError
 from tasks.finetune import processes
 from tasks.finetune.processes import Stopped, joined
-from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_model
+from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_on_1x1
 from tasks.recipe import TrainingRecipe
 from tests.finetune.job import PROJECT
 
@@ -144,6 +144,52 @@ def test_on_several_nodes_the_first_failure_is_found_too(tmp_path: Path) -> None
         assert "training failed on rank 1: ValueError: the reason of rank one" in said
 
 
+NODE_DONE = """
+import os, sys
+from flytekit import task
+from flytekit.core.base_task import IgnoreOutputs
+from flytekit.core.context_manager import ExecutionState, FlyteContextManager
+from tasks.finetune.task import Processes
+from tasks.recipe import TrainingRecipe
+
+@task(task_config=Processes(nnodes=2, increase_shared_mem=False))
+def trains(training: TrainingRecipe) -> str:
+    return f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+
+if __name__ == "__main__":
+    context = FlyteContextManager.current_context()
+    state = context.new_execution_state().with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
+    pod = context.with_execution_state(state)
+    training = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, nodes=2, processes=1)
+    with FlyteContextManager.with_context(pod):
+        try:
+            print("outputs:", trains.execute(training=training))
+        except IgnoreOutputs:
+            print("none of the outputs are this node's")
+"""
+
+
+def test_of_several_nodes_one_has_the_outputs_and_none_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(NODE_DONE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "PYTHONPATH": f"{PROJECT}:{tmp_path}", "PET_NNODES": "2",
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}",
+    }  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "node.py")],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    told = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    lasts = sorted(out.splitlines()[-1] for out, _ in told)
+    assert lasts == ["none of the outputs are this node's", "outputs: rank 0 of 2"], told
+
+
 def test_what_failed_for_another_reason_is_not_tried_again() -> None:
-    assert train_model.metadata.retries == RETRIES
+    assert train_on_1x1.metadata.retries == RETRIES
     assert not issubclass(ForgeError, FlyteRecoverableException)

@@ -10,13 +10,14 @@ import huggingface_hub
 import pytest
 import yaml
 
-from tasks import cluster
+from tasks import cluster, nodes
 from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
 from tasks.preflight.checks import (
     base_config,
     check_all,
     check_memory,
+    check_places,
     check_served,
     check_training,
     check_vllm,
@@ -84,7 +85,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
     [
         (
             {"training": {**SMALL["training"], "nodes": 2}},
-            "training.nodes 2: this version of Forge trains on one node only",
+            "training.nodes 2 with training.processes 1: there is no such shape; take one of 1x1, 1x2, 2x2",
         ),
         ({"data": {"context": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
         ({"data": {"context": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
@@ -115,13 +116,35 @@ def test_adapters_are_trained_where_there_is_no_gpu() -> None:
 def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     two = TrainingRecipe.model_validate({**SMALL["training"], "processes": 2})
     monkeypatch.setattr(cluster, "find_gpus", lambda: [cluster.GPUS["A100-40GB"]])
-    with pytest.raises(
-        Problems, match=r"training.processes 2: each takes a GPU, and there are 1; set it to 1"
-    ) as caught:
+    with pytest.raises(ForgeError, match=r"processes 2: each process takes a GPU, and there are 1; lower them"):
         check_training(two)
-    assert len(caught.value.problems) == 1
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
     assert check_training(two) == cluster.TRAINING_NODE
+
+
+def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
+    monkeypatch.setattr(cluster, "find_gpus", lambda: [])
+    assert check_training(four) == [], "here, four processes train side by side"
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    assert check_training(four) == cluster.TRAINING_NODE
+    one = [node for node in nodes.all_nodes() if node.pool != "secondary"]
+    monkeypatch.setattr(nodes, "all_nodes", lambda: one)
+    with pytest.raises(ForgeError, match=r"nodes 2 with training.processes 2: 1 of the cluster's nodes of role train"):
+        check_training(four)
+
+
+def test_on_the_cluster_all_that_a_run_leaves_needs_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_places(Settings())
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    with pytest.raises(ForgeError, match="lack FORGE_STORE, FORGE_MLFLOW_URI, FORGE_CHECKPOINT_COPIES, FORGE_SERVING_"):
+        check_places(Settings())
+    check_places(
+        Settings(
+            store="s3://forge/store", mlflow_uri="http://mlflow", checkpoint_copies="s3://forge/checkpoints",
+            serving_target="kubernetes",
+        )
+    )  # fmt: skip
 
 
 def test_a_base_model_must_fit(tmp_path: Path) -> None:
