@@ -41,7 +41,7 @@ def give_back(recipe: str, settings: Settings) -> list[str]:
     try:
         name = load_recipe(recipe).name
         if claims := give_up(open_store(settings), f"promotion-{name}"):
-            done.append(f"{claims} claims on the promotion of {name}")
+            done.append(f"{claims} claim{'s' * (claims > 1)} on the promotion of {name}")
         client = open_registry(settings)
         with telling(f"the aliases of {name} cannot be told", settings):
             known = client.search_registered_models(f"name = '{name}'")
