@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tasks.recipe import ServingRecipe
-from tasks.rollout.desired import Engine, Served
+from tasks.rollout.desired import Engine, Failed, Served
 from tasks.vllm_environment import saved_dtype
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -38,8 +38,13 @@ def on_cpu(path: str, engine: Engine) -> list[str]:
     it is then ended by whoever asks how likely a prompt is (prompt_logprobs; echo with logprobs) in the same step as
     another request: the rows of two tensors differ. On a GPU those rows are not added (github.com/vllm-project/vllm
     issues 29955 and 51594, pull 51597). So the output layer is left out, by naming the others.
+
+    Raises Failed where the weights cannot be read.
     """
-    names = sorted(set(linear_layers(Path(path)))) if engine.adapter_slots else []
+    try:
+        names = sorted(set(linear_layers(Path(path)))) if engine.adapter_slots else []
+    except (SafetensorError, OSError) as error:
+        raise Failed(f"the weights in {path} cannot be read: {error}") from None
     return ["--enforce-eager", *(["--lora-target-modules", *names] if names else [])]
 
 

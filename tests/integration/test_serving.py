@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
+from safetensors.torch import save_file
 
 from benchmarks.rollout.__main__ import declare, measure, packages
 from tasks.errors import ForgeError
@@ -200,7 +202,7 @@ def test_weights_that_vllm_cannot_load_are_told_and_undone(server: Server) -> No
         for path in open_package(first.uri, first.digest, server.settings, server.store)[0].iterdir():
             if path.name != "manifest.json":
                 (staged / path.name).write_bytes(path.read_bytes())
-        (staged / "model.safetensors").write_bytes(b"not a model")
+        save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, staged / "model.safetensors")
         uri = server.store.publish(staged, "models/dates", facts={"name": "dates", "kind": "model"})
     broken = Served(name="dates", version="3", uri=uri, digest=uri.rpartition("sha256-")[2])
     candidate = Candidate(broken, server.store.path(uri), {"kind": "model"}, None, "2", "a test")

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from tasks.contracts import Version
 from tasks.errors import ForgeError
@@ -20,6 +22,7 @@ from tasks.promotion import promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import open_registry
 from tasks.rollout.desired import Engine, Failed
+from tasks.rollout.engine import on_cpu
 from tasks.rollout.local import FileDocument
 from tasks.rollout.rollout import roll_out
 from tasks.rollout.server import LocalServer, Running, port_is_free, signals_deferred
@@ -115,6 +118,24 @@ def test_a_server_that_died_is_started_again_and_its_log_is_kept(
     assert now is not None
     assert now.pid != running.pid
     assert Path(f"{running.log}.before").read_text() == "up\n"
+
+
+def test_weights_that_cannot_be_read_are_told_before_anything_is_started(server: LocalServer, base: str) -> None:
+    Path(base, "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(Failed, match="cannot be read"):
+        server.ensure(version(1), base, ENGINE)
+    assert server.running() is None
+
+
+def test_adapters_change_the_linear_layers_of_blocks_alone(tmp_path: Path) -> None:
+    weights = {
+        "model.embed_tokens.weight": (4, 2), "model.layers.0.self_attn.q_proj.weight": (2, 2),
+        "model.layers.0.self_attn.q_proj.bias": (2,), "model.layers.0.input_layernorm.weight": (2,),
+        "model.layers.1.mlp.up_proj.weight": (2, 2), "model.norm.weight": (2,), "lm_head.weight": (4, 2),
+    }  # fmt: skip
+    save_file({name: numpy.zeros(shape, "float32") for name, shape in weights.items()}, tmp_path / "m.safetensors")
+    assert on_cpu(str(tmp_path), ENGINE) == ["--enforce-eager", "--lora-target-modules", "q_proj", "up_proj"]
+    assert on_cpu(str(tmp_path), Engine(adapter_slots=0)) == ["--enforce-eager"]
 
 
 def test_one_whose_engine_has_ended_serves_nothing(server: LocalServer, running: Running, base: str) -> None:
