@@ -35,10 +35,12 @@ GPU_VARIABLES = {
 SCRATCH = "200Gi"  # of a node's disk, for local copies
 
 
-def light(cores: int = 2, memory: int = 8, hours: float = 1.0, signs: bool = False) -> dict[str, Any]:
+def light(
+    cores: int = 2, memory: int = 8, hours: float = 1.0, signs: bool = False, image: str = LIGHT_IMAGE
+) -> dict[str, Any]:
     """A pod without a GPU, with so many cores and GiB. `signs` gives it the private key, where there is one."""
     return {
-        "container_image": LIGHT_IMAGE,
+        "container_image": image,
         "pod_template": pod(nodes_of(LIGHT)[0], signs=signs),
         **_resources(cores, memory),
         **_common(hours),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.contracts import Base
@@ -48,6 +47,8 @@ def merge(base: Base, adapter: Path, dtype: torch.dtype, directory: Path, tokeni
 
     Raises ForgeError where either cannot be loaded.
     """
+    from peft import PeftModel  # takes two seconds to import, which only adapters need
+
     causal = load_causal(base, torch.float32)
     try:
         if tokenizer is None:  # saved and read once more: so training gets it, by way of the data set

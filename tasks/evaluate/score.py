@@ -5,14 +5,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-from tasks.evaluate.answer import Answer
 from tasks.evaluate.items import Item, is_json, parse_json
 from tasks.recipe import Check
+
+if TYPE_CHECKING:
+    from tasks.evaluate.answer import Answer
 
 # Words; where a script writes none, its characters (Han, kana, Thai to Khmer).
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff]|\w+?(?=[\u3040-\u30ff"
@@ -103,7 +105,7 @@ class Judged:
     `valid` says whether the answer is JSON, and is NaN where none is expected.
     """
 
-    answers: list[Answer]
+    answers: "list[Answer]"
     score: np.ndarray
     exact: np.ndarray
     valid: np.ndarray
@@ -115,7 +117,7 @@ class Judged:
         return Judged(answers, self.score[at], self.exact[at], self.valid[at], self.nll[at])
 
 
-def judge_all(items: Sequence[Item], answers: Sequence[Answer]) -> Judged:
+def judge_all(items: Sequence[Item], answers: "Sequence[Answer]") -> Judged:
     """Judge a model's answers to items."""
     pairs = list(zip(items, answers, strict=True))
     return Judged(

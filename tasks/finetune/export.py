@@ -1,12 +1,12 @@
 """What training leaves: a model in Hugging Face format, the adapter if there is one, and the card."""
 
+import importlib.metadata
 import json
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -84,7 +84,7 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
             "forge": code_version("finetune"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "peft": importlib.metadata.version("peft"),
             "python": platform.python_version(),
         },
     }

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
@@ -135,6 +133,9 @@ def add_adapter(causal: Any, lora: Lora, seed: int) -> Any:
 
     The model is changed in place; returns peft's view of it, for saving.
     """
+    from peft import LoraConfig, get_peft_model  # takes two seconds to import, which only adapters need
+    from peft.tuners.lora import LoraLayer
+
     targets = lora.target_modules
     config = LoraConfig(
         r=lora.rank,

@@ -8,7 +8,7 @@ from flytekit import HashMethod, task
 from tasks.contracts import Base, Source, cache_key
 from tasks.interrupts import keep_interrupts
 from tasks.nodes import Shape
-from tasks.pods import light
+from tasks.pods import TRAINER_IMAGE, light
 from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
@@ -23,7 +23,8 @@ class Plan(NamedTuple):
     started: float
 
 
-@task(**light(cores=4, memory=16, signs=True))
+# What it measures of a model, torch and transformers say: no GPU, but the image that trains.
+@task(**light(cores=4, memory=16, signs=True, image=TRAINER_IMAGE))
 def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
     keep_interrupts()

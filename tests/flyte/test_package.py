@@ -113,9 +113,9 @@ def test_no_two_entities_have_the_same_name(package: Package) -> None:
     assert len(set(package.names)) == len(package.names)
 
 
-def test_images_are_pinned_and_only_those_with_a_gpu_are_large(package: Package) -> None:
+def test_images_are_pinned_and_only_those_that_need_torch_are_large(package: Package) -> None:
     for name, task in package.tasks.items():
-        image = "trainer" if short(name) in GPU_TASKS else "pipeline"
+        image = "trainer" if short(name) in {*GPU_TASKS, "preflight"} else "pipeline"
         assert pod_of(task)[1]["image"] == f"example.org/forge/forge-{image}:0123456789ab", name
 
 

@@ -1,0 +1,137 @@
+"""The images, as far as they can be checked without Docker."""
+
+import fnmatch
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+IMAGES = ("pipeline", "trainer")
+SECRET = re.compile(r"secret|token|password|key", re.IGNORECASE)
+
+
+def instructions(image: str) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, and what follows each, in one line."""
+    text = (PROJECT / "images" / image / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def values(image: str, name: str) -> list[str]:
+    return [rest for found, rest in instructions(image) if found == name]
+
+
+def context() -> list[str]:
+    """The files in git that .dockerignore lets into the context."""
+    rules = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert rules[0] == "*", "nothing but what follows"
+    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    wanted = [rule[1:] for rule in rules if rule.startswith("!")]
+    return [file for file in files if any(file == one or file.startswith(f"{one}/") for one in wanted)]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_dockerfiles_are_linted(image: str) -> None:
+    command = [Path(sys.executable).with_name("hadolint"), "--no-color", PROJECT / "images" / image / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_base_is_pinned_by_digest_and_the_trainer_stands_on_the_pipeline() -> None:
+    (base,) = values("pipeline", "FROM")
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
+    assert values("trainer", "FROM") == ["$PIPELINE"]
+    assert re.search(r"PIPELINE=\S+@\$digest", (PROJECT / "images" / "build").read_text())
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_they_run_as_the_pods_expect(image: str) -> None:
+    from tasks.pods import HOME, USER
+
+    assert values(image, "USER")[-1] == str(USER)
+    if image == "pipeline":
+        assert f"FORGE_HOME={HOME} " in " ".join(values(image, "ENV")) + " "
+        assert any(f"--uid {USER} " in run and f" {HOME}" in run for run in values(image, "RUN"))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_labels_are_there_and_secrets_are_not(image: str) -> None:
+    (labels,) = values(image, "LABEL")
+    for name in ("title", "description", "licenses", "source", "revision"):
+        assert f"org.opencontainers.image.{name}=" in labels
+    for line in [*values(image, "ARG"), *values(image, "ENV")]:
+        assert not SECRET.search(line), line
+
+
+def test_the_context_is_what_is_copied_and_small() -> None:
+    files = context()
+    copied = [source for copy in values("pipeline", "COPY") for source in copy.split()[:-1]]
+    assert copied
+    for source in copied:
+        assert any(file == source or file.startswith(f"{source}/") for file in files), source
+    for file in files:
+        assert any(file == source or file.startswith(f"{source}/") for source in copied), file
+    assert sum((PROJECT / file).stat().st_size for file in files) < 3_000_000
+    assert not [file for file in files if fnmatch.fnmatch(file, "tests/*")]
+
+
+def test_every_requirement_has_a_hash_and_is_installed_by_it() -> None:
+    for lock in ("images/uv.lock", "images/pipeline/requirements.lock"):
+        text = (PROJECT / lock).read_text().replace("\\\n", " ")
+        packages = [line for line in text.splitlines() if "==" in line and not line.strip().startswith("#")]
+        assert packages
+        assert all("--hash=sha256:" in line for line in packages), lock
+    installs = [run for run in values("pipeline", "RUN") if " -r " in run]
+    assert len(installs) == 2
+    assert all("--require-hashes" in run for run in installs)
+
+
+def test_torch_is_of_the_version_that_set_up_installs(tmp_path: Path) -> None:
+    (torch,) = re.findall(r"torch=(torch==[\d.]+)", (PROJECT / "images" / "install").read_text())
+    calls = tmp_path / "calls"
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$*" >> {calls}\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = --metadata-file ]; then\n'
+        '  echo "{\\"containerimage.digest\\": \\"sha256:0a\\"}" > "$2"; fi; shift; done\n'
+    )
+    docker.chmod(0o755)
+    done = build("example.org/forge", "0123456789ab", path=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"example.org/forge/forge-{image}:0123456789ab@sha256:0a" for image in IMAGES]
+    _, pipeline, trainer = calls.read_text().splitlines()
+    for call in (pipeline, trainer):
+        assert "--platform linux/amd64 --push --sbom=true --provenance=mode=max" in call
+        assert "REVISION=0123456789ab" in call
+    assert f"--build-arg TORCH={torch} " in trainer
+    assert "PIPELINE=example.org/forge/forge-pipeline:0123456789ab@sha256:0a" in trainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "Say where the images go"),
+        (("example.org/forge",), "Say of which revision"),
+        (("example.org/forge", "0123-dirty"), "commit them"),
+        (("example.org/forge", "0123"), "docker buildx is not there"),
+    ],
+)
+def test_what_lacks_for_a_build_is_said(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    for program in ("bash", "dirname"):
+        found = subprocess.run(["which", program], capture_output=True, text=True, check=True).stdout.strip()
+        (tmp_path / program).symlink_to(found)
+    done = build(*arguments, path=str(tmp_path))
+    assert done.returncode == 1
+    assert says in done.stderr
+
+
+def build(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    """images/build with these programs."""
+    command = [str(PROJECT / "images" / "build"), *arguments]
+    return subprocess.run(["/bin/bash", *command], env={"PATH": path}, capture_output=True, text=True)
