@@ -16,7 +16,7 @@ IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(RE
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Say where the images are: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,9 @@ start: ## Serve again what `make stop`, or a reboot, has stopped
 
 stop: ## Stop the server that `make run` left serving
 	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout stop
+
+images: ## Build the images and push them: make images REGISTRY=registry.example.org/team
+	@images/build "$(REGISTRY)" "$(TAG)"
 
 package: setup ## Serialise all that runs on Flyte into PACKAGE, offline: make package REGISTRY=...
 	@$(NEEDS_REGISTRY) && mkdir -p "$(dir $(PACKAGE))"
