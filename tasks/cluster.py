@@ -11,7 +11,6 @@ import importlib.metadata
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -19,8 +18,9 @@ from typing import Any, Literal
 import psutil
 
 from tasks.errors import ForgeError
+from tasks.model_size import ModelSize
 from tasks.nodes import SERVING, TRAINING, nodes_of
-from tasks.recipe import Architecture, Lora, TrainingRecipe
+from tasks.recipe import Lora, TrainingRecipe
 
 Parallelism = Literal["none", "ddp", "fsdp", "hybrid"]
 
@@ -28,7 +28,6 @@ GIB = 2**30
 FP32 = 4  # bytes
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes a weight, its doubly quantised constants included: QLoRA, section 3
 LOSS_CHUNK = 1024  # tokens whose logits are held at once
-BYTE_VOCABULARY = 262  # of models from scratch: the bytes and six special tokens
 SHORTEST_CONTEXT = 512  # tokens; no shorter one is proposed
 RESERVED = 2 * GIB  # of a GPU: what the driver keeps, CUDA's context, NCCL's buffers, fragmentation
 
@@ -63,121 +62,6 @@ def gpus_of(role: str) -> list[GPU]:
 
 
 TRAINING_NODE, SERVING_NODE = gpus_of(TRAINING), gpus_of(SERVING)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What of a decoder decides its memory: counts of parameters, and widths (per token)."""
-
-    parameters: int  # a tied one counts once
-    layers: int
-    layer: int  # parameters of the largest layer
-    head: int  # weights of the output layer, tied or not
-    linears: tuple[tuple[str, int, int], ...]  # name and shape of each linear layer's weights but the output one's
-    vocabulary: int
-    hidden: int
-    query: int  # heads x head size
-    heads: int
-    intermediate: int
-    norms: int  # over the hidden size, in a layer
-    query_norms: int  # widths of the norms of queries and keys, summed
-    softcap: bool  # whether the logits are capped
-
-    @property
-    def outside(self) -> int:
-        """Parameters outside the layers: embeddings, the output layer and the last norm."""
-        return self.parameters - self.layers * self.layer
-
-    @property
-    def linear(self) -> int:
-        """Weights of the linear layers: those that autocast copies and NF4 quantises."""
-        return sum(inputs * outputs for _, inputs, outputs in self.linears)
-
-    def adapter(self, lora: Lora) -> int:
-        """Parameters of an adapter (two matrices beside each linear layer that is named, as peft makes them).
-
-        Raises ForgeError where the model has none of lora.target_modules.
-        """
-        names = lora.target_modules
-        chosen = [
-            (inputs, outputs)
-            for name, inputs, outputs in self.linears
-            if names == ["all-linear"] or any(name == one or name.endswith(f".{one}") for one in names)
-        ]
-        if not chosen:
-            known = sorted({name.rsplit(".", 1)[-1] for name, _, _ in self.linears})
-            raise ForgeError(
-                f"training.lora.target_modules {names}: the base model has none of these; its linear layers are "
-                f"{', '.join(known)} (or take all-linear)"
-            )
-        return sum(lora.rank * (inputs + outputs) for inputs, outputs in chosen)
-
-
-def architecture_config(architecture: Architecture, context: int) -> dict[str, Any]:
-    """The config.json of a model that is trained from scratch."""
-    return {
-        "model_type": "llama",
-        "vocab_size": BYTE_VOCABULARY,
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": architecture.layers,
-        "num_attention_heads": architecture.heads,
-        "num_key_value_heads": architecture.heads,
-        "max_position_embeddings": context,
-        "tie_word_embeddings": True,
-    }
-
-
-def measure_model(config: dict[str, Any]) -> ModelSize:
-    """The size of the model that a config.json describes: it is built without memory, on the meta device.
-
-    Takes seconds the first time, for it imports torch and transformers. Raises ForgeError where they know no causal
-    language model of that kind.
-    """
-    try:
-        return _measure(config)
-    except Exception as error:  # a wrong value of a configuration is any error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ForgeError(
-            f"base model: transformers can build no causal language model from its config.json ({reason}); "
-            "take a base model of a kind that it knows"
-        ) from None
-
-
-def _measure(config: dict[str, Any]) -> ModelSize:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    values = dict(config)
-    known = AutoConfig.for_model(values.pop("model_type", ""), **values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(known)
-    text = model.config.get_text_config()
-    count, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
-    head = model.get_output_embeddings()
-    size = getattr(text, "head_dim", None) or hidden // heads
-    norms = [one.numel() for name, one in layers[0].named_parameters() if re.search(r"norm\w*\.weight$", name)]
-    return ModelSize(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=count,
-        layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
-        head=head.weight.numel(),
-        linears=tuple(
-            (name, *part.weight.shape)
-            for name, part in model.named_modules()
-            if isinstance(part, torch.nn.Linear | Conv1D) and part is not head
-        ),
-        vocabulary=head.weight.shape[0],
-        hidden=hidden,
-        query=heads * size,
-        heads=heads,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * hidden,
-        norms=norms.count(hidden) or 2,
-        query_norms=(heads + (getattr(text, "num_key_value_heads", None) or heads)) * size if size in norms else 0,
-        softcap=bool(getattr(text, "final_logit_softcapping", None)),
-    )
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,16 @@ from tasks.cluster import (
     GIB,
     GPUS,
     Memory,
-    ModelSize,
-    architecture_config,
     check_fit,
     estimate_memory,
     find_gpus,
-    measure_model,
     resolve_parallelism,
 )
 from tasks.errors import ForgeError
 from tasks.finetune.data import Batch
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.model import add_adapter
+from tasks.model_size import BYTE_VOCABULARY, ModelSize, _measure, architecture_config, measure_model
 from tasks.preprocess.chat import byte_tokenizer
 from tasks.recipe import RECIPES, Architecture, Lora, TrainingRecipe, load_recipe
 
@@ -99,6 +97,23 @@ def test_weights_gradients_and_optimizer_are_exact(kind: str, precision: str, lo
     assert estimate.optimizer == size_of(moments)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA_8B,
+        {**LLAMA_8B, "head_dim": 64, "num_hidden_layers": 3},
+        {"model_type": "llama", **TINY, "tie_word_embeddings": True},
+        {"model_type": "llama", **TINY, "num_key_value_heads": None, "tie_word_embeddings": False},
+        architecture_config(Architecture(hidden_size=96, layers=3, heads=3, intermediate_size=160), 64),
+        {"model_type": "llama", **TINY, "attention_bias": True, "tie_word_embeddings": True},
+        {"model_type": "llama", **TINY, "mlp_bias": True, "tie_word_embeddings": True},
+        {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1},
+    ],
+)
+def test_a_llama_is_reckoned_as_it_is_built(config: dict[str, Any]) -> None:
+    assert measure_model(config) == _measure(config)
+
+
 def test_published_counts(llama_8b: ModelSize) -> None:
     assert llama_8b.parameters == 8_030_261_248
     assert measure_model(LLAMA_70B).parameters == 70_553_706_496
@@ -106,7 +121,7 @@ def test_published_counts(llama_8b: ModelSize) -> None:
 
 
 def test_a_model_from_scratch_is_measured_as_it_is_built(tmp_path: Any) -> None:
-    assert len(byte_tokenizer(64)) == cluster.BYTE_VOCABULARY
+    assert len(byte_tokenizer(64)) == BYTE_VOCABULARY
     architecture = Architecture(hidden_size=64, layers=3, heads=2, intermediate_size=96)
     size = measure_model(architecture_config(architecture, 64))
     assert (size.layers, size.vocabulary, size.norms) == (3, 262, 2)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from tasks.cluster import GIB, ModelSize, Parallelism, estimate_memory, find_gpus, nearest_fit
+from tasks.cluster import GIB, Parallelism, estimate_memory, find_gpus, nearest_fit
 from tasks.errors import ForgeError
+from tasks.model_size import ModelSize
 from tasks.recipe import TrainingRecipe
 
 LESS = 0.8  # of the estimate: what an advised change comes to at most

@@ -23,6 +23,7 @@ from tasks.contracts import Base, Dataset, Model, cache_key
 from tasks.errors import ForgeError
 from tasks.nodes import SHAPES, Shape
 from tasks.pods import on_gpus
+from tasks.processes import end_soon
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import load_settings
 from tasks.storage import open_store
@@ -172,5 +173,6 @@ def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRe
     with joined(failure_file(os.getppid())) as rank:
         settings = load_settings()
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
+    end_soon()
     # Flyte takes the first rank's value; the others have none, and any will do.
     return trained or Model(uri="", digest="", store="", base=Base())

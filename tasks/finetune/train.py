@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tasks.cluster import architecture_config, find_gpus, measure_model, resolve_parallelism
+from tasks.cluster import find_gpus, resolve_parallelism
 from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.bucket import Bucket
@@ -39,6 +39,7 @@ from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.progress import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
+from tasks.model_size import architecture_config, measure_model
 from tasks.recipe import ModelRecipe, TrainingRecipe
 
 transformers_logging.disable_progress_bar()

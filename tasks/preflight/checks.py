@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.cluster import FP32, GPU, architecture_config, check_fit, measure_model, on_cluster, training_gpus
+from tasks.cluster import FP32, GPU, check_fit, on_cluster, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
 from tasks.evaluate.harness import check_harness
+from tasks.model_size import architecture_config, measure_model
 from tasks.nodes import check_cluster_has, find_shape
 from tasks.package import is_registered, registered_base
 from tasks.preprocess.sample import check_source

@@ -9,7 +9,6 @@ from tasks.contracts import Base, Source, cache_key
 from tasks.interrupts import keep_interrupts
 from tasks.nodes import Shape
 from tasks.pods import TRAINER_IMAGE, light
-from tasks.preflight.checks import check_all
 from tasks.recipe import Recipe
 
 
@@ -27,6 +26,8 @@ class Plan(NamedTuple):
 @task(**light(cores=4, memory=16, signs=True, image=TRAINER_IMAGE))
 def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe (a shipped one's name, or a path) and the source flow on from here."""
+    from tasks.preflight.checks import check_all
+
     keep_interrupts()
     started = time.time()
     loaded, source, base = check_all(data_path, recipe)

@@ -6,9 +6,6 @@ from rich.console import Console
 from tasks.contracts import Deployment, Evaluation, Version
 from tasks.pods import light
 from tasks.recipe import ServingRecipe
-from tasks.rollout import rollback as back
-from tasks.rollout import rollout
-from tasks.rollout.report import table
 from tasks.settings import load_settings
 from tasks.storage import open_store
 
@@ -16,6 +13,9 @@ from tasks.storage import open_store
 @task(**light(cores=8, memory=32, hours=3))
 def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -> Deployment:
     """Serve a version, prove it over its API, and make it the champion."""
+    from tasks.rollout import rollout
+    from tasks.rollout.report import table
+
     settings = load_settings()
     deployment = rollout.roll_out(version, evaluation, serving, settings, open_store(settings))
     Console().print(table(deployment))
@@ -25,7 +25,10 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
 @task(**light(cores=8, memory=32, hours=3))
 def roll_back(name: str, to: str) -> Deployment:
     """Serve an earlier version again, and make it the champion again."""
+    from tasks.rollout import rollback
+    from tasks.rollout.report import table
+
     settings = load_settings()
-    deployment = back.roll_back(name, to, None, settings, open_store(settings))
+    deployment = rollback.roll_back(name, to, None, settings, open_store(settings))
     Console().print(table(deployment))
     return deployment

@@ -8,6 +8,7 @@ from tasks.cluster import on_cluster
 from tasks.contracts import Dataset, Deployment, Evaluation, Model, Result, Version
 from tasks.errors import ForgeError
 from tasks.pods import light
+from tasks.processes import end_soon
 from tasks.recipe import Recipe
 from tasks.settings import load_settings
 from tasks.summary.failure import describe, describe_here, give_back
@@ -29,6 +30,7 @@ def summarise(
     facts = facts_of(dataset, evaluation, stages, started) | released(deployment)
     write_facts(facts, load_settings())
     show(facts, stages, started, Console())
+    end_soon()
     return deployment.endpoint
 
 
@@ -41,6 +43,7 @@ def hold_back(recipe: Recipe, started: float, dataset: Dataset, model: Model, ev
     facts = {"name": recipe.name, **facts_of(dataset, evaluation, stages, started)}
     write_facts(facts, load_settings())
     show_held_back(facts, stages, started, Console())
+    end_soon()
     return evaluation.reason
 
 
