@@ -16,7 +16,7 @@ IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(RE
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Say where the images are: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling bench-overhead lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,6 +94,9 @@ bench-register: .venv ## Measure pushing and fetching a package against the plai
 
 bench-rollout: setup ## Measure swaps of adapters on vLLM while clients keep asking
 	@exec $(BIN)/python -m benchmarks.rollout $(ARGS)
+
+bench-overhead: setup ## Measure what the pipeline takes beside its stages' own work
+	@exec $(BIN)/python -m benchmarks.overhead $(ARGS)
 
 bench-scaling: .venv ## Measure training on two processes against one
 	@exec $(BIN)/python -m benchmarks.scaling $(ARGS)
