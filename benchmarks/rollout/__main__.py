@@ -135,7 +135,7 @@ def declare(target: LocalTarget, serving: Serving) -> float:
             raise RuntimeError(actual.waiting)
         elif actual.generation > desired.generation and actual.names == serving.names:
             return time.monotonic() - started
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def loaded(target: LocalTarget) -> tuple[float, float]:

@@ -118,6 +118,9 @@ class Document(Protocol):
     def write(self, desired: Desired, revision: str) -> None:
         """Replace the document that has this revision; raises Conflict where it has another one by now."""
 
+    def wait(self, seconds: float) -> None:
+        """Let so many seconds go by, fewer if it is seen to have changed since it was read."""
+
 
 class Failed(Exception):
     """Something cannot be served, and trying again alone will not mend it: says why."""

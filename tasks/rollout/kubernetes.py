@@ -8,6 +8,7 @@ What pods say of a failure is read in tasks/rollout/pods.py. The manifests are i
 
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ForgeError
@@ -192,6 +193,10 @@ class ConfigMapDocument:
             if error.status == 409 or found != revision:
                 raise Conflict from None
             raise
+
+    def wait(self, seconds: float) -> None:
+        """See tasks.rollout.desired.Document. The API server is not asked meanwhile."""
+        time.sleep(seconds)
 
 
 class KubernetesServer:

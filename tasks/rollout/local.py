@@ -22,6 +22,7 @@ from tasks.settings import PREFIX, PROJECT, Settings
 from tasks.storage import digest_json, write_atomically
 from tasks.version import code_version
 
+LOOK = 0.01  # seconds between looks at whether the document has been replaced
 STARTING = 60.0  # seconds until a reconciler answers: Python's imports, mostly
 ENDING = 90.0  # seconds until it ends: it may be waiting for vLLM to end its requests
 
@@ -32,9 +33,11 @@ class FileDocument:
     def __init__(self, settings: Settings) -> None:
         self.path = settings.serving / "desired.json"
         self.where = str(self.path)
+        self._read = self._state()  # of what was read last
 
     def read(self) -> tuple[Desired, str]:
         """See tasks.rollout.desired.Document."""
+        self._read = self._state()
         if not self.path.exists():
             return Desired(), ""
         text = self.path.read_text(encoding="utf-8")
@@ -47,6 +50,20 @@ class FileDocument:
             if self.read()[1] != revision:
                 raise Conflict
             write_atomically(self.path, desired.model_dump_json(indent=2) + "\n")
+
+    def wait(self, seconds: float) -> None:
+        """See tasks.rollout.desired.Document."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._state() == self._read:
+            time.sleep(LOOK)
+
+    def _state(self) -> tuple[int, ...]:
+        """What another file in its place has otherwise; () where there is none."""
+        try:
+            found = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class LocalTarget:

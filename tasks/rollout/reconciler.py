@@ -218,7 +218,8 @@ class Reconciler:
 def run(
     reconciler: Reconciler, poll: float, ended: Callable[[], bool], after: Callable[[], None], forever: bool
 ) -> None:
-    """Step until `ended`, or, unless `forever`, until nothing is to be served. `after` is called after each step.
+    """Step until `ended`, or, unless `forever`, until nothing is to be served. `after` is called after each step, and
+    the next one comes in `poll` seconds, or when the document is seen to have changed.
 
     Whatever goes wrong in a step is told, and tried again: on a laptop nobody would start this process again.
     """
@@ -238,4 +239,4 @@ def run(
         after()
         if actual.waiting == NOTHING and not forever:
             return
-        time.sleep(poll)
+        reconciler.document.wait(poll)

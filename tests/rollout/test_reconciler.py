@@ -303,3 +303,20 @@ def test_its_state_is_told_over_http(
     finally:
         status.http.shutdown()
         status.http.server_close()
+
+
+def test_a_document_that_has_changed_is_not_waited_for(tmp_path: Path) -> None:
+    document, other = (FileDocument(Settings(home=tmp_path)) for _ in range(2))
+    for generation in (1, 2):
+        _, revision = document.read()
+        waiting = threading.Thread(target=document.wait, args=(3600,), daemon=True)
+        waiting.start()
+        other.write(Desired(generation=generation), revision)
+        waiting.join(timeout=60)
+        assert not waiting.is_alive()
+    _, revision = document.read()
+    other.write(Desired(generation=3), revision)  # after it was read, and before it is waited for
+    waiting = threading.Thread(target=document.wait, args=(3600,), daemon=True)
+    waiting.start()
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
