@@ -25,7 +25,7 @@ setup: ## Build .venv and .venv-serving from the locks under images/ (nothing is
 	@$(MAKE) --no-print-directory -j2 .venv .venv-serving
 
 .venv:
-	@images/install .venv images/pipeline
+	@images/install .venv images/development
 
 .venv-serving:
 	@images/install .venv-serving images/serving
@@ -104,7 +104,7 @@ bench-scaling: .venv ## Measure training on two processes against one
 lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --custom-compile-command "make lock" images/uv.in -o images/uv.lock
-	for folder in images/pipeline images/serving images/harness benchmarks/trl; do \
+	for folder in images/pipeline images/development images/serving images/harness benchmarks/trl; do \
 	  $(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
 	    --no-emit-index-url --custom-compile-command "make lock" --excludes $$folder/excludes.txt \
 	    $$folder/requirements.in -o $$folder/requirements.lock || exit 1; \

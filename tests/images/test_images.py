@@ -92,6 +92,15 @@ def test_every_requirement_has_a_hash_and_is_installed_by_it() -> None:
     assert all("--require-hashes" in run for run in installs)
 
 
+def test_images_have_what_development_has_but_for_its_tools() -> None:
+    def pins(folder: str) -> set[str]:
+        return set(re.findall(r"^[\w.-]+==\S+", (PROJECT / "images" / folder / "requirements.lock").read_text(), re.M))
+
+    assert pins("pipeline") < pins("development")
+    tools = {"pytest", "moto", "mypy", "ruff", "ipykernel", "hypothesis"}
+    assert not tools & {pin.partition("==")[0] for pin in pins("pipeline")}
+
+
 def test_torch_is_of_the_version_that_set_up_installs(tmp_path: Path) -> None:
     (torch,) = re.findall(r"torch=(torch==[\d.]+)", (PROJECT / "images" / "install").read_text())
     calls = tmp_path / "calls"
