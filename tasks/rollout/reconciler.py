@@ -168,7 +168,7 @@ class Reconciler:
             names[name] = next((one for one in (versioned, now.get(name)) if one in live), None)
         text = json.dumps({"names": names}, indent=2, sort_keys=True)
         if not self.names_file.is_file() or self.names_file.read_text() != text:
-            write_atomically(self.names_file, text)
+            write_atomically(self.names_file, text, durable=False)  # vLLM, which reads it, does not outlive one either
         return {name: versioned for name, versioned in names.items() if versioned is not None}
 
     def _led(self) -> dict[str, str | None]:

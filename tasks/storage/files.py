@@ -10,12 +10,16 @@ from pathlib import Path
 from tasks.processes import start_ticks
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that readers see the old or the new one whole; makes its directory if need be."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Replace a small file so that readers see the old or the new one whole; makes its directory if need be.
+
+    What need not outlive a power cut is not `durable`: a busy disk may take a second to say that it has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}")
     staged.write_text(text, encoding="utf-8")
-    sync(staged)
+    if durable:
+        sync(staged)
     staged.replace(path)
 
 
