@@ -3,7 +3,7 @@
 Nothing is overwritten that another writer has changed since it was read: every change is a JSON Patch that tests the
 resourceVersion (RFC 6902, and "Resource versions" in Kubernetes' API concepts). A change may be sent twice, where the
 answer to it was lost; the second one then fails its test, so whoever was refused looks whether it was done.
-What pods say of a failure is read in tasks/rollout/pods.py. The manifests are infra/ml-inference/vllm/.
+What pods say of a failure is read in tasks/rollout/pods.py. The manifests are infra/apps/ml-inference/vllm/.
 """
 
 import json
@@ -19,7 +19,7 @@ from tasks.rollout.pods import SERVES, waiting_for
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient, ApiException
 
-MANIFESTS = "infra/ml-inference/vllm"
+MANIFESTS = "infra/apps/ml-inference/vllm"
 KEY = "desired.json"
 PREVIOUS = "forge/previous"  # the Deployment's annotation with what it served before: an operator's way back
 CONTAINER = "vllm"
@@ -29,7 +29,7 @@ LOG_LINES = 12
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and until the API server says something
 PASSING = (429, 500, 502, 503, 504)  # what an API server answers while it is overloaded, or starts
 FIRST_WAIT, LONGEST_WAIT = 0.5, 5.0  # seconds between repetitions
-# All that is ever asked of the API, and so all that infra/ml-inference/vllm/rbac.yaml grants.
+# All that is ever asked of the API, and so all that infra/apps/ml-inference/vllm/rbac.yaml grants.
 CALLS = {
     ("get", "configmaps"): ("CoreV1Api", "read_namespaced_config_map"),
     ("create", "configmaps"): ("CoreV1Api", "create_namespaced_config_map"),

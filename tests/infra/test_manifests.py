@@ -78,7 +78,7 @@ def test_vllm_is_started_as_the_code_expects() -> None:
     spec = manifest("Deployment", "vllm")["spec"]
     vllm = spec["template"]["spec"]["containers"][0]
     variables = {one["name"]: one["value"] for one in vllm["env"]}
-    home = {one["name"]: one["value"] for one in reconciler()["env"]}["FORGE_HOME"]
+    home = next(one["value"] for one in reconciler()["env"] if one["name"] == "FORGE_HOME")
     assert vllm["command"][1:] == ["-m", MODULE]
     assert "args" not in vllm
     assert "replicas" not in spec
@@ -103,9 +103,11 @@ def test_images_are_pinned_to_this_version() -> None:
 
 
 def test_the_reconciler_is_told_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in manifest("ConfigMap", "forge-settings")["data"].items():
+        monkeypatch.setenv(name, value)
     for one in reconciler()["env"]:
         if one["name"].startswith("FORGE_"):
-            monkeypatch.setenv(one["name"], one["value"])
+            monkeypatch.setenv(one["name"], one.get("value", "from a Secret"))
     settings = load_settings()  # raises for one that is unknown
     assert settings.serving_target == "kubernetes"
     assert settings.serving_namespace == NAMESPACE

@@ -30,7 +30,7 @@ from tasks.rollout.desired import Desired, Engine, Failed, Served, Serving
 from tasks.rollout.kubernetes import Cluster, ConfigMapDocument, KubernetesServer, open_cluster
 from tasks.rollout.pods import HASH
 
-MANIFESTS = Path(__file__).parent.parent.parent / "infra" / "ml-inference" / "vllm"
+MANIFESTS = Path(__file__).parent.parent.parent / "infra" / "apps" / "ml-inference" / "vllm"
 NAMESPACE = "ml-inference"
 KUBERNETES = "1.32"
 CONFIGMAPS, PODS = Resource("", "v1", "configmaps"), Resource("", "v1", "pods")
@@ -51,7 +51,7 @@ Fault = Callable[[Any], aiohttp.web.Response | None]
 
 
 def manifests() -> list[Object]:
-    """All objects of infra/ml-inference/vllm, from its files."""
+    """All objects of infra/apps/ml-inference/vllm, from its files."""
     listed = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"]
     return [one for name in listed for one in yaml.safe_load_all((MANIFESTS / name).read_text())]
 

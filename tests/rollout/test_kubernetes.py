@@ -153,7 +153,7 @@ def test_who_may_not_write_is_told_which_role_to_bind(fake: Place) -> None:
     assert refused.value.message == (
         "not allowed to create configmaps in namespace ml-inference (configmaps is forbidden: User "
         '"system:serviceaccount:ml-inference:vllm-reconciler" cannot create resource "configmaps"); bind the Role '
-        "forge-rollout (the reconciler: vllm-reconciler) of infra/ml-inference/vllm/rbac.yaml to the ServiceAccount "
+        "forge-rollout (the reconciler: vllm-reconciler) of infra/apps/ml-inference/vllm/rbac.yaml to the ServiceAccount "
         "that asks"
     )
 
@@ -228,7 +228,7 @@ def test_a_base_comes_to_serve(fake: Place) -> None:
     assert waited == [SEEING, f"a pod of {WHERE} to be made", f"pod {pod}: Pending", f"pod {pod}: Running"]
     template = fake.deployment["spec"]["template"]
     assert template["spec"]["containers"][0]["args"] == [*LISTEN, *arguments(NEW, fake.package, ENGINE)]
-    assert template["metadata"]["annotations"] == {SERVES: NEW.versioned}
+    assert template["metadata"]["annotations"][SERVES] == NEW.versioned
     assert fake.deployment["spec"]["replicas"] == 1
 
 
@@ -319,7 +319,7 @@ def test_an_api_server_that_is_away_is_waited_for(fake: Place) -> None:
 
 def test_a_missing_deployment_fails(fake: Place) -> None:
     fake.fake.objects[DEPLOYMENTS, NAMESPACE, "vllm"].delete()
-    with pytest.raises(Failed, match=f"{WHERE}: there is none; apply infra/ml-inference/vllm: kubectl apply -k"):
+    with pytest.raises(Failed, match=f"{WHERE}: there is none; apply infra/apps/ml-inference/vllm: kubectl apply -k"):
         fake.ensure()
     fake.server.stop()  # there is nothing to stop
 
