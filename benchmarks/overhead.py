@@ -1,8 +1,9 @@
 """`python -m benchmarks.overhead`: what the default pipeline takes beside its stages' own work.
 
 The pipeline runs in a home of its own, twice: cold, and again, when nothing needs to be done. The wall time less the
-seconds that stages say they worked is what Flyte, imports, the start of processes, preflight and the summary take. The
-last line on stdout is one JSON object. See docs/benchmarks.md.
+seconds that stages say they worked is what Flyte, imports, preflight and the summary take. A stage's own work begins
+when it starts its processes, those of training and vLLM. The last line on stdout is one JSON object. See
+docs/benchmarks.md.
 """
 
 import argparse

@@ -6,6 +6,7 @@ through the recipe's. Importing them imports no torch.
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +74,11 @@ class TrainingTask(PytorchElasticFunctionTask):
         given = {name: value for name, value in ENVIRONMENT.items() if not os.environ.get(name)}
         os.environ.update(given)
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
+        started = time.time()
         try:
-            return super().execute(**kwargs)
+            model: Model = super().execute(**kwargs)
+            # Starting the processes is part of the work, as starting vLLM is of a rollout's.
+            return model.model_copy(update={"started": started, "seconds": time.time() - started})
         except IgnoreOutputs as error:
             if error.__context__ is None:  # done, on another node than the first rank's
                 raise
