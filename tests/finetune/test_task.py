@@ -149,12 +149,14 @@ import os, sys
 from flytekit import task
 from flytekit.core.base_task import IgnoreOutputs
 from flytekit.core.context_manager import ExecutionState, FlyteContextManager
+from tasks.contracts import Base, Model
 from tasks.finetune.task import Processes
 from tasks.recipe import TrainingRecipe
 
 @task(task_config=Processes(nnodes=2, increase_shared_mem=False))
-def trains(training: TrainingRecipe) -> str:
-    return f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+def trains(training: TrainingRecipe) -> Model:
+    rank = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    return Model(uri=rank, digest="", store="", base=Base())
 
 if __name__ == "__main__":
     context = FlyteContextManager.current_context()
@@ -163,7 +165,7 @@ if __name__ == "__main__":
     training = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, nodes=2, processes=1)
     with FlyteContextManager.with_context(pod):
         try:
-            print("outputs:", trains.execute(training=training))
+            print("outputs:", trains.execute(training=training).uri)
         except IgnoreOutputs:
             print("none of the outputs are this node's")
 """
