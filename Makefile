@@ -16,7 +16,7 @@ IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(RE
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Say where the images are: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling bench-overhead lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute infra-check test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling bench-overhead lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +68,10 @@ execute: ## Start a job of executions/ by flytectl: make execute JOB=nightly_fin
 	@command -v flytectl >/dev/null || { echo "flytectl is not on the PATH: https://www.union.ai/docs/v1/flyte/api-reference/flytectl-cli/" >&2; exit 1; }
 	@mkdir -p .forge && sed "s/^version: REVISION$$/version: $(TAG)/" "executions/$(JOB).yaml" > .forge/execution.yaml
 	@exec flytectl create execution --project $(PROJECT) --domain $(DOMAIN) --execFile .forge/execution.yaml $(ARGS)
+
+infra-check: .venv ## Check the cluster's manifests, as far as that goes without a cluster (test does, too)
+	@$(BIN)/python -m infra.check
+	@$(BIN)/pytest -q tests/infra
 
 test: setup ## The tests that one runs before every commit
 	$(BIN)/pytest -m "not long"

@@ -1,0 +1,1 @@
+"""The cluster as code. Python is only in check/."""

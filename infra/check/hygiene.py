@@ -1,0 +1,130 @@
+"""What every pod has (limits, probes, a security context), and what nobody has (:latest, a password in git)."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from infra.check.tree import Object, Pod, Tree, at, name_of
+
+GPU = "nvidia.com/gpu"
+SERVICES = ("Deployment", "StatefulSet", "DaemonSet")  # that run for ever
+PASSWORDS = re.compile(r"minioadmin|changeme|admin[:/]admin|postgres[:/]postgres|password[:=]\s*\w+123", re.I)
+SECRET = re.compile(r"(password|passwd|secret_?key|access_?key|api_?key|token|credential)s?$", re.I)
+REFERENCE = re.compile(r"(existing|name|ref|file|path|mount|from)", re.I)
+
+
+def check_hygiene(tree: Tree) -> Iterator[str]:
+    """What is missing, or should not be there, but for what infra/exceptions.yaml excepts, with its reason."""
+    used = set()
+    for where, rule, what in _findings(tree):
+        excepted = [
+            n for n, one in enumerate(tree.lists["exceptions"]) if one["rule"] == rule and where.endswith(one["where"])
+        ]
+        used.update(excepted)
+        if not excepted:
+            yield f"{where}: {what}"
+    ours = {"limits", "probes", "security", "account", "links"}
+    for n, one in enumerate(tree.lists["exceptions"]):
+        if one["rule"] in ours and n not in used:
+            yield f"infra/exceptions.yaml: {one['where']} needs no exception from {one['rule']}"
+
+
+def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
+    for pod in tree.pods:
+        yield from _pod(pod)
+    for where, one in tree.objects:
+        named = name_of(where, one)
+        if one["kind"] == "Secret":
+            yield (
+                named,
+                "secret",
+                "a Secret in git; encrypt it with SOPS under infra/secrets, and name it in external.yaml",
+            )
+        for path, value in _leaves(one):
+            if PASSWORDS.search(value):
+                yield named, "password", f"{path} is a default credential"
+        if one["kind"] == "HelmRelease":
+            for path, value in _leaves(one["spec"].get("values") or {}):
+                last = path.rpartition(".")[2]
+                if SECRET.search(last) and not REFERENCE.search(last) and value not in ("", "None", "True", "False"):
+                    yield named, "password", f"values.{path} is a credential in git; name a Secret"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _leaves(one, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for n, one in enumerate(value):
+            yield from _leaves(one, f"{path}.{n}")
+    else:
+        yield path, str(value)
+
+
+def _pod(pod: Pod) -> Iterator[tuple[str, str, str]]:
+    spec, where = pod.spec, pod.where
+    everything = [*spec.get("initContainers", []), *pod.containers]
+    for container in everything:
+        named = f"{where} {container['name']}"
+        resources = container.get("resources") or {}
+        for field in ("requests.cpu", "requests.memory", "limits.memory"):
+            if at(resources, field) is None:
+                yield named, "limits", f"resources.{field} is missing"
+        if pod.chart:
+            continue
+        yield from _container(pod, container, named)
+    if pod.chart:
+        return
+    for container in pod.containers if pod.kind in SERVICES else []:
+        for probe in ("livenessProbe", "readinessProbe"):
+            if probe not in container:
+                yield f"{where} {container['name']}", "probes", f"has no {probe}"
+    if spec.get("enableServiceLinks") is not False:
+        yield where, "links", "enableServiceLinks is not false: Services put variables such as VLLM_PORT into pods"
+    if spec.get("automountServiceAccountToken") is not False and "serviceAccountName" not in spec:
+        yield where, "account", "automountServiceAccountToken is not false, and no account is named that would be used"
+    if at(spec, "securityContext.seccompProfile.type") != "RuntimeDefault":
+        yield where, "security", "securityContext.seccompProfile is not RuntimeDefault"
+    yield from _gpus(pod)
+
+
+def _container(pod: Pod, container: Object, named: str) -> Iterator[tuple[str, str, str]]:
+    image = container.get("image", "")
+    tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
+    if not tag or tag in ("latest", "main", "master", "nightly"):
+        yield named, "image", f"image {image} names no version"
+    secure = container.get("securityContext") or {}
+    if secure.get("allowPrivilegeEscalation") is not False:
+        yield named, "security", "securityContext.allowPrivilegeEscalation is not false"
+    if at(secure, "capabilities.drop") != ["ALL"]:
+        yield named, "security", "securityContext.capabilities does not drop ALL"
+    root = secure.get("runAsNonRoot", at(pod.spec, "securityContext.runAsNonRoot")) is not True
+    if root or secure.get("runAsUser", at(pod.spec, "securityContext.runAsUser")) in (0, None):
+        yield named, "security", "may run as root: set runAsNonRoot and runAsUser"
+    for variable in container.get("env") or []:
+        name, value = variable["name"], variable.get("value")
+        if name == "CUDA_VISIBLE_DEVICES":
+            yield named, "gpu", "sets CUDA_VISIBLE_DEVICES, which is the device plugin's"
+        if value and SECRET.search(name) and not REFERENCE.search(name):
+            yield named, "password", f"{name} is a credential in git; take it from a Secret"
+
+
+def _gpus(pod: Pod) -> Iterator[tuple[str, str, str]]:
+    """What a pod with GPUs needs, and what one without them must not ask for."""
+    where, spec = pod.where, pod.spec
+    counts = [int((at(one, "resources.limits") or {}).get(GPU, 0)) for one in pod.containers]
+    if not any(counts):
+        return
+    for one, count in zip(pod.containers, counts, strict=True):
+        asked = (one["resources"].get("requests") or {}).get(GPU)
+        if count and asked is not None and int(asked) != count:
+            yield where, "gpu", f"requests {asked} GPUs and is limited to {count}: the two must be the same"
+    if spec.get("runtimeClassName") != "nvidia":
+        yield where, "gpu", "has GPUs, and runtimeClassName is not nvidia"
+    if not str(spec.get("priorityClassName", "")).startswith("forge-"):
+        yield where, "gpu", "has GPUs, and no priorityClassName of forge"
+    if (spec.get("nodeSelector") or {}).get("gpu-type") != "nvidia":
+        yield where, "gpu", "has GPUs, and does not select nodes with them (gpu-type: nvidia)"
+    memory = any(at(one, "emptyDir.medium") == "Memory" for one in spec.get("volumes") or [])
+    if max(counts) > 1 and not memory:
+        yield where, "gpu", "has several GPUs, whose processes need /dev/shm: an emptyDir in Memory"

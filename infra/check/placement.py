@@ -1,0 +1,182 @@
+"""Whether every pod has a node: its GPUs, cores and memory, by day and by night, while all is replaced at once."""
+
+import datetime
+import zoneinfo
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from kubernetes.utils import parse_quantity
+
+from infra.check.tree import Object, Pod, Tree
+from tasks.nodes import KEPT_CORES, KEPT_MEMORY, SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
+
+GIB = 1024**3
+GPU = "nvidia.com/gpu"
+WAITS = "forge-notebooks"  # the priority of what may wait for a GPU
+OS = {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "nvidia.com/gpu.present": "true"}
+
+
+@dataclass
+class Room:
+    """What is left of a node."""
+
+    node: Node
+    cores: Decimal
+    memory: Decimal
+    gpus: Decimal
+    pods: list[str] = field(default_factory=list)
+
+    def takes(self, pod: Pod, need: tuple[Decimal, Decimal, Decimal]) -> bool:
+        """Whether a pod may run here, and fits."""
+        labels = {"role": self.node.role, **({"pool": self.node.pool} if self.node.pool else {}), **self.node.labels}
+        labels |= {name: value for name, value in OS.items() if "gpu" not in name or self.node.gpus}
+        wanted = (pod.spec.get("nodeSelector") or {}).items()
+        taints = [taint.model_dump() for taint in self.node.taints]
+        if self.node.role == "control-plane":
+            taints.append({"key": "node-role.kubernetes.io/control-plane", "value": "true", "effect": "NoSchedule"})
+        fits = need[0] <= self.cores and need[1] <= self.memory and need[2] <= self.gpus
+        return fits and wanted <= labels.items() and all(_tolerates(pod.spec, taint) for taint in taints)
+
+    def put(self, pod: Pod, need: tuple[Decimal, Decimal, Decimal]) -> None:
+        """Give it to a pod."""
+        self.cores, self.memory, self.gpus = (
+            self.cores - need[0], self.memory - need[1], self.gpus - need[2],
+        )  # fmt: skip
+        self.pods.append(pod.where)
+
+
+def _tolerates(spec: Object, taint: dict[str, str]) -> bool:
+    return any(
+        one.get("key") in (None, taint["key"])
+        and (one.get("operator") == "Exists" or one.get("value") == taint["value"])
+        and one.get("effect") in (None, taint["effect"])
+        for one in spec.get("tolerations") or []
+    )
+
+
+def check_placement(tree: Tree) -> Iterator[str]:
+    """Pods that no node takes, in any hour of the day."""
+    try:
+        nodes = nodes_of_tree(tree)
+    except ValueError as error:
+        yield f"infra/nodes.yaml: {' '.join(str(error).split())}"
+        return
+    shape = max(SHAPES, key=lambda one: (one.nodes * one.processes, one.nodes))
+    for name, hour in (("day", TRAINING_HOURS[0] + 1), ("night", TRAINING_HOURS[-1] + 2)):
+        trainings = [shape] if hour in TRAINING_HOURS else []
+        yield from (f"{finding} (by {name})" for finding in place(nodes, pods_at(tree, hour), trainings)[1])
+    yield from _windows(tree)
+
+
+def nodes_of_tree(tree: Tree) -> list[Node]:
+    """The node list of a tree; ValueError where it is wrong."""
+    return [Node.model_validate(one) for one in tree.lists["nodes"]]
+
+
+def pods_at(tree: Tree, hour: int) -> list[Pod]:
+    """The pods that run at an hour in Sao Paulo, with as many replicas as their schedule wants then."""
+    found = []
+    for pod in tree.pods:
+        replicas = pod.replicas
+        for _, one in tree.of("ScaledObject"):
+            name = f"{one['spec']['scaleTargetRef'].get('kind', 'Deployment')} {one['spec']['scaleTargetRef']['name']}"
+            if one["metadata"]["namespace"] == pod.namespace and pod.where.endswith(f": {name}"):
+                replicas = one["spec"].get("minReplicaCount", 0)
+                for trigger in one["spec"]["triggers"]:
+                    if trigger["type"] == "cron" and hour in hours(trigger["metadata"]):
+                        replicas = max(replicas, int(trigger["metadata"]["desiredReplicas"]))
+        by_hand = any(
+            one["rule"] == "by-hand" and pod.where.startswith(one["where"]) for one in tree.lists["exceptions"]
+        )
+        if replicas and not by_hand:
+            found.append(Pod(**{**pod.__dict__, "replicas": replicas}))
+    return found
+
+
+def hours(window: dict[str, str]) -> set[int]:
+    """The hours, each in its first minutes, in which a cron trigger wants replicas."""
+    start, end = (int(window[name].split()[1]) for name in ("start", "end"))
+    last = end + (1 if int(window["end"].split()[0]) else 0)  # within the hour
+    return {hour % 24 for hour in range(start, last if last > start else last + 24)}
+
+
+def place(nodes: list[Node], pods: list[Pod], trainings: list[Shape]) -> tuple[list[Room], list[str]]:
+    """Put all pods, and trainings as tasks/pods.py asks for them, on nodes: what is left, and what found no node.
+
+    What asks for most is put first, on the node that has least left of what takes it, as a scheduler that packs would.
+    """
+    rooms = [
+        Room(node, Decimal(node.cores - KEPT_CORES), Decimal((node.memory_gib - KEPT_MEMORY) * GIB),
+             Decimal(node.gpus.count if node.gpus else 0))
+        for node in nodes
+    ]  # fmt: skip
+    findings = []
+    for pod in [one for one in pods if one.kind == "DaemonSet"]:
+        need = needed(pod)
+        for room in rooms:
+            if room.takes(pod, (Decimal(0), Decimal(0), Decimal(0))):
+                if not room.takes(pod, need):
+                    findings.append(f"{pod.where}: {room.node.name} has no room for it")
+                room.put(pod, need)
+    single = [(pod, needed(pod)) for pod in pods if pod.kind != "DaemonSet" for _ in range(pod.replicas + pod.surge)]
+    single += [one for shape in trainings for one in _training(nodes, shape)]
+    for pod, need in sorted(single, key=lambda one: (one[1][2], one[1][1], one[1][0]), reverse=True):
+        able = [room for room in rooms if room.takes(pod, need)]
+        if able:
+            min(able, key=lambda room: (room.gpus, room.memory)).put(pod, need)
+        elif pod.spec.get("priorityClassName") != WAITS:
+            what = f"{need[2]} GPUs, {need[0]} cores, {need[1] / GIB:.0f} GiB"
+            findings.append(f"{pod.where}: no node has room for it ({what}), or none takes its selector and taints")
+    return rooms, findings
+
+
+def _training(nodes: list[Node], shape: Shape) -> list[tuple[Pod, tuple[Decimal, Decimal, Decimal]]]:
+    node = next(one for one in nodes if one.role == TRAINING)
+    cores, memory = node.share(shape.processes)
+    spec = {
+        "nodeSelector": {"role": TRAINING, "gpu-type": "nvidia"},
+        "tolerations": [{"key": one.key, "value": one.value, "effect": one.effect} for one in node.taints],
+        "priorityClassName": "forge-training",
+    }
+    pod = Pod(f"a training of shape {shape}", "homelab-production", {}, {}, spec, "PyTorchJob")
+    return [(pod, (Decimal(cores), Decimal(memory * GIB), Decimal(shape.processes)))] * shape.nodes
+
+
+def needed(pod: Pod) -> tuple[Decimal, Decimal, Decimal]:
+    """Cores, bytes and GPUs that a pod requests: its containers together, or the largest that runs before them."""
+    total, before = [Decimal(0)] * 3, [Decimal(0)] * 3
+    for container in pod.containers:
+        total = [a + b for a, b in zip(total, _requests(container), strict=True)]
+    for container in pod.spec.get("initContainers", []):
+        before = [max(a, b) for a, b in zip(before, _requests(container), strict=True)]
+    cores, memory, gpus = (max(a, b) for a, b in zip(total, before, strict=True))
+    return cores, memory, gpus
+
+
+def _requests(container: Object) -> tuple[Decimal, Decimal, Decimal]:
+    resources = container.get("resources") or {}
+    asked = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+    cores, memory, gpus = (parse_quantity(asked.get(name, 0)) for name in ("cpu", "memory", GPU))
+    return cores, memory, gpus
+
+
+def _windows(tree: Tree) -> Iterator[str]:
+    """What is scaled by the clock on nodes that train never runs in the hours in which they train."""
+    zone = zoneinfo.ZoneInfo(TIME_ZONE)
+    for where, one in tree.of("ScaledObject"):
+        for trigger in one["spec"]["triggers"]:
+            if trigger["type"] != "cron":
+                continue
+            window = trigger["metadata"]
+            offset = datetime.datetime(2026, 1, 1, tzinfo=zone).utcoffset()
+            if datetime.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo(window["timezone"])).utcoffset() != offset:
+                yield f"{where}: its time zone {window['timezone']} is not {TIME_ZONE}"
+            both = sorted(hours(window) & set(TRAINING_HOURS))
+            name = one["spec"]["scaleTargetRef"]["name"]
+            on_training = any(
+                pod.where.endswith(f" {name}") and (pod.spec.get("nodeSelector") or {}).get("role") == TRAINING
+                for pod in tree.pods
+            )
+            if both and on_training:
+                yield f"{where}: runs at {both[0]}:00 in {TIME_ZONE}, when its nodes train (tasks/nodes.py)"

@@ -1,0 +1,135 @@
+"""Every object is one that its API would take: Kubernetes' own schemas, those of custom resources, charts' values."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from infra.check.tree import Object, Tree, key, name_of
+
+KUBERNETES = "1.34"  # that k3s runs
+SCHEMAS = Path(__file__).parent.parent / "schemas"
+CORE = ("", ".k8s.io")  # ends of the API groups that are Kubernetes' own, but for those of projects beside it
+CUSTOM = ("gateway.networking.k8s.io", "x-k8s.io")
+# Mappings whose keys are the user's own, wherever they are among a chart's values.
+FREE = {
+    "annotations", "labels", "nodeSelector", "podAnnotations", "podLabels", "matchLabels", "extraFiles", "config",
+    "inline", "data", "env", "extraEnv", "extraConfig", "resources", "limits", "requests", "securityContext",
+    "podSecurityContext", "containerSecurityContext", "affinity", "parameters", "defaultRules", "additionalLabels",
+}  # fmt: skip
+
+
+def check_schemas(tree: Tree) -> Iterator[str]:
+    """What is not valid, of the forge cluster and of studio."""
+    for where, one in [*tree.objects, *(("infra/studio", one) for one in tree.studio)]:
+        for finding in _invalid(json.dumps(one, sort_keys=True, default=str)):
+            yield f"{name_of(where, one)}: {finding}"
+    for release in tree.releases.values():
+        for finding in _values(tree, release):
+            yield f"HelmRelease {key(release)}: {finding}"
+
+
+@functools.cache
+def _invalid(text: str) -> tuple[str, ...]:
+    """What is wrong with an object, by its JSON."""
+    one = json.loads(text)
+    version, kind = str(one.get("apiVersion")), str(one.get("kind"))
+    group = version.rpartition("/")[0]
+    if not (one.get("metadata") or {}).get("name"):
+        return ("it has no name",)
+    file = SCHEMAS / "crds" / f"{group}_{kind.lower()}_{version.rpartition('/')[2]}.json"
+    if file.is_file():
+        found = [f"{_path(error)}: {error.message}" for error in _schema(file).iter_errors(one)]
+        return (*found, *_templates(one))
+    try:
+        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return (f"{_path(error)}: {error.message}",)
+    except Exception as error:  # whatever it raises where it has no schema
+        return (f"nothing is known of {version} {kind} ({error}); put its schema into infra/schemas/crds",)
+    return ()
+
+
+def _path(error: Any) -> str:
+    return ".".join(str(part) for part in error.path) or "the object"
+
+
+@functools.cache
+def _schema(file: Path) -> jsonschema.Draft202012Validator:
+    schema = json.loads(file.read_text())
+    whole = {name: {} for name in ("apiVersion", "kind", "metadata")}  # some leave out what every object has
+    schema["properties"] = {**whole, **schema["properties"]}
+    return jsonschema.Draft202012Validator(_strict(schema))
+
+
+def _strict(schema: Any) -> Any:
+    """An OpenAPI schema as JSON Schema has it, that refuses fields which an API server would drop without a word."""
+    if isinstance(schema, list):
+        return [_strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _strict(one) for name, one in schema.items() if name != "properties"}
+    if isinstance(schema.get("properties"), dict):
+        made["properties"] = {name: _strict(one) for name, one in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields") and schema.get("type") == "object":
+            made.setdefault("additionalProperties", False)
+    if schema.get("nullable") and isinstance(schema.get("type"), str):
+        made["type"] = [schema["type"], "null"]
+    if schema.get("x-kubernetes-embedded-resource"):
+        made.pop("additionalProperties", None)
+    for name in ("default", "format", "nullable", "example"):
+        made.pop(name, None)
+    return made
+
+
+def _templates(one: Object) -> Iterator[str]:
+    """What is wrong with the pod templates within a custom resource."""
+    for role, part in ((one.get("spec") or {}).get("pytorchReplicaSpecs") or {}).items():
+        template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": part["template"]}
+        for finding in _invalid(json.dumps(template, sort_keys=True)):
+            yield f"spec.pytorchReplicaSpecs.{role}.{finding}"
+
+
+def _values(tree: Tree, release: Object) -> Iterator[str]:
+    """What of a release's values its chart does not know."""
+    chart = next((one for one in tree.lists["versions"] if one.get("release") == key(release)), None)
+    if chart is None:
+        return  # said by references.py
+    values = release["spec"].get("values") or {}
+    file = SCHEMAS / "charts" / f"{chart['schema']}.yaml"
+    if not file.is_file():
+        yield f"infra/schemas/charts/{chart['schema']}.yaml is missing: the chart's own values"
+        return
+    defaults = yaml.safe_load(file.read_text())
+    for part, subchart in (chart.get("subcharts") or {}).items():
+        more = yaml.safe_load((SCHEMAS / "charts" / f"{subchart}.yaml").read_text())
+        defaults[part] = {**more, **(defaults.get(part) or {})}
+    yield from _unknown(values, defaults, "values", set(chart.get("free") or []))
+    schema = file.with_suffix(".schema.json")
+    if schema.is_file():
+        for error in jsonschema.Draft202012Validator(json.loads(schema.read_text())).iter_errors(values):
+            yield f"values.{_path(error)}: {error.message}"
+
+
+def _unknown(values: Any, defaults: Any, path: str, free: set[str]) -> Iterator[str]:
+    """Keys that a chart's own values do not have, and values of another kind than theirs."""
+    if not isinstance(values, dict) or path.removeprefix("values.") in free:
+        return
+    if not isinstance(defaults, dict):
+        if defaults not in (None, "", []):
+            yield f"{path}: the chart has {json.dumps(defaults)} there, not a mapping"
+        return
+    if not defaults or path.rpartition(".")[2] in FREE:
+        return
+    for name, value in values.items():
+        if name not in defaults:
+            yield f"{path}.{name}: the chart has no such value"
+        elif isinstance(defaults[name], dict) and defaults[name] and value is not None and not isinstance(value, dict):
+            yield f"{path}.{name}: the chart has a mapping there, not {json.dumps(value)}"
+        else:
+            yield from _unknown(value, defaults[name], f"{path}.{name}", free)

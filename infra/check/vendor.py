@@ -1,0 +1,66 @@
+"""Fetch the schemas again that infra/schemas/sources.yaml lists: `python -m infra.check.vendor FOLDER`.
+
+FOLDER holds clones of the repositories, as OWNER+NAME or OWNER+NAME/repo. Descriptions are left out: they are most of a
+schema, and nothing is checked by them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.check.schemas import SCHEMAS
+
+
+def main() -> None:
+    """Write each file of the list anew."""
+    for one in yaml.safe_load((SCHEMAS / "sources.yaml").read_text())["sources"]:
+        clone = Path(sys.argv[1]) / one["repository"].replace("/", "+")
+        clone = clone / "repo" if (clone / "repo").is_dir() else clone
+        text = subprocess.run(
+            ["git", "-C", str(clone), "show", f"{one['ref']}:{one['path']}"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        target = SCHEMAS / one["file"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(convert(one, text))
+
+
+def convert(one: dict[str, Any], text: str) -> str:
+    """What is kept of a source: a version of a custom resource's schema, a chart's values, or their schema."""
+    lines = text if one["file"].startswith("charts") else "\n".join(
+        line for line in text.splitlines() if "{{" not in line  # of Helm, around a custom resource
+    )  # fmt: skip
+    read = json.loads(text) if one["path"].endswith(".json") else list(yaml.safe_load_all(lines))
+    if one["file"].startswith("crds"):
+        found = next(document for document in read if document and document["kind"] == "CustomResourceDefinition")
+        version = Path(one["file"]).stem.rpartition("_")[2]
+        schema = next(each for each in found["spec"]["versions"] if each["name"] == version)["schema"]
+        return json.dumps(plain(schema["openAPIV3Schema"]), separators=(",", ":"), sort_keys=True) + "\n"
+    if one["file"].endswith(".schema.json"):
+        return json.dumps(plain(read if isinstance(read, dict) else read[0]), separators=(",", ":")) + "\n"
+    return yaml.safe_dump(read[0], sort_keys=True, allow_unicode=True, width=120)
+
+
+def plain(schema: Any) -> Any:
+    """A schema without what is only to be read; a pod's template within one is checked by itself."""
+    if isinstance(schema, list):
+        return [plain(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and isinstance(properties.get("spec"), dict):
+        if "containers" in (properties["spec"].get("properties") or {}):
+            return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        name: {key: plain(value) for key, value in one.items()} if name == "properties" else plain(one)
+        for name, one in schema.items()
+        if name != "description" or not isinstance(one, str)
+    }
+
+
+if __name__ == "__main__":
+    main()
