@@ -32,6 +32,8 @@ GPU_VARIABLES = {
     # Longer than a collective may take (tasks/finetune/processes.py), which then says what was going on.
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "900",
 }
+PRIORITY = "forge-training"  # below what serves, above notebooks (infra/apps/cluster/priority-classes)
+METRICS = 9095  # that Prometheus asks a training on, as FORGE_METRICS_PORT of the ConfigMap says
 SCRATCH = "200Gi"  # of a node's disk, for local copies
 
 
@@ -102,6 +104,7 @@ def pod(node: Node, signs: bool = False, shared: bool = False) -> PodTemplate:
     container = client.V1Container(
         name=PRIMARY,
         env_from=[settings],
+        ports=[client.V1ContainerPort(name="metrics", container_port=METRICS)] if node.gpus else None,
         volume_mounts=mounts,
         security_context=client.V1SecurityContext(
             allow_privilege_escalation=False, capabilities=client.V1Capabilities(drop=["ALL"])
@@ -116,6 +119,7 @@ def pod(node: Node, signs: bool = False, shared: bool = False) -> PodTemplate:
             for taint in node.taints
         ],
         runtime_class_name="nvidia" if node.gpus else None,
+        priority_class_name=PRIORITY if node.gpus else None,
         enable_service_links=False,
         security_context=client.V1PodSecurityContext(
             run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,

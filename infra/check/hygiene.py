@@ -10,7 +10,7 @@ GPU = "nvidia.com/gpu"
 SERVICES = ("Deployment", "StatefulSet", "DaemonSet")  # that run for ever
 PASSWORDS = re.compile(r"minioadmin|changeme|admin[:/]admin|postgres[:/]postgres|password[:=]\s*\w+123", re.I)
 SECRET = re.compile(r"(password|passwd|secret_?key|access_?key|api_?key|token|credential)s?$", re.I)
-REFERENCE = re.compile(r"(existing|name|ref|file|path|mount|from)", re.I)
+REFERENCE = re.compile(r"(existing|name|ref|file|path|mount|from|keyof|password_length)", re.I)
 
 
 def check_hygiene(tree: Tree) -> Iterator[str]:

@@ -145,11 +145,14 @@ def _connections(tree: Tree) -> Iterator[str]:
 
 
 def _sources(tree: Tree, named: str) -> list[Pod]:
-    """Pods by `namespace/name`, the name being that of app.kubernetes.io/name; or tasks, as `namespace/tasks`."""
+    """Pods by `namespace/name`: by the label app.kubernetes.io/name, or as infra/charts.yaml names them."""
     namespace, _, name = named.partition("/")
-    if name == "tasks":  # that Flyte makes: tasks/pods.py gives them this label
-        return [Pod(f"a task in {namespace}", namespace, {"app.kubernetes.io/part-of": "forge"}, {}, {}, "Pod")]
-    return [pod for pod in tree.pods if pod.namespace == namespace and pod.labels.get("app.kubernetes.io/name") == name]
+    return [
+        pod
+        for pod in tree.pods
+        if pod.namespace == namespace
+        and (pod.labels.get("app.kubernetes.io/name") == name or pod.where.endswith(f" {name}"))
+    ]
 
 
 def _exports(tree: Tree) -> Iterator[str]:

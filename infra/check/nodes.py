@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import yaml
 
-from infra.check.placement import nodes_of_tree
+from infra.check.placement import RESERVED_CORES, RESERVED_MEMORY, nodes_of_tree
 from infra.check.tree import Tree
 from tasks.nodes import Node
 
@@ -27,6 +27,9 @@ def check_nodes(tree: Tree) -> Iterator[str]:
             continue
         if config.get("node-name") != node.name:
             yield f"{where}: node-name is {config.get('node-name')}, not {node.name}"
+        reserved = f"system-reserved=cpu={RESERVED_CORES},memory={RESERVED_MEMORY}Gi"
+        if reserved not in (config.get("kubelet-arg") or []):
+            yield f"{where}: kubelet-arg lacks {reserved}, with which pods are placed (infra/check/placement.py)"
         for field, wanted in (("node-label", labels_of(node)), ("node-taint", taints_of(node))):
             has = set(config.get(field) or [])
             for one in sorted(wanted - has):

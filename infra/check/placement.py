@@ -9,10 +9,13 @@ from decimal import Decimal
 from kubernetes.utils import parse_quantity
 
 from infra.check.tree import Object, Pod, Tree
-from tasks.nodes import KEPT_CORES, KEPT_MEMORY, SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
+from tasks.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
 
 GIB = 1024**3
 GPU = "nvidia.com/gpu"
+# What the kubelet keeps of a node for itself and the system (infra/k3s). Tasks leave more (tasks.nodes.KEPT_CORES), for
+# what runs on every node.
+RESERVED_CORES, RESERVED_MEMORY = 2, 8
 WAITS = "forge-notebooks"  # the priority of what may wait for a GPU
 OS = {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "nvidia.com/gpu.present": "true"}
 
@@ -107,7 +110,7 @@ def place(nodes: list[Node], pods: list[Pod], trainings: list[Shape]) -> tuple[l
     What asks for most is put first, on the node that has least left of what takes it, as a scheduler that packs would.
     """
     rooms = [
-        Room(node, Decimal(node.cores - KEPT_CORES), Decimal((node.memory_gib - KEPT_MEMORY) * GIB),
+        Room(node, Decimal(node.cores - RESERVED_CORES), Decimal((node.memory_gib - RESERVED_MEMORY) * GIB),
              Decimal(node.gpus.count if node.gpus else 0))
         for node in nodes
     ]  # fmt: skip

@@ -20,7 +20,8 @@ CUSTOM = ("gateway.networking.k8s.io", "x-k8s.io")
 FREE = {
     "annotations", "labels", "nodeSelector", "podAnnotations", "podLabels", "matchLabels", "extraFiles", "config",
     "inline", "data", "env", "extraEnv", "extraConfig", "resources", "limits", "requests", "securityContext",
-    "podSecurityContext", "containerSecurityContext", "affinity", "parameters", "defaultRules", "additionalLabels",
+    "podSecurityContext", "containerSecurityContext", "affinity", "additionalLabels", "grafana.ini",
+    "volumeClaimTemplate", "default-for-task-types", "kubespawner_override",
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def _path(error: Any) -> str:
 @functools.cache
 def _schema(file: Path) -> jsonschema.Draft202012Validator:
     schema = json.loads(file.read_text())
-    whole = {name: {} for name in ("apiVersion", "kind", "metadata")}  # some leave out what every object has
+    whole: Object = {name: {} for name in ("apiVersion", "kind", "metadata")}  # some leave out what every object has
     schema["properties"] = {**whole, **schema["properties"]}
     return jsonschema.Draft202012Validator(_strict(schema))
 
@@ -108,28 +109,39 @@ def _values(tree: Tree, release: Object) -> Iterator[str]:
     defaults = yaml.safe_load(file.read_text())
     for part, subchart in (chart.get("subcharts") or {}).items():
         more = yaml.safe_load((SCHEMAS / "charts" / f"{subchart}.yaml").read_text())
-        defaults[part] = {**more, **(defaults.get(part) or {})}
-    yield from _unknown(values, defaults, "values", set(chart.get("free") or []))
+        defaults[part] = merge(more, defaults.get(part) or {})
+    yield from _unknown(values, defaults, "", set(chart.get("also") or []))
     schema = file.with_suffix(".schema.json")
     if schema.is_file():
-        for error in jsonschema.Draft202012Validator(json.loads(schema.read_text())).iter_errors(values):
-            yield f"values.{_path(error)}: {error.message}"
+        for error in jsonschema.Draft202012Validator(json.loads(schema.read_text())).iter_errors(
+            merge(defaults, values)
+        ):
+            yield f"values.{_path(error)}: {error.message[:200]}"
 
 
-def _unknown(values: Any, defaults: Any, path: str, free: set[str]) -> Iterator[str]:
-    """Keys that a chart's own values do not have, and values of another kind than theirs."""
-    if not isinstance(values, dict) or path.removeprefix("values.") in free:
-        return
-    if not isinstance(defaults, dict):
-        if defaults not in (None, "", []):
-            yield f"{path}: the chart has {json.dumps(defaults)} there, not a mapping"
-        return
-    if not defaults or path.rpartition(".")[2] in FREE:
-        return
+def merge(below: Any, above: Any) -> Any:
+    """Values as Helm merges them: mappings key by key, all else replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{name: merge(below.get(name), value) for name, value in above.items()}}
+
+
+def _unknown(values: Object, defaults: Object, path: str, also: set[str]) -> Iterator[str]:
+    """Keys that a chart's own values do not have, and values of another kind than theirs.
+
+    `also` are paths that its templates read, though its values do not have them.
+    """
     for name, value in values.items():
+        here = f"{path}.{name}" if path else name
+        default = defaults.get(name)
+        if here in also or name in FREE:
+            continue
         if name not in defaults:
-            yield f"{path}.{name}: the chart has no such value"
-        elif isinstance(defaults[name], dict) and defaults[name] and value is not None and not isinstance(value, dict):
-            yield f"{path}.{name}: the chart has a mapping there, not {json.dumps(value)}"
-        else:
-            yield from _unknown(value, defaults[name], f"{path}.{name}", free)
+            yield f"values.{here}: the chart has no such value"
+        elif isinstance(value, dict) and default:
+            if isinstance(default, dict):
+                yield from _unknown(value, default, here, also)
+            else:
+                yield f"values.{here}: the chart has {json.dumps(default)} there, not a mapping"
+        elif isinstance(default, dict) and default and value is not None and not isinstance(value, dict):
+            yield f"values.{here}: the chart has a mapping there, not {json.dumps(value)}"

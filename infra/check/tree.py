@@ -91,22 +91,20 @@ class Tree:
             values = release["spec"].get("values") or {}
             for one in chart.get("pods", []):
                 ports = [{"name": name, "containerPort": port} for name, port in one.get("ports", {}).items()]
-                resources = [at(values, path) or {} for path in one.get("resources", [])]
-                containers: list[Object] = [{"name": f"{n}", "resources": found} for n, found in enumerate(resources)]
-                containers = containers or [{"name": "0", "resources": one.get("fixed", {})}]
+                found = [resources_of(at(values, path)) for path in one.get("resources", [])] or [one.get("fixed", {})]
+                containers: list[Object] = [{"name": f"{n}", "resources": each} for n, each in enumerate(found)]
                 containers[0]["ports"] = ports
+                every = [{"operator": "Exists"}] if one["kind"] == "DaemonSet" else []
                 spec = {
                     "containers": containers,
-                    "nodeSelector": at(values, one.get("nodeSelector", "")) or {},
-                    "tolerations": [{"operator": "Exists"}] if one["kind"] == "DaemonSet" else
-                    at(values, one.get("tolerations", "")) or [],
+                    "nodeSelector": {**one.get("selects", {}), **(at(values, one.get("nodeSelector", "")) or {})},
+                    "tolerations": every or at(values, one.get("tolerations", "")) or [],
                     "priorityClassName": at(values, one.get("priority", "")) or "",
-                }  # fmt: skip
-                replicas = one.get("replicas", 1)
-                yield Pod(
-                    f"infra/charts.yaml: {chart['release']} {one['name']}", chart["release"].split("/")[0],
-                    one["labels"], one.get("annotations", {}), spec, one["kind"], replicas, one.get("surge", 0), True,
-                )  # fmt: skip
+                }
+                replicas, home = one.get("replicas", 1), one.get("namespace", chart["release"].split("/")[0])
+                labels, notes = one["labels"], one.get("annotations", {})
+                where = f"infra/charts.yaml: {chart['release']} {one['name']}"
+                yield Pod(where, home, labels, notes, spec, one["kind"], replicas, one.get("surge", 0), True)
 
     @functools.cached_property
     def services(self) -> list[tuple[str, Object]]:
@@ -214,6 +212,16 @@ def _pod(where: str, one: Object, template: Object, kind: str, replicas: int, su
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     namespace = one["metadata"].get("namespace", "")
     return Pod(where, namespace, labels, annotations, template.get("spec") or {}, kind, replicas, surge)
+
+
+def resources_of(found: Object | None) -> Object:
+    """A container's resources, also where a chart has them as Linkerd's do: cpu.request, memory.limit."""
+    if not found or not isinstance(found.get("cpu", found.get("memory")), dict):
+        return found or {}
+    return {
+        f"{kind}s": {name: str(one[kind]) for name, one in found.items() if one.get(kind)}
+        for kind in ("request", "limit")
+    }
 
 
 def name_of(where: str, one: Object) -> str:

@@ -51,10 +51,9 @@ def plain(schema: Any) -> Any:
         return [plain(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    properties = schema.get("properties")
-    if isinstance(properties, dict) and isinstance(properties.get("spec"), dict):
-        if "containers" in (properties["spec"].get("properties") or {}):
-            return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    spec = (schema.get("properties") or {}).get("spec")
+    if isinstance(spec, dict) and "containers" in (spec.get("properties") or {}):
+        return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     return {
         name: {key: plain(value) for key, value in one.items()} if name == "properties" else plain(one)
         for name, one in schema.items()

@@ -178,6 +178,7 @@ def test_gpus_have_shared_memory_and_are_the_nodes_own(package: Package) -> None
             variables = {one["name"]: one["value"] for one in pod_of(task)[1]["env"]}
             assert variables["NCCL_SOCKET_IFNAME"] == "eth0"
             assert pod_of(task)[0]["runtimeClassName"] == "nvidia"
+            assert pod_of(task)[0]["priorityClassName"] == "forge-training"
     assert {node.gpus.product for node in nodes_of(TRAINING) if node.gpus} <= set(GPUS)
 
 

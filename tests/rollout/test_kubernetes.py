@@ -153,8 +153,8 @@ def test_who_may_not_write_is_told_which_role_to_bind(fake: Place) -> None:
     assert refused.value.message == (
         "not allowed to create configmaps in namespace ml-inference (configmaps is forbidden: User "
         '"system:serviceaccount:ml-inference:vllm-reconciler" cannot create resource "configmaps"); bind the Role '
-        "forge-rollout (the reconciler: vllm-reconciler) of infra/apps/ml-inference/vllm/rbac.yaml to the ServiceAccount "
-        "that asks"
+        "forge-rollout (the reconciler: vllm-reconciler) of infra/apps/ml-inference/vllm/rbac.yaml to the "
+        "ServiceAccount that asks"
     )
 
 

@@ -1,0 +1,79 @@
+"""Every pod has a node, by day and by night; the mistakes of the cluster's first description are caught."""
+
+import copy
+import shutil
+
+import pytest
+
+from infra.check.placement import check_placement, hours, nodes_of_tree, place, pods_at
+from infra.check.tree import Pod, Tree, read_tree
+from tasks.cluster import SERVING_NODE
+from tasks.errors import ForgeError
+from tasks.nodes import TRAINING_HOURS, Shape
+from tasks.rollout.desired import read_document
+from tasks.rollout.fit import check_serving
+from tasks.settings import PROJECT
+from tests.rollout.test_fit import LLAMA_70B, LLAMA_70B_AWQ, WEIGHTS_70B, WEIGHTS_70B_AWQ
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
+)
+
+
+@pytest.fixture(scope="module")
+def tree() -> Tree:
+    return read_tree(PROJECT / "infra")
+
+
+def with_gpu(pod: Pod, gpus: int) -> Pod:
+    """The same pod, asking for GPUs."""
+    spec = copy.deepcopy(pod.spec)
+    spec["containers"][0]["resources"].setdefault("limits", {})["nvidia.com/gpu"] = str(gpus)
+    return Pod(**{**pod.__dict__, "spec": spec})
+
+
+def test_all_pods_have_a_node(tree: Tree) -> None:
+    assert list(check_placement(tree)) == []
+
+
+def test_every_gpu_is_accounted_for(tree: Tree) -> None:
+    nodes = nodes_of_tree(tree)
+    for hour, trainings in ((12, [Shape(2, 2)]), (22, [])):
+        rooms, missing = place(nodes, pods_at(tree, hour), trainings)
+        assert missing == []
+        assert sum(room.gpus for room in rooms) == 0, hour  # by day two serve and four train; by night all six serve
+
+
+def test_a_gpu_ollama_beside_a_full_vllm_is_caught(tree: Tree) -> None:
+    pods = [with_gpu(pod, 1) if pod.where.endswith("Deployment ollama") else pod for pod in pods_at(tree, 12)]
+    _, missing = place(nodes_of_tree(tree), pods, [])
+    assert ["Deployment ollama: no node has room for it (1 GPUs" in one for one in missing] == [True]
+
+
+def test_two_trainings_at_once_are_caught(tree: Tree) -> None:
+    _, missing = place(nodes_of_tree(tree), pods_at(tree, 12), [Shape(2, 2), Shape(1, 2)])
+    assert len(missing) == 1
+    assert missing[0].startswith("a training of shape")
+
+
+def test_what_serves_at_first_fits_in_4_bits_and_not_in_bf16(tree: Tree) -> None:
+    document = next(one for _, one in tree.of("ConfigMap") if one["metadata"]["name"] == "vllm-desired")
+    serving = read_document(document["data"]["desired.json"], "vllm-desired").serving
+    public = "meta-llama/Meta-Llama-3.1-70B-Instruct"
+    assert serving.base is not None
+    assert serving.find(public) == serving.base
+    fit = check_serving(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, serving.engine, SERVING_NODE, public, concurrency=20)
+    assert (fit.gpus, fit.served) == (2, 4096)
+    with pytest.raises(ForgeError, match="it fits with tensor parallelism over 8 x A100-40GB, or with 4-bit"):
+        check_serving(LLAMA_70B, WEIGHTS_70B, serving.engine, SERVING_NODE, public)
+
+
+def test_the_windows_of_training_and_of_the_night_do_not_meet(tree: Tree) -> None:
+    windows = [
+        trigger["metadata"]
+        for _, one in tree.of("ScaledObject") for trigger in one["spec"]["triggers"] if trigger["type"] == "cron"
+    ]  # fmt: skip
+    assert windows
+    for window in windows:
+        assert hours(window).isdisjoint(TRAINING_HOURS)
+    assert hours({"start": "0 19 * * *", "end": "5 7 * * *"}) & set(TRAINING_HOURS) == {7}

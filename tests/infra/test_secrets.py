@@ -1,0 +1,45 @@
+"""The Secrets that an operator makes: complete, consistent, and not in git."""
+
+import re
+
+import yaml
+
+from infra.check.secrets import make_secrets
+from infra.check.tree import read_lists
+from tasks.settings import PROJECT
+
+
+def by_name() -> dict[str, dict[str, str]]:
+    """What is made, by namespace/name."""
+    made = make_secrets(read_lists(PROJECT / "infra", [])["external"])
+    return {f"{one['metadata']['namespace']}/{one['metadata']['name']}": one["stringData"] for one in made}
+
+
+def test_who_shares_a_password_has_the_same() -> None:
+    made = by_name()
+    users, postgres = made["data-ml/minio-users"], made["ml-platform/postgres"]
+    assert len({*users.values(), *postgres.values()}) == len(users) + len(postgres)
+    assert all(re.fullmatch("[A-Za-z0-9]{32}", value) for value in (*users.values(), *postgres.values()))
+    assert made["homelab-production/forge-secrets"]["s3-secret-key"] == users["pipeline"]
+    assert made["ml-inference/forge-secrets"]["s3-secret-key"] == users["reader"]
+    assert made["ml-platform/flyte-database"]["password"] == postgres["flyte-password"]
+    assert made["ml-platform/mlflow-database"] == {"username": "mlflow", "password": postgres["mlflow-password"]}
+    flyte = yaml.safe_load(made["ml-platform/flyte-storage"]["200-storage.yaml"])["storage"]["stow"]["config"]
+    assert (flyte["access_key_id"], flyte["secret_key"]) == ("flyte", users["flyte"])
+
+
+def test_values_are_new_each_time() -> None:
+    assert by_name()["data-ml/minio-users"] != by_name()["data-ml/minio-users"]
+
+
+def test_what_is_not_known_is_to_be_given() -> None:
+    given = {f"{name}/{key}" for name, one in by_name().items() for key, value in one.items() if value[:5] == "GIVE:"}
+    assert "homelab-production/forge-secrets/hf-token" in given
+    assert not any("same as" in value or "<" in value for one in by_name().values() for value in one.values())
+
+
+def test_no_secret_is_in_git_in_the_clear() -> None:
+    for path in (PROJECT / "infra").rglob("*.yaml"):
+        for one in yaml.safe_load_all(path.read_text()):
+            if isinstance(one, dict) and one.get("kind") == "Secret":
+                assert "sops" in one, path
