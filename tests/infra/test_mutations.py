@@ -1,0 +1,157 @@
+"""Manifests that somebody broke are caught: each mutation is one mistake, and what is said of it."""
+
+import functools
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from infra.check.__main__ import findings
+from infra.check.tree import read_tree
+from tasks.settings import PROJECT
+
+INFRA = PROJECT / "infra"
+VLLM = "apps/ml-inference/vllm"
+NIGHT = "apps/ml-inference/vllm-night"
+OLLAMA = "apps/ml-inference/ollama"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
+)
+
+
+class Mutation(NamedTuple):
+    """In a file, the first text is replaced by the second; then a finding matches the pattern."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    said: str
+
+
+MUTATIONS = [
+    Mutation("a Service's port leads nowhere", f"{OLLAMA}/service.yaml", "targetPort: http", "targetPort: web",
+             "Service ollama: port 11434 leads to web"),
+    Mutation("a Service selects nothing", f"{OLLAMA}/service.yaml", "selector:\n    app.kubernetes.io/name: ollama",
+             "selector:\n    app: ollama", "Service ollama: its selector finds no pods"),
+    Mutation("pods without the selector's label", f"{OLLAMA}/deployment.yaml",
+             "  template:\n    metadata:\n      labels:\n        app.kubernetes.io/name: ollama",
+             "  template:\n    metadata:\n      labels:\n        app.kubernetes.io/name: olama",
+             "Deployment ollama: its selector does not find its own pods"),
+    Mutation("a bad indent", f"{OLLAMA}/service.yaml", "  ports:", "   ports:", "ollama: does not build"),
+    Mutation("an unknown field", f"{OLLAMA}/deployment.yaml", "enableServiceLinks: false",
+             "enableServiceLinks: false\n      enableServiceLink: false", "Deployment ollama: .*enableServiceLink"),
+    Mutation("a field of the wrong kind", f"{OLLAMA}/deployment.yaml", "replicas: 1", "replicas: one",
+             "Deployment ollama: .*one"),
+    Mutation("no selector", f"{VLLM}/deployment.yaml",
+             "  selector:\n    matchLabels:\n      app.kubernetes.io/name: vllm\n", "", "Deployment vllm: .*selector"),
+    Mutation(":latest", f"{VLLM}/deployment.yaml", "vllm/vllm-openai:v0.32.0", "vllm/vllm-openai:latest",
+             "vllm-openai:latest names no version"),
+    Mutation("another version than the table's", f"{NIGHT}/deployment.yaml", "vllm/vllm-openai:v0.32.0",
+             "vllm/vllm-openai:v0.31.0", "image vllm/vllm-openai:v0.31.0 is not in infra/versions.yaml"),
+    Mutation("no limit", f"{OLLAMA}/deployment.yaml", "limits: {memory: 32Gi}", "limits: {}",
+             "ollama: resources.limits.memory is missing"),
+    Mutation("no probe", f"{VLLM}/deployment.yaml", "readinessProbe:", "lifecycle: {}\n          startupProbe:",
+             "(has no readinessProbe|does not build)"),
+    Mutation("a probe of a port that is not there", f"{VLLM}/reconciler.yaml", "{path: /healthz, port: status}",
+             "{path: /healthz, port: health}", "vllm-reconciler: the livenessProbe of reconciler asks port health"),
+    Mutation("privileges", f"{VLLM}/reconciler.yaml",
+             "securityContext:\n            allowPrivilegeEscalation: false\n            capabilities:\n"
+             "              drop: [ALL]\n          livenessProbe", "livenessProbe", "allowPrivilegeEscalation is not"),
+    Mutation("root", f"{OLLAMA}/deployment.yaml", "runAsNonRoot: true", "runAsNonRoot: false",
+             "ollama: may run as root"),
+    Mutation("the variables of Services", f"{VLLM}/deployment.yaml", "enableServiceLinks: false",
+             "enableServiceLinks: true", "VLLM_PORT into pods"),
+    Mutation("CUDA_VISIBLE_DEVICES", f"{NIGHT}/deployment.yaml", "- {name: DO_NOT_TRACK, value: \"1\"}",
+             "- {name: CUDA_VISIBLE_DEVICES, value: \"0,1\"}", "sets CUDA_VISIBLE_DEVICES"),
+    Mutation("no shared memory", f"{NIGHT}/deployment.yaml", "medium: Memory\n            sizeLimit: 20Gi",
+             "sizeLimit: 20Gi", "need /dev/shm"),
+    Mutation("no runtime class", f"{NIGHT}/deployment.yaml", "runtimeClassName: nvidia", "dnsPolicy: ClusterFirst",
+             "runtimeClassName is not nvidia"),
+    Mutation("a GPU for Ollama", f"{OLLAMA}/deployment.yaml", "limits: {memory: 32Gi}",
+             "limits: {memory: 32Gi, nvidia.com/gpu: \"1\"}", "Deployment ollama: no node has room for it"),
+    Mutation("more cores than a node has", f"{OLLAMA}/deployment.yaml", 'cpu: "8", memory: 16Gi',
+             'cpu: "62", memory: 16Gi', "no node has room for it"),
+    Mutation("a node that there is not", f"{OLLAMA}/deployment.yaml", "role: inference", "role: inferences",
+             "Deployment ollama: no node has room for it"),
+    Mutation("no toleration", f"{NIGHT}/deployment.yaml",
+             "tolerations:\n        - {key: nvidia.com/gpu, operator: Equal, value: present, effect: NoSchedule}",
+             "tolerations: []", "Deployment vllm-night: no node has room for it"),
+    Mutation("a surge on full nodes", f"{NIGHT}/deployment.yaml", "type: Recreate", "type: RollingUpdate",
+             "Deployment vllm-night: no node has room for it"),
+    Mutation("the night reaches into the day", f"{NIGHT}/schedule.yaml", "end: 55 6 * * *", "end: 0 9 * * *",
+             "ScaledObject vllm-night: runs at 7:00"),
+    Mutation("another time zone", f"{NIGHT}/schedule.yaml", "America/Sao_Paulo", "Etc/UTC", "is not America/Sao_Paulo"),
+    Mutation("a schedule of nothing", f"{NIGHT}/schedule.yaml", "name: vllm-night\n  minReplicaCount",
+             "name: vllm-nights\n  minReplicaCount", "there is no Deployment vllm-nights to scale"),
+    Mutation("one mark of export", f"{VLLM}/service.yaml", 'mirror.linkerd.io/exported: "true"', "tier: serving",
+             "Service vllm: has one of the two marks"),
+    Mutation("exported, not meshed", f"{VLLM}/deployment.yaml", "linkerd.io/inject: enabled",
+             "linkerd.io/inject: disabled", "is not meshed"),
+    Mutation("the gateway is shut out", f"{NIGHT}/networkpolicy.yaml", "linkerd-multicluster", "linkerd",
+             "does not let in the gateway of the mesh on port 4143"),
+    Mutation("Prometheus is shut out", f"{VLLM}/networkpolicy.yaml",
+             "values: [homelab-development, homelab-staging, homelab-production, monitoring]\n      ports:\n"
+             "        - port: 8001",
+             "values: [homelab-development, homelab-staging, homelab-production]\n      ports:\n        - port: 8001",
+             "does not let in .* on port 8001"),
+    Mutation("a policy of another port", f"{OLLAMA}/networkpolicy.yaml", "port: 4143", "port: 4142",
+             "lets in port 4142"),
+    Mutation("nothing is denied", "apps/ml-inference/namespace/network.yaml", "[Ingress, Egress]", "[Egress]",
+             "no NetworkPolicy denies Ingress by default"),
+    Mutation("a ConfigMap that is not there", f"{VLLM}/reconciler.yaml", "name: forge-settings", "name: forge-setting",
+             "there is no ConfigMap forge-setting"),
+    Mutation("a Secret's key that is not there", f"{VLLM}/reconciler.yaml", "key: s3-access-key", "key: s3-key",
+             "Secret forge-secrets has no key s3-key"),
+    Mutation("a volume that is not there", f"{OLLAMA}/deployment.yaml", "claimName: ollama-models", "claimName: models",
+             "there is no PersistentVolumeClaim models"),
+    Mutation("a mount of no volume", f"{VLLM}/deployment.yaml", "- name: shm\n              mountPath", "- name: dshm\n"
+             "              mountPath", "vllm mounts dshm"),
+    Mutation("a right too few", f"{VLLM}/rbac.yaml", "resources: [replicasets]\n    verbs: [list]",
+             "resources: [replicasets]\n    verbs: [get]", "no Role grants list replicasets"),
+    Mutation("an account that is not there", f"{VLLM}/reconciler.yaml", "serviceAccountName: vllm-reconciler",
+             "serviceAccountName: vllm", "there is no ServiceAccount vllm in ml-inference"),
+    Mutation("a priority that is not there", f"{VLLM}/deployment.yaml", "forge-serving", "forge-service",
+             "there is no PriorityClass forge-service"),
+    Mutation("a default credential", f"{OLLAMA}/deployment.yaml", "- {name: HOME, value: /models}",
+             "- {name: HOME, value: /models}\n            - {name: S3_SECRET_KEY, value: minioadmin}",
+             "default credential"),
+    Mutation("a file that nobody applies", f"{OLLAMA}/kustomization.yaml", "  - volume.yaml\n", "",
+             "volume.yaml is not in kustomization.yaml"),
+    Mutation("an API that there is not", f"{VLLM}/disruption.yaml", "policy/v1", "policy/v1beta1",
+             "nothing is known of policy/v1beta1"),
+    Mutation("a node without its taint", "k3s/forge-worker-3.yaml", "nvidia.com/gpu=present:NoSchedule",
+             "nvidia.com/gpu=here:NoSchedule", "node-taint lacks nvidia.com/gpu=present:NoSchedule"),
+    Mutation("a node fewer", "nodes.yaml", "name: forge-worker-4\n    role: training",
+             "name: forge-worker-4\n    role: platform", "no node has room for it"),
+]  # fmt: skip
+
+
+@functools.cache
+def _whole() -> frozenset[str]:
+    """What is said of the manifests as they are: nothing."""
+    return frozenset(findings(read_tree(INFRA)))
+
+
+def caught(mutation: Mutation, folder: Path) -> list[str]:
+    """What is said of the manifests with this mistake."""
+    copy = shutil.copytree(INFRA, folder / "infra", ignore=shutil.ignore_patterns("schemas", "check"))
+    file = copy / mutation.file
+    text = file.read_text()
+    assert mutation.old in text, f"{mutation.file} has no {mutation.old!r}"
+    file.write_text(text.replace(mutation.old, mutation.new, 1))
+    return sorted(set(findings(read_tree(copy))) - _whole())
+
+
+def test_all_are_caught(tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {one.name: caught(one, tmp_path_factory.mktemp("mutation")) for one in MUTATIONS}
+    missed = {
+        one.name: said[one.name] for one in MUTATIONS if not any(re.search(one.said, each) for each in said[one.name])
+    }
+    with capsys.disabled():
+        print(f"\nmutations of the manifests: {len(said) - len(missed)} caught / {len(said)} tried")
+    assert missed == {}
+    assert len(said) >= 30
