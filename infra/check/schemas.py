@@ -8,9 +8,8 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
-import yaml
 
-from infra.check.tree import Object, Tree, key, name_of
+from infra.check.tree import Object, Tree, key, load, name_of
 
 KUBERNETES = "1.34"  # that k3s runs
 SCHEMAS = Path(__file__).parent.parent / "schemas"
@@ -106,9 +105,9 @@ def _values(tree: Tree, release: Object) -> Iterator[str]:
     if not file.is_file():
         yield f"infra/schemas/charts/{chart['schema']}.yaml is missing: the chart's own values"
         return
-    defaults = yaml.safe_load(file.read_text())
+    defaults = load(file.read_text())[0]
     for part, subchart in (chart.get("subcharts") or {}).items():
-        more = yaml.safe_load((SCHEMAS / "charts" / f"{subchart}.yaml").read_text())
+        more = load((SCHEMAS / "charts" / f"{subchart}.yaml").read_text())[0]
         defaults[part] = merge(more, defaults.get(part) or {})
     yield from _unknown(values, defaults, "", set(chart.get("also") or []))
     schema = file.with_suffix(".schema.json")

@@ -142,8 +142,8 @@ def read_lists(root: Path, problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in LISTS:
         try:
-            found[name] = yaml.safe_load((root / f"{name}.yaml").read_text())[name]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            found[name] = load((root / f"{name}.yaml").read_text())[0][name]
+        except (OSError, yaml.YAMLError, IndexError, KeyError, TypeError) as error:
             found[name] = []
             problems.append(f"infra/{name}.yaml: not a list under `{name}` ({_line(error)})")
     return found
@@ -164,26 +164,31 @@ def _read(folder: Path, root: Path, problems: list[str]) -> list[Object]:
     where = f"infra/{folder.relative_to(root).as_posix()}"
     try:
         files = {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
-        named = str(yaml.safe_load(files["kustomization.yaml"]))
+        named = str(load(files["kustomization.yaml"]))
         problems.extend(
             f"{where}: {file} is not in kustomization.yaml; name it there, or remove it"
             for file in files
             if file.endswith((".yaml", ".json")) and file != "kustomization.yaml" and file not in named
         )
-        objects = list(yaml.safe_load_all(_build(folder, tuple(files.items()))))
+        objects = load(_build(folder, files))
     except (OSError, KeyError, ValueError, yaml.YAMLError, RuntimeError) as error:
         problems.append(f"{where}: does not build ({_line(error)})")
         return []
     return [one for one in objects if one]
 
 
-@functools.cache
-def _build(folder: Path, files: tuple[tuple[str, str], ...]) -> str:
-    """What kubectl makes of a folder; `files` are its contents, so that what was not changed is built once."""
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().replace(str(folder), "."))
-    return done.stdout
+_built: dict[tuple[tuple[str, str], ...], str] = {}  # by the files of a folder: what was not changed is built once
+
+
+def _build(folder: Path, files: dict[str, str]) -> str:
+    """What kubectl makes of a folder; RuntimeError where it cannot."""
+    contents = tuple(files.items())
+    if contents not in _built:
+        done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().replace(str(folder), "."))
+        _built[contents] = done.stdout
+    return _built[contents]
 
 
 def _line(error: Exception) -> str:
@@ -222,6 +227,11 @@ def resources_of(found: Object | None) -> Object:
         f"{kind}s": {name: str(one[kind]) for name, one in found.items() if one.get(kind)}
         for kind in ("request", "limit")
     }
+
+
+def load(text: str) -> list[Any]:
+    """The documents of a YAML text, by the fast parser."""
+    return list(yaml.load_all(text, yaml.CSafeLoader))
 
 
 def name_of(where: str, one: Object) -> str:
