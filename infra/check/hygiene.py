@@ -30,8 +30,23 @@ def check_hygiene(tree: Tree) -> Iterator[str]:
 
 
 def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
+    enforce = "pod-security.kubernetes.io/enforce"
+    levels = {
+        one["metadata"]["name"]: (one["metadata"].get("labels") or {}).get(enforce) for _, one in tree.of("Namespace")
+    }
+    for name, level in levels.items():
+        if level not in ("restricted", "baseline", "privileged"):
+            yield f"Namespace {name}", "level", f"has no level of Pod Security ({enforce})"
     for pod in tree.pods:
         yield from _pod(pod)
+        host = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(name)]
+        host += ["hostPath" for volume in pod.spec.get("volumes") or [] if "hostPath" in volume]
+        if host and levels.get(pod.namespace) != "privileged":
+            yield (
+                pod.where,
+                "level",
+                f"{host[0]} is refused in {pod.namespace}, whose level is {levels.get(pod.namespace)}",
+            )
     for where, one in tree.objects:
         named = name_of(where, one)
         if one["kind"] == "Secret":

@@ -294,6 +294,11 @@ def _versions(tree: Tree) -> Iterator[str]:
             yield f"HelmRelease {name}: version {version}, and infra/versions.yaml has {charts.get(name)}"
     for name in sorted(charts.keys() - tree.releases.keys()):
         yield f"infra/versions.yaml: there is no HelmRelease {name}"
+    for one in table:
+        if "tool" in one:
+            file = tree.root / str(one["where"]).removeprefix("infra/")
+            if not file.is_file() or str(one["version"]) not in file.read_text():
+                yield f"infra/versions.yaml: {one['where']} does not name {one['tool']} {one['version']}"
     images = {
         f"{one['image']}:{one['tag']}" + (f"@{one['digest']}" if one.get("digest") else "")
         for one in table
