@@ -35,7 +35,7 @@ def main() -> int:
     if shutil.which("kubectl") is None:
         print(f"Skipped, all but the nodes: kubectl, which builds every Kustomization, is missing. {KUBECTL}")
         found = sorted(check_nodes(Tree(root, lists=read_lists(root, []))))
-        print(*found, sep="\n")
+        print(*found, sep="\n", end="\n" if found else "")
         return 1 if found else 0
     tree = read_tree(root)
     found = sorted(set(findings(tree)))

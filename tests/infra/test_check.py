@@ -5,22 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from infra.check.__main__ import findings
-from infra.check.tree import Tree, read_tree
+from infra.check.tree import Tree
 from tasks.settings import PROJECT
 
 INFRA = PROJECT / "infra"
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
-)
-
-
-@pytest.fixture(scope="module")
-def tree() -> Tree:
-    return read_tree(INFRA)
 
 
 def test_nothing_is_wrong(tree: Tree) -> None:

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 from typing import Any
 
 import pytest
@@ -10,21 +9,12 @@ import yaml
 
 from infra.check.network import EXPORTED
 from infra.check.placement import nodes_of_tree
-from infra.check.tree import Tree, at, key, read_tree
+from infra.check.tree import Tree, at, key
 from tasks.settings import PROJECT
 
 ROWS = yaml.safe_load((PROJECT / "infra" / "check" / "document.yaml").read_text())["document"]
 METRICS = PROJECT / "infra" / "check" / "metrics.yaml"
 REMOTE = re.compile(r"([a-z]+)\.([a-z-]+)\.svc\.forge\.remote:(\d+)")
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
-)
-
-
-@pytest.fixture(scope="module")
-def tree() -> Tree:
-    return read_tree(PROJECT / "infra")
 
 
 def service(tree: Tree, named: str) -> dict[str, Any] | None:

@@ -1,28 +1,17 @@
 """Every pod has a node, by day and by night; the mistakes of the cluster's first description are caught."""
 
 import copy
-import shutil
 
 import pytest
 
 from infra.check.placement import check_placement, hours, nodes_of_tree, place, pods_at
-from infra.check.tree import Pod, Tree, read_tree
+from infra.check.tree import Pod, Tree
 from tasks.cluster import SERVING_NODE
 from tasks.errors import ForgeError
 from tasks.nodes import TRAINING_HOURS, Shape
 from tasks.rollout.desired import read_document
 from tasks.rollout.fit import check_serving
-from tasks.settings import PROJECT
 from tests.rollout.test_fit import LLAMA_70B, LLAMA_70B_AWQ, WEIGHTS_70B, WEIGHTS_70B_AWQ
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
-)
-
-
-@pytest.fixture(scope="module")
-def tree() -> Tree:
-    return read_tree(PROJECT / "infra")
 
 
 def with_gpu(pod: Pod, gpus: int) -> Pod:

@@ -1,24 +1,14 @@
 """What tasks are told on the cluster is what the manifests have there."""
 
-import shutil
 from urllib.parse import urlsplit
 
 import pytest
 
-from infra.check.tree import Tree, key, read_tree
+from infra.check.tree import Tree, key
 from tasks.pods import CHECKPOINTS, METRICS, PRIORITY, SECRETS, SETTINGS, VARIABLES
-from tasks.settings import PROJECT, load_settings
+from tasks.settings import load_settings
 
 DOMAINS = ("development", "staging", "production")
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is missing: https://kubernetes.io/docs/tasks/tools/"
-)
-
-
-@pytest.fixture(scope="module")
-def tree() -> Tree:
-    return read_tree(PROJECT / "infra")
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
