@@ -1,11 +1,13 @@
 """The Secrets that an operator makes: complete, consistent, and not in git."""
 
+import json
 import re
+import subprocess
 
 import yaml
 
 from infra.check.secrets import make_secrets
-from infra.check.tree import read_lists
+from infra.check.tree import Tree, read_lists
 from tasks.settings import PROJECT
 
 
@@ -43,3 +45,19 @@ def test_no_secret_is_in_git_in_the_clear() -> None:
         for one in yaml.safe_load_all(path.read_text()):
             if isinstance(one, dict) and one.get("kind") == "Secret":
                 assert "sops" in one, path
+
+
+def test_each_user_of_the_store_has_a_policy_and_a_key(tree: Tree) -> None:
+    found = next(one["data"] for _, one in tree.of("ConfigMap") if one["metadata"]["name"] == "minio-policies")
+    policies = {name.removesuffix(".json"): json.loads(text) for name, text in found.items() if name.endswith(".json")}
+    assert set(policies) == set(by_name()["data-ml/minio-users"])
+    script = found["set-up.sh"]
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+    assert set(re.findall(r"for user in ([a-z ]+);", script)[0].split()) == set(policies)
+    buckets = set(re.findall(r"for bucket in ([a-z ]+);", script)[0].split())
+    for name, policy in policies.items():
+        for statement in policy["Statement"]:
+            assert {one.removeprefix("arn:aws:s3:::").partition("/")[0] for one in statement["Resource"]} <= buckets
+            assert not any("*" in action or "DeleteBucket" in action for action in statement["Action"]), name
+    writes = {name for name, policy in policies.items() if "s3:PutObject" in str(policy)}
+    assert "reader" not in writes
