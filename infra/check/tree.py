@@ -104,7 +104,9 @@ class Tree:
                 replicas, home = one.get("replicas", 1), one.get("namespace", chart["release"].split("/")[0])
                 labels, notes = one["labels"], one.get("annotations", {})
                 where = f"infra/charts.yaml: {chart['release']} {one['name']}"
-                yield Pod(where, home, labels, notes, spec, one["kind"], replicas, one.get("surge", 0), True)
+                yield Pod(
+                    where, home, labels, notes, spec, one["kind"], replicas, int(one["kind"] == "Deployment"), True
+                )
 
     @functools.cached_property
     def services(self) -> list[tuple[str, Object]]:
