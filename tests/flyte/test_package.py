@@ -196,8 +196,13 @@ def test_settings_and_secrets_are_there_by_reference_alone(package: Package) -> 
 def test_pods_are_of_an_ordinary_user(package: Package) -> None:
     for name, task in package.tasks.items():
         spec, container = pod_of(task)
+        # What the level `restricted` of Pod Security asks for, which the namespaces of tasks have.
         assert spec["securityContext"]["runAsNonRoot"] is True, name
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
+        assert container["securityContext"]["capabilities"]["drop"] == ["ALL"], name
+        kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"emptyDir", "projected", "persistentVolumeClaim"}, name
         assert spec["enableServiceLinks"] is False, name
 
 
