@@ -1,5 +1,6 @@
 """`python -m infra.check`: say what is wrong with the manifests, a line each; exits with 1 where anything is."""
 
+import argparse
 import shutil
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,11 @@ def findings(tree: Tree) -> Iterator[str]:
 
 def main() -> int:
     """Print what is wrong, and how much was looked at."""
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent
+    parser = argparse.ArgumentParser(prog="python -m infra.check", description="Say what is wrong with the manifests.")
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent, help="a copy of infra/")
+    root = parser.parse_args().root
+    if not (root / "nodes.yaml").is_file():
+        parser.error(f"{root} is no copy of infra/: there is no nodes.yaml")
     if shutil.which("kubectl") is None:
         print(f"Skipped, all but the nodes: kubectl, which builds every Kustomization, is missing. {KUBECTL}")
         found = sorted(check_nodes(Tree(root, lists=read_lists(root, []))))

@@ -55,7 +55,11 @@ def _policies(tree: Tree) -> Iterator[str]:
 
 
 def _listens(pod: Pod, port: int | str | None) -> bool:
-    return port is None or pod.port(port) is not None or (port == PROXY and pod.annotations.get(INJECT) == "enabled")
+    return port is None or pod.port(port) is not None or (port == PROXY and _meshed(pod))
+
+
+def _meshed(pod: Pod) -> bool:
+    return pod.annotations.get(INJECT) == "enabled"
 
 
 def _peer(tree: Tree, peer: Object, home: str, pod: Pod) -> bool:
@@ -134,6 +138,8 @@ def _connections(tree: Tree) -> Iterator[str]:
             for pod in pods:
                 for to in tree.selected(namespace, service["spec"]["selector"]):
                     target = to.port(ports[0].get("targetPort", ports[0]["port"]))
+                    if _meshed(pod) and _meshed(to):  # then the one's proxy asks the other's
+                        target = PROXY
                     if target is not None and (why := connects(tree, pod, to, target)):
                         yield f"infra/connections.yaml: {one['to']}: {why}"
     for where, _, pods, port in scraped(tree):
@@ -171,7 +177,7 @@ def _exports(tree: Tree) -> Iterator[str]:
         if "svc\\.forge\\.remote" not in rewrites.replace("\\\\", "\\"):
             yield f"{where}: is exported, and infra/studio does not rewrite its name"
         for pod in tree.selected(namespace, one["spec"]["selector"]):
-            if pod.annotations.get(INJECT) != "enabled":
+            if not _meshed(pod):
                 yield f"{where}: is exported, and {pod.where} is not meshed ({INJECT}: enabled)"
             gateway = Pod("the gateway of the mesh", GATEWAY, {"app": "linkerd-gateway"}, {}, {}, "Pod")
             if why := connects(tree, gateway, pod, PROXY):

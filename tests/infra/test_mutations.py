@@ -93,6 +93,8 @@ MUTATIONS = [
              "        - port: 8001",
              "values: [homelab-development, homelab-staging, homelab-production]\n      ports:\n        - port: 8001",
              "does not let in .* on port 8001"),
+    Mutation("one proxy is shut out by another's policy", "apps/ml-platform/mlflow/networkpolicy.yaml",
+             "        - port: 4143 # both are of the mesh\n", "", "may not go out to .*minio.* on port 4143"),
     Mutation("a policy of another port", f"{OLLAMA}/networkpolicy.yaml", "port: 4143", "port: 4142",
              "lets in port 4142"),
     Mutation("nothing is denied", "apps/ml-inference/namespace/network.yaml", "[Ingress, Egress]", "[Egress]",
