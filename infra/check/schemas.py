@@ -27,7 +27,7 @@ FREE = {
 def check_schemas(tree: Tree) -> Iterator[str]:
     """What is not valid, of the forge cluster and of studio."""
     for where, one in [*tree.objects, *(("infra/studio", one) for one in tree.studio)]:
-        for finding in _invalid(json.dumps(one, sort_keys=True, default=str)):
+        for finding in invalid(json.dumps(one, sort_keys=True, default=str)):
             yield f"{name_of(where, one)}: {finding}"
     for release in tree.releases.values():
         for finding in _values(tree, release):
@@ -35,7 +35,7 @@ def check_schemas(tree: Tree) -> Iterator[str]:
 
 
 @functools.cache
-def _invalid(text: str) -> tuple[str, ...]:
+def invalid(text: str) -> tuple[str, ...]:
     """What is wrong with an object, by its JSON."""
     one = json.loads(text)
     version, kind = str(one.get("apiVersion")), str(one.get("kind"))
@@ -91,7 +91,7 @@ def _templates(one: Object) -> Iterator[str]:
     """What is wrong with the pod templates within a custom resource."""
     for role, part in ((one.get("spec") or {}).get("pytorchReplicaSpecs") or {}).items():
         template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": part["template"]}
-        for finding in _invalid(json.dumps(template, sort_keys=True)):
+        for finding in invalid(json.dumps(template, sort_keys=True)):
             yield f"spec.pytorchReplicaSpecs.{role}.{finding}"
 
 

@@ -18,15 +18,18 @@ from infra.check.schemas import SCHEMAS
 def main() -> None:
     """Write each file of the list anew."""
     for one in yaml.safe_load((SCHEMAS / "sources.yaml").read_text())["sources"]:
-        clone = Path(sys.argv[1]) / one["repository"].replace("/", "+")
-        clone = clone / "repo" if (clone / "repo").is_dir() else clone
-        text = subprocess.run(
-            ["git", "-C", str(clone), "show", f"{one['ref']}:{one['path']}"],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        clone = clone_of(one, Path(sys.argv[1]))
+        show = ["git", "-C", str(clone), "show", f"{one['ref']}:{one['path']}"]
+        text = subprocess.run(show, capture_output=True, text=True, check=True).stdout
         target = SCHEMAS / one["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(convert(one, text))
+
+
+def clone_of(one: dict[str, Any], folder: Path) -> Path:
+    """The clone of a source's repository."""
+    clone = folder / one["repository"].replace("/", "+")
+    return clone / "repo" if (clone / "repo").is_dir() else clone
 
 
 def convert(one: dict[str, Any], text: str) -> str:
