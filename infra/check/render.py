@@ -4,6 +4,7 @@ For when a chart's version is raised. FOLDER holds clones of the repositories, a
 operators make of custom resources, and the mesh puts into pods (`made_by` in the list), no chart shows.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -25,12 +26,16 @@ PARTIALS = "charts/partials"  # a chart of Linkerd's that its others are made wi
 
 def main() -> int:
     """Say where the two differ, a line each."""
-    root = Path(__file__).parent.parent
-    tree, found = read_tree(root), 0
+    parser = argparse.ArgumentParser(prog="python -m infra.check.render", description=__doc__)
+    parser.add_argument("folder", type=Path, help="clones, as OWNER+NAME")
+    clones = parser.parse_args().folder
+    if shutil.which("helm") is None:
+        parser.error("helm is missing: https://helm.sh/docs/intro/install/")
+    tree, found = read_tree(Path(__file__).parent.parent), 0
     with tempfile.TemporaryDirectory(prefix="forge-charts-") as folder:
         for chart in tree.lists["versions"]:
             if "release" in chart:
-                objects = render(tree, chart, Path(sys.argv[1]), Path(folder) / chart["schema"])
+                objects = render(tree, chart, clones, Path(folder) / chart["schema"])
                 print(f"{chart['release']} {chart['version']}: {len(objects)} objects")
                 for finding in differences(tree, chart["release"], objects):
                     print(f"  {finding}")

@@ -4,9 +4,9 @@ FOLDER holds clones of the repositories, as OWNER+NAME or OWNER+NAME/repo. Descr
 schema, and nothing is checked by them.
 """
 
+import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from infra.check.schemas import SCHEMAS
 
 def main() -> None:
     """Write each file of the list anew."""
+    parser = argparse.ArgumentParser(prog="python -m infra.check.vendor", description=__doc__)
+    parser.add_argument("folder", type=Path, help="clones, as OWNER+NAME")
+    clones = parser.parse_args().folder
     for one in yaml.safe_load((SCHEMAS / "sources.yaml").read_text())["sources"]:
-        clone = clone_of(one, Path(sys.argv[1]))
+        clone = clone_of(one, clones)
         show = ["git", "-C", str(clone), "show", f"{one['ref']}:{one['path']}"]
         text = subprocess.run(show, capture_output=True, text=True, check=True).stdout
         target = SCHEMAS / one["file"]
