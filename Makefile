@@ -16,7 +16,7 @@ IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(RE
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Say where the images are: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -f .venv/.installed ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
 
-.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register execute infra-check test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling bench-overhead lock clean
+.PHONY: help setup .venv .venv-serving .venv-trl .venv-harness run ask ui start stop images package register try execute infra-check test test-long lint bench-preprocess bench-finetune bench-evaluate bench-register bench-rollout bench-scaling bench-overhead lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,11 @@ register: setup ## Register it with Flyte: make register REGISTRY=... DOMAIN=pro
 	@$(NEEDS_REGISTRY)
 	@case "$(DOMAIN)$(TAG)" in production*-dirty) echo "The tree has changes that are in no revision: commit them, then make register" >&2; exit 1;; esac
 	@exec $(BIN)/pyflyte register --project $(PROJECT) --domain $(DOMAIN) --version $(TAG) --non-fast $(IMAGES) $(ARGS) workflows
+
+try: setup ## Run your tree's code on a cluster, in images that are there: make try REGISTRY=... TAG=... ARGS="--recipe ..."
+	@$(NEEDS_REGISTRY)
+	@case "$(TAG)" in *-dirty) echo "No images are of a tree with changes. Say which revision's to run in: make try TAG=$$(git rev-parse --short=12 HEAD)" >&2; exit 1;; esac
+	@exec $(BIN)/pyflyte run --remote --copy all --project $(PROJECT) --domain $(DOMAIN) $(IMAGES) workflows/training_pipeline.py training_pipeline $(ARGS)
 
 execute: ## Start a job of executions/ by flytectl: make execute JOB=nightly_fine_tune DOMAIN=production
 	@[ -f "executions/$(JOB).yaml" ] || { echo "JOB must be one of $(basename $(notdir $(wildcard executions/*.yaml)))" >&2; exit 1; }

@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import math
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -252,6 +253,21 @@ def _combinations(training: TrainingRecipe, context: int, gpu: GPU | None) -> It
 def on_cluster() -> bool:
     """Whether this is a pod that Flyte started, rather than a local run."""
     return "FLYTE_INTERNAL_EXECUTION_ID" in os.environ
+
+
+def check_gpus_seen(asked: int) -> None:
+    """ForgeError where this process sees fewer GPUs than its pod has asked for: it never goes on with less, or a CPU.
+
+    `asked` is the setting `gpus`, and 0 where no pod asked.
+    """
+    import torch
+
+    seen = torch.cuda.device_count() if asked else 0
+    if seen < asked:
+        raise ForgeError(
+            f"GPUs: this pod asked for {asked}, and torch sees {seen} on {platform.node()}; look at the driver "
+            "(nvidia-smi on the node), at the device plugin's pod there, and at the runtime class nvidia"
+        )
 
 
 def training_gpus() -> list[GPU]:

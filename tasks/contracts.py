@@ -7,9 +7,11 @@ one that is still there.
 """
 
 import datetime
-from typing import Literal
+import hashlib
+import json
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 # Chat templates that tell the date tell this one (Llama 3.1's own), in training and in evaluation: so the same rows
 # are the same data set tomorrow, and a model is asked what it was trained on.
@@ -17,9 +19,20 @@ TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Contract(BaseModel):
-    """Base of what passes between stages: immutable, no unknown keys."""
+    """Base of what passes between stages: immutable, no unknown keys, and no path, since pods share no disk.
+
+    A file is named by its URI, and whoever needs it asks the store. ValueError for a string that is an absolute path.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _no_paths(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("/"):
+                raise ValueError(f"{name} is the path {value}, which another machine does not have; give a URI")
+        return self
 
 
 class Result(Contract):
@@ -45,6 +58,14 @@ def cache_key(artifact: Artifact) -> str:
     return f"{artifact.digest}@{artifact.store}"
 
 
+def value_key(value: BaseModel) -> str:
+    """The same of a value that is no artifact: a digest of all of it.
+
+    Flyte would otherwise hash a value's bytes, which differ from run to run, as MessagePack keeps no order of keys.
+    """
+    return hashlib.sha256(json.dumps(value.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
 class Source(Artifact):
     """The raw rows, found by preflight, outside the store: what DataRecipe.source names, and in `heldout` the rows of
     the user's own to evaluate on, if there are any. The digest is of both; `store` is the one their results go to.
@@ -54,11 +75,12 @@ class Source(Artifact):
 
 
 class Base(Contract):
-    """The weights that training starts from, found by preflight: a directory, its URI, or a model id of the hub.
+    """The weights that training starts from, found by preflight: the URI of a directory, or a model id of the hub.
 
-    Of a registered model, it is the URI of its package; tasks.package.local_base gives what can be opened. `revision`
-    pins the contents: a commit of the hub, or the digest of the directory or package. Both are empty for training from
-    scratch, until training has made the random weights that it starts from.
+    For a registered model it is the URI of its package, and for a directory of this machine a file:// URI;
+    tasks.package.local_base gives what can be opened. `revision` pins the contents: a commit of the hub, or the digest
+    of the directory or package. Both are empty for training from scratch, until training has made the random weights
+    that it starts from.
     """
 
     location: str = ""
@@ -66,7 +88,7 @@ class Base(Contract):
 
 
 class Dataset(Artifact):
-    """Validated, deduplicated, split, tokenised and packed rows, and the held-out ones; `report` is an HTML page."""
+    """Validated, deduplicated, split, tokenised and packed rows, and held-out ones; `report` is the URI of a page."""
 
     train_rows: int
     heldout_rows: int
@@ -79,12 +101,24 @@ class Model(Artifact):
     base: Base
 
 
+class Champion(Contract):
+    """The version that serves, and its package: its URI, and the digest that it was registered with (or "").
+
+    `Champion()` says that there is none.
+    """
+
+    version: str = ""
+    uri: str = ""
+    digest: str = ""
+    run_id: str = ""
+
+
 class Evaluation(Artifact):
     """A model's figures on the held-out rows, beside those of what it was trained from (base) and of the champion.
 
     Scores are shares in [0, 1]; `nll` is the mean over items of nats a token of the expected answer, None where it is
     no number; `json_validity` is None when no expected answer is JSON, `score_champion` when there is no champion or
-    the model is it. `verdict` is the gate's, with its reason in one line; `report` is an HTML page.
+    the model is it. `verdict` is the gate's, with its reason in one line; `report` is an HTML page's URI.
     """
 
     items: int

@@ -8,9 +8,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.errors import ForgeError
-from tasks.settings import PROJECT
+from tasks.settings import shipped
 
-FILE = PROJECT / "infra" / "nodes.yaml"
+FILE = shipped("infra/nodes.yaml")
 TRAINING, SERVING, LIGHT = "training", "inference", "ml-platform"  # roles: where what runs
 # The GPUs of the training nodes train in the day of the cluster's people, and may serve those of other continents in
 # their night.

@@ -1,13 +1,14 @@
 """Packages: a model's files, its card, and the manifest that names each of them. Read by their name, and verified."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.registry import CHAMPION, PACKAGE_DIGEST, find_champion, open_registry
-from tasks.settings import Settings
+from tasks.settings import Settings, path_of
 from tasks.signature import check_signature
 from tasks.storage import Store
 from tasks.storage.manifest import SIGNATURE, verify
@@ -111,19 +112,39 @@ def registered_base(model_uri: str, revision: str, settings: Settings, store: St
     return Base(location=uri, revision=digest)
 
 
-def local_base(base: Base, settings: Settings, store: Store) -> Base:
-    """A base as it can be opened: of a package its verified local directory, and any other as it is."""
-    if PACKAGE.fullmatch(base.location) is None:
-        return base
-    directory, _ = open_package(base.location, base.revision, settings, store)
-    return Base(location=str(directory))  # without the digest, which is no revision that a hub knows
+@dataclass(frozen=True)
+class LocalBase:
+    """A base as this machine opens it: a directory, or a model id of the hub and its revision."""
+
+    location: str = ""
+    revision: str = ""
+
+
+def local_base(base: Base, settings: Settings, store: Store) -> LocalBase:
+    """A base as it can be opened: a package is fetched and verified. ForgeError where it is gone or damaged."""
+    if PACKAGE.fullmatch(base.location):
+        directory = open_package(base.location, base.revision, settings, store)[0]
+    elif found := directory_of(base.location):
+        directory = found
+    elif "://" in base.location:  # in the store
+        directory = store.path(base.location)
+    else:
+        return LocalBase(base.location, base.revision)
+    return LocalBase(str(directory))  # without the digest, which is no revision that the hub knows
+
+
+def directory_of(location: str) -> Path | None:
+    """The directory that a base's location names by a file:// URI, or by its path as older manifests do; else None."""
+    if location.startswith("file://"):
+        return path_of(location)
+    return Path(location) if location.startswith("/") else None
 
 
 def portable_name(base: Base) -> str:
     """What names a base on every machine: the hub's id, a package's key in the store, or "" for a directory."""
     if PACKAGE.fullmatch(base.location):
         return "/".join(base.location.split("/")[-3:])
-    return "" if Path(base.location).is_absolute() or Path(base.location).is_dir() else base.location
+    return "" if directory_of(base.location) or Path(base.location).is_dir() else base.location
 
 
 def version_named(location: str, settings: Settings) -> str:

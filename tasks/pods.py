@@ -13,6 +13,9 @@ from flytekit.extras.accelerators import A100
 from kubernetes import client
 
 from tasks.nodes import LIGHT, TRAINING, Node, Shape, nodes_of
+from tasks.sessions import close_sessions_at_exit
+
+close_sessions_at_exit()
 
 LIGHT_IMAGE = "{{.image.pipeline.fqn}}:{{.image.pipeline.version}}"
 TRAINER_IMAGE = "{{.image.trainer.fqn}}:{{.image.trainer.version}}"
@@ -35,15 +38,26 @@ GPU_VARIABLES = {
 PRIORITY = "forge-training"  # below what serves, above notebooks (infra/apps/cluster/priority-classes)
 METRICS = 9095  # that Prometheus asks a training on, as FORGE_METRICS_PORT of the ConfigMap says
 SCRATCH = "200Gi"  # of a node's disk, for local copies
+ROLLOUT = "forge-rollout"  # the ServiceAccount of the tasks that change what is served; no other task has a token
+# Seconds that a pod has to end in: a training to save and copy its checkpoint, a rollout to undo itself.
+GRACE, GRACE_TRAINING, GRACE_ROLLOUT = 60, 660, 300
 
 
 def light(
-    cores: int = 2, memory: int = 8, hours: float = 1.0, signs: bool = False, image: str = LIGHT_IMAGE
+    cores: int = 2,
+    memory: int = 8,
+    hours: float = 1.0,
+    signs: bool = False,
+    rolls_out: bool = False,
+    image: str = LIGHT_IMAGE,
 ) -> dict[str, Any]:
-    """A pod without a GPU, with so many cores and GiB. `signs` gives it the private key, where there is one."""
+    """A pod without a GPU, with so many cores and GiB.
+
+    `signs` gives it the private key, where there is one, and `rolls_out` the rights to change what is served.
+    """
     return {
         "container_image": image,
-        "pod_template": pod(nodes_of(LIGHT)[0], signs=signs),
+        "pod_template": pod(nodes_of(LIGHT)[0], signs=signs, rolls_out=rolls_out),
         **_resources(cores, memory),
         **_common(hours),
     }
@@ -58,7 +72,8 @@ def on_gpus(shape: Shape, hours: float) -> dict[str, Any]:
         "pod_template": pod(node, shared=shape.nodes > 1),
         "accelerator": A100,
         "shared_memory": f"{memory // 4}Gi",  # NCCL's, and of data loaders
-        "environment": GPU_VARIABLES,
+        # A process that sees fewer GPUs than its pod has asked for ends with an error: see Settings.gpus.
+        "environment": {**GPU_VARIABLES, "FORGE_GPUS": str(shape.processes)},
         **_resources(cores, memory, gpu=str(shape.processes)),
         **_common(hours),
     }
@@ -81,7 +96,7 @@ def _common(hours: float) -> dict[str, Any]:
     }
 
 
-def pod(node: Node, signs: bool = False, shared: bool = False) -> PodTemplate:
+def pod(node: Node, signs: bool = False, shared: bool = False, rolls_out: bool = False) -> PodTemplate:
     """What Flyte's own options do not say of a pod: where it runs, as whom, and what is mounted.
 
     `shared` puts checkpoints on the volume that all nodes of a training see.
@@ -121,6 +136,9 @@ def pod(node: Node, signs: bool = False, shared: bool = False) -> PodTemplate:
         runtime_class_name="nvidia" if node.gpus else None,
         priority_class_name=PRIORITY if node.gpus else None,
         enable_service_links=False,
+        service_account_name=ROLLOUT if rolls_out else None,
+        automount_service_account_token=rolls_out,
+        termination_grace_period_seconds=GRACE_TRAINING if node.gpus else GRACE_ROLLOUT if rolls_out else GRACE,
         security_context=client.V1PodSecurityContext(
             run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,
             seccomp_profile=client.V1SeccompProfile(type="RuntimeDefault"),

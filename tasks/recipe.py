@@ -6,16 +6,15 @@ section runs again only what depends on it.
 
 import difflib
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.errors import ForgeError, Problems
-from tasks.settings import PROJECT
+from tasks.settings import load_settings, path_of, shipped
 
-RECIPES = PROJECT / "recipes"
+RECIPES = shipped("recipes")
 
 
 class Section(BaseModel):
@@ -224,6 +223,10 @@ class GateRecipe(Section):
 class ServingRecipe(Section):
     """How the model is served, and what it must show before it becomes the champion."""
 
+    rollout: bool | None = Field(
+        None, description="roll out a model that passes; false ends at a registered challenger, none as FORGE_ROLLOUT"
+    )
+    replaces: list[str] = Field([], description="public names that a rollout may take away where it needs another base")
     startup_timeout: int = Field(600, ge=10, description="seconds until the server must be healthy")
     replay: int = Field(16, ge=1, description="evaluated prompts that are asked again over the API")
     min_agreement: float = Field(0.9, gt=0, le=1, description="share of them that must be answered as in evaluation")
@@ -261,46 +264,61 @@ class Recipe(Section):
         return self
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """The file of a shipped recipe's name, a path, or a file:// URI; ForgeError if there is none."""
-    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    if name_or_path in shipped:
-        return RECIPES / f"{name_or_path}.yaml"
-    if "://" in name_or_path and not name_or_path.startswith("file://"):
-        raise ForgeError(f"recipe {name_or_path}: only file:// URIs can be read; copy it here and give its path")
-    path = Path(name_or_path.removeprefix("file://"))
+def read_recipe(recipe: str) -> tuple[str, bytes]:
+    """The name and the bytes of a recipe: a shipped one's name, a path, a file:// or s3:// URI, or the YAML itself.
+
+    ForgeError where there is none.
+    """
+    if "\n" in recipe.strip() or recipe.lstrip().startswith("{"):
+        return "given as YAML", recipe.encode()
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if recipe in names:
+        return str(RECIPES / f"{recipe}.yaml"), (RECIPES / f"{recipe}.yaml").read_bytes()
+    if recipe.startswith("s3://"):
+        from tasks.storage import s3
+
+        bucket, key = s3.split(recipe)
+        with s3.connect(f"recipe {recipe}", load_settings()) as client:
+            data = s3.read(client, bucket, key)
+        if data is None:
+            raise ForgeError(f"recipe {recipe}: there is no such object; check the bucket and the key")
+        return recipe, data
+    if "://" in recipe and not recipe.startswith("file://"):
+        raise ForgeError(f"recipe {recipe}: only s3:// and file:// URIs are read; copy it to one, or give its text")
+    path = path_of(recipe)
     if path.is_file():
-        return path
-    near = difflib.get_close_matches(name_or_path, shipped, 1)
+        return str(path), path.read_bytes()
+    near = difflib.get_close_matches(recipe, names, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise ForgeError(
-        f"recipe {name_or_path}: neither a shipped recipe nor a file. {hint}Shipped are {', '.join(shipped)}"
+        f"recipe {recipe}: neither a shipped recipe nor a file here. {hint}Shipped are {', '.join(names)}. On a "
+        "cluster, where your files are not, give an s3:// URI or the YAML itself"
     )
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """Read and validate a recipe.
+def load_recipe(recipe: str) -> Recipe:
+    """Read and validate a recipe, given as `read_recipe` takes it.
 
-    Raises ForgeError or Problems naming the file, the line and the mend for each thing that is wrong.
+    Raises ForgeError or Problems naming the file, the line and the fix for each thing that is wrong.
     """
-    path = find_recipe(name_or_path)
+    name, data = read_recipe(recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         document = yaml.safe_load(text)
         lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except UnicodeDecodeError as error:
-        raise ForgeError(f"recipe {path}: not UTF-8 text (byte {error.start})") from None
+        raise ForgeError(f"recipe {name}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        where = f"{name}:{mark.line + 1}" if mark else name
         raise ForgeError(f"recipe {where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(document, dict):
-        raise ForgeError(f"recipe {path}: must be a mapping of sections; see {RECIPES / 'tiny-cpu.yaml'}")
+        raise ForgeError(f"recipe {name}: must be a mapping of sections; see {RECIPES / 'tiny-cpu.yaml'}")
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
         raise Problems(
-            f"The recipe {path} is wrong:", [_explain(path, finding, lines) for finding in error.errors()]
+            f"The recipe {name} is wrong:", [_explain(name, finding, lines) for finding in error.errors()]
         ) from None
 
 
@@ -319,26 +337,26 @@ def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[s
     return lines
 
 
-def _explain(path: Path, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
-    """One of pydantic's findings as a sentence with file, line and mend."""
+def _explain(name: str, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
+    """One of pydantic's findings as a sentence with file, line and fix."""
     loc = tuple(str(part) for part in finding["loc"])
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
-    where = f"{path}:{line}" if line else str(path)
-    name = ".".join(loc)
+    where = f"{name}:{line}" if line else name
+    key = ".".join(loc)
     if finding["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in loc[:-1]:
             section = _section(section, part)
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(loc[-1], known, 1)
-        return f"{where}: {name}: unknown key; " + (
+        return f"{where}: {key}: unknown key; " + (
             f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         )
     if finding["type"] == "missing":
-        return f"{where}: {name} is missing; add it"
+        return f"{where}: {key} is missing; add it"
     message = finding["msg"].removeprefix("Value error, ")
     got = finding["input"]
-    return f"{where}: {name or 'recipe'}: {message}" + (f" (got {got!r})" if not isinstance(got, dict) else "")
+    return f"{where}: {key or 'recipe'}: {message}" + (f" (got {got!r})" if not isinstance(got, dict) else "")
 
 
 def _section(section: Any, part: str) -> Any:

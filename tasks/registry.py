@@ -8,11 +8,11 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from tasks.contracts import Champion
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 
@@ -76,16 +76,6 @@ def telling(what: str, settings: Settings) -> Iterator[None]:
         raise ForgeError(f"MLflow {tracking_uri(settings)}: {what} ({reason}); mend it and run again") from None
 
 
-@dataclass(frozen=True)
-class Champion:
-    """The version that serves, and its package: where it is, and the digest that it was registered with (or "")."""
-
-    version: str
-    uri: str
-    digest: str
-    run_id: str
-
-
 def find_champion(client: "MlflowClient", name: str) -> Champion | None:
     """The champion of a name, where the name is registered and has one."""
     if not client.search_registered_models(f"name = '{name}'"):
@@ -94,7 +84,12 @@ def find_champion(client: "MlflowClient", name: str) -> Champion | None:
     if version is None:
         return None
     found = client.get_model_version(name, version)
-    return Champion(version, found.source or "", found.tags.get(PACKAGE_DIGEST, ""), found.run_id or "")
+    return Champion(
+        version=version,
+        uri=found.source or "",
+        digest=found.tags.get(PACKAGE_DIGEST, ""),
+        run_id=found.run_id or "",
+    )
 
 
 def champion_version(client: "MlflowClient", name: str) -> str | None:

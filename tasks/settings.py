@@ -6,8 +6,10 @@ What a run does is the recipe's business; settings only say where it happens.
 import difflib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +18,20 @@ from tasks.errors import Problems
 
 PROJECT = Path(__file__).resolve().parent.parent
 PREFIX = "FORGE_"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the code, such as recipes: beside the code, or else on Python's path.
+
+    Code that `pyflyte run --remote` has sent may come without them; then the image has them.
+    """
+    beside = [PROJECT / name, *(Path(entry) / name for entry in sys.path if entry)]
+    return next((path for path in beside if path.exists()), beside[0])
+
+
+def path_of(name: str) -> Path:
+    """The path that a file:// URI, or a path itself, names."""
+    return Path(unquote(name.removeprefix("file://"))) if name.startswith("file://") else Path(name)
 
 
 class Settings(BaseSettings):
@@ -50,6 +66,14 @@ class Settings(BaseSettings):
     checkpoint_copies: str = Field(
         "", description="s3://bucket/prefix that checkpoints are copied to, so that a run goes on on another machine"
     )
+    rollout: bool = Field(
+        True, description="Whether a model that passes is rolled out; else the run ends with a registered challenger"
+    )
+    name_suffix: str = Field(
+        "", pattern=r"^(-[a-z0-9-]+)?$", description="Added to the names of models and experiments: -development"
+    )
+    gpu_quota: int | None = Field(None, ge=0, description="GPUs that the quota of the tasks' namespace allows")
+    gpus: int = Field(0, ge=0, description="GPUs that the pod of a task asked for, and must see; set by the pod itself")
     notify: str = Field("", description="E-mail addresses, with commas, that launch plans tell of runs that failed")
     s3_endpoint: str = Field("", description="URL of the S3 server that s3:// URIs are on, such as http://host:9000")
     s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")

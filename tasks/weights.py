@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
+from tasks.package import LocalBase
 
 SHARD = "5GB"  # of a safetensors file
 
 
-def load_causal(base: Base, dtype: torch.dtype, **how: Any) -> Any:
+def load_causal(base: LocalBase, dtype: torch.dtype, **how: Any) -> Any:
     """A base model with its weights; ForgeError where it cannot be loaded."""
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -42,7 +42,7 @@ def save(causal: Any, weights: dict[str, Any], dtype: torch.dtype, tokenizer: An
     path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
-def merge(base: Base, adapter: Path, dtype: torch.dtype, directory: Path, tokenizer: Any = None) -> None:
+def merge(base: LocalBase, adapter: Path, dtype: torch.dtype, directory: Path, tokenizer: Any = None) -> None:
     """Write a base with an adapter merged into it (in fp32), saved in `dtype`; the tokenizer is the base's.
 
     Raises ForgeError where either cannot be loaded.

@@ -1,13 +1,19 @@
 """What the tests share: a small recipe, a store of their own, and a model trained once."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from flytekit import FlyteContextManager
+from flytekit.core.type_engine import TypeEngine
 
-from tasks.contracts import Base, Dataset, Evaluation, Model, Source
+from tasks.contracts import Base, Champion, Dataset, Evaluation, Model, Source
 from tasks.evaluate.evaluate import evaluate
 from tasks.finetune.processes import Rank
 from tasks.finetune.run import train
@@ -17,6 +23,7 @@ from tasks.recipe import Recipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 
+PROJECT = Path(__file__).parent.parent
 SMALL = {
     "name": "dates",
     "data": {"source": "demonstration", "demonstration": {"rows": 1200}, "context": 128},
@@ -30,8 +37,6 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each test has a home of its own, whatever the developer's environment says."""
-    import os
-
     for name in list(os.environ):
         if name.startswith(("FORGE_", "AWS_")) and not name.startswith("FORGE_TEST_"):
             monkeypatch.delenv(name)
@@ -64,6 +69,37 @@ def chat(question: str, answer: str, **columns: str) -> dict:
     return {"messages": messages, **columns}
 
 
+def start_task(
+    door: Any, inputs: dict[str, Any], outputs: str, folder: Path, **environment: str
+) -> subprocess.Popen[str]:
+    """Run a task as Flyte does in a pod, in a process of its own; its outputs go to a directory or a URI.
+
+    Its errors are written to `stderr` in the folder, and what it prints is to be read.
+    """
+    literals = TypeEngine.dict_to_literal_map(
+        FlyteContextManager.current_context(), inputs, door.python_interface.inputs
+    )
+    given = folder / "inputs.pb"
+    given.write_bytes(literals.to_flyte_idl().SerializeToString())
+    module, _, name = door.name.rpartition(".")
+    command = [
+        Path(sys.executable).with_name("pyflyte-execute"), "--inputs", given, "--output-prefix", outputs,
+        "--raw-output-data-prefix", f"{outputs}/raw", "--checkpoint-path", f"{outputs}/checkpoint",
+        "--prev-checkpoint", "", "--resolver", "flytekit.core.python_auto_container.default_task_resolver", "--",
+        "task-module", module, "task-name", name,
+    ]  # fmt: skip
+    kept = {name: os.environ[name] for name in ("PATH", "FORGE_HOME")}
+    with (folder / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**kept, "PYTHONPATH": str(PROJECT), "HOME": str(folder), **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run up to evaluation: shared by the session, so not to be changed."""
@@ -81,7 +117,7 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
     settings = Settings(home=tmp_path_factory.mktemp("trained"))
     store = DirectoryStore(settings.store_root)
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
-    dataset = prepare(source, recipe.data, Base(), store)
+    dataset = prepare(source, recipe.data, Base(), store, settings)
     rank = Rank(0, 1, torch.device("cpu"))
     model = train(rank, dataset, Base(), recipe.model, recipe.training, store, settings)
     assert model is not None
@@ -90,5 +126,5 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
         store,
         dataset,
         model,
-        evaluate(recipe.name, dataset, model, recipe.evaluation, recipe.gate, store, settings),
+        evaluate(recipe.name, dataset, model, Champion(), recipe.evaluation, recipe.gate, store, settings),
     )

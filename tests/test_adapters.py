@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tasks.contracts import Base, Dataset, Evaluation, Model, Source, Version
+from tasks.contracts import Base, Champion, Dataset, Evaluation, Model, Source, Version
 from tasks.errors import ForgeError
 from tasks.evaluate import cache
 from tasks.evaluate.champion import champion_model, find_package, merged
@@ -27,7 +27,7 @@ from tasks.promotion import promote
 from tasks.recipe import Lora, ModelRecipe, Recipe
 from tasks.register.history import lineage
 from tasks.register.register import register
-from tasks.registry import Champion, find_champion, open_registry
+from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory, open_store
 from tests.conftest import SMALL, Trained
@@ -56,7 +56,7 @@ class Adapted:
 
     @property
     def champion(self) -> Champion:
-        return Champion(self.version.version, self.version.uri, self.version.digest, "")
+        return Champion(version=self.version.version, uri=self.version.uri, digest=self.version.digest)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,11 @@ def adapted(trained: Trained, recipe: Recipe, tmp_path_factory: pytest.TempPathF
     )
     base = find_base(recipe.model, settings, store)
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
-    dataset = prepare(source, recipe.data, local_base(base, settings, store), store)
+    dataset = prepare(source, recipe.data, base, store, settings)
     model = train(ONE, dataset, base, recipe.model, recipe.training, store, settings)
     assert model is not None
-    evaluation = evaluate(recipe.name, dataset, model, recipe.evaluation, recipe.gate, store, settings)
+    champion = find_champion(client, recipe.name) or Champion()
+    evaluation = evaluate(recipe.name, dataset, model, champion, recipe.evaluation, recipe.gate, store, settings)
     version = register(recipe, dataset, model, evaluation, settings, store)
     return Adapted(settings, store, recipe, first, base, dataset, model, evaluation, version)
 
@@ -182,17 +183,18 @@ def test_a_model_is_compared_with_a_champion_that_is_an_adapter(
     client = open_registry(adapted.settings)
     promote(client, adapted.store, "dates", "2", "1", "a test")
     try:
-        assert find_champion(client, "dates").uri == adapted.version.uri  # type: ignore[union-attr]
+        champion = find_champion(client, "dates")
+        assert champion is not None
+        assert champion.uri == adapted.version.uri
 
         def never(*arguments: object) -> None:
             raise AssertionError("it answered again")
 
         monkeypatch.setattr(cache, "answer_all", never)
-        given = (trained.dataset, adapted.model, recipe.evaluation, recipe.gate, adapted.store, adapted.settings)
-        assert "the champion already" in evaluate("dates", *given).reason
+        how = (champion, recipe.evaluation, recipe.gate, adapted.store, adapted.settings)
+        assert "the champion already" in evaluate("dates", trained.dataset, adapted.model, *how).reason
         monkeypatch.undo()
-        given = (trained.dataset, trained.model, recipe.evaluation, recipe.gate, adapted.store, adapted.settings)
-        found = evaluate("dates", *given)
+        found = evaluate("dates", trained.dataset, trained.model, *how)
         assert (found.champion, found.score_champion) == ("2", adapted.evaluation.score)
     finally:
         promote(client, adapted.store, "dates", "1", "2", "a test")
@@ -234,6 +236,7 @@ def test_preflight_finds_a_registered_base(adapted: Adapted, tmp_path: Path, mon
 def test_a_flipped_byte_in_the_base_is_found_before_training(adapted: Adapted, tmp_path: Path) -> None:
     weights = fetch(adapted.first.uri, adapted.settings, adapted.store) / "model.safetensors"
     whole = weights.read_bytes()
+    training = adapted.recipe.training.model_copy(update={"seed": 1})  # which was not done yet
     weights.unlink()  # it shares its bytes with the trained model
     try:
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -241,7 +244,7 @@ def test_a_flipped_byte_in_the_base_is_found_before_training(adapted: Adapted, t
             lambda: find_base(adapted.recipe.model, adapted.settings, adapted.store),
             lambda: local_base(adapted.base, adapted.settings, adapted.store),
             lambda: train(
-                ONE, adapted.dataset, adapted.base, adapted.recipe.model, adapted.recipe.training, adapted.store,
+                ONE, adapted.dataset, adapted.base, adapted.recipe.model, training, adapted.store,
                 adapted.settings.model_copy(update={"home": tmp_path}),
             ),
             lambda: _whole(adapted, tmp_path),

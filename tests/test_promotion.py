@@ -1,5 +1,6 @@
 """Promotion: one champion, moved by one at a time, and a history without gaps; on a directory and on S3 servers."""
 
+import json
 import multiprocessing
 import threading
 from collections.abc import Iterator
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ForgeError
-from tasks.promotion import promote, promotions
-from tasks.registry import champion_version, open_registry
+from tasks.promotion import drop_challenger, promote, promotions
+from tasks.registry import champion_version, open_registry, version_of
 from tasks.settings import Settings
 from tasks.storage import Store, open_store
 from tasks.storage import lease as module
@@ -116,6 +117,18 @@ def test_a_promotion_that_was_cut_off_is_finished(
     assert chain(store) == [("", "1"), ("1", "2")]
 
 
+def test_only_the_version_itself_loses_the_alias_challenger(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    _register(settings)
+    client = open_registry(settings)
+    client.set_registered_model_alias("dates", "challenger", "3")
+    drop_challenger(client, "dates", "2")
+    assert version_of(client, "dates", "challenger") == "3"
+    for _ in range(2):
+        drop_challenger(client, "dates", "3")
+        assert version_of(client, "dates", "challenger") is None
+
+
 def test_an_alias_that_was_moved_by_hand_is_recorded(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     _register(settings)
@@ -153,6 +166,22 @@ def test_the_lease_of_a_process_that_died_is_taken_over(settings: Settings, monk
         check()
         assert len(store.names("leases/dates")) == 1
     assert store.names("leases/dates") == []
+
+
+def test_an_earlier_attempt_of_the_same_execution_holds_nobody_up(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(settings)
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123")
+    store.put("leases/dates/ours", json.dumps({"owner": whoami(), "number": 1, "renewals": 1}).encode())
+    with lease(store, "dates"):
+        assert "ours" not in store.names("leases/dates")
+    monkeypatch.setattr(module, "ABANDONED", 0.5)
+    store.put("leases/dates/theirs", json.dumps({"owner": "somebody", "number": 1, "renewals": 1}).encode())
+    said: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    with lease(store, "dates"):
+        assert said, "another's is waited for until it is abandoned"
 
 
 def test_a_lease_is_kept_while_its_holder_works_and_one_that_was_lost_is_told(

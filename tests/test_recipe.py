@@ -1,13 +1,17 @@
 """Recipes: what is shipped is valid, and what is wrong is told with file, line and mend."""
 
+import io
+import json
+import uuid
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tasks.errors import ForgeError
-from tasks.recipe import RECIPES, load_recipe
+from tasks.recipe import RECIPES, Recipe, load_recipe
 from tests.conftest import SMALL
+from tests.storage.servers import KEY, MAKES, SECRET, client_of, server_of
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -26,6 +30,28 @@ def test_a_path_and_a_uri_are_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(SMALL))
     assert load_recipe(str(path)) == load_recipe(path.as_uri())
+
+
+def test_the_yaml_itself_is_read_and_its_lines_are_named() -> None:
+    text = yaml.safe_dump(SMALL)
+    assert load_recipe(text) == load_recipe(json.dumps(SMALL)) == Recipe.model_validate(SMALL)
+    with pytest.raises(ForgeError, match=r"recipe given as YAML is wrong:\n.*given as YAML:\d+: .* did you mean items"):
+        load_recipe(text.replace("items:", "itemz:"))
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_recipe_in_a_bucket_is_read(make: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = yaml.safe_dump(SMALL).encode()
+    with server_of(make, tmp_path) as server:
+        client = client_of(server)
+        bucket = f"recipes-{uuid.uuid4().hex[:8]}"
+        client.make_bucket(bucket)
+        client.put_object(bucket, "team/mine.yaml", io.BytesIO(text), len(text))
+        for name, value in {"ENDPOINT": server, "ACCESS_KEY": KEY, "SECRET_KEY": SECRET}.items():
+            monkeypatch.setenv(f"FORGE_S3_{name}", value)
+        assert load_recipe(f"s3://{bucket}/team/mine.yaml") == Recipe.model_validate(SMALL)
+        with pytest.raises(ForgeError, match=r"other.yaml: there is no such object; check the bucket and the key"):
+            load_recipe(f"s3://{bucket}/team/other.yaml")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +104,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("tiny-cp", "Did you mean tiny-cpu?"), ("/nowhere.yaml", "Shipped are"), ("s3://b/r.yaml", "file://")],
+    [
+        ("tiny-cp", "Did you mean tiny-cpu?"),
+        ("/nowhere.yaml", "Shipped are"),
+        ("s3://b/r.yaml", "S3 needs a server"),
+        ("hf://b/r.yaml", "only s3:// and file://"),
+    ],
 )
 def test_a_recipe_that_is_not_there(name: str, says: str) -> None:
     with pytest.raises(ForgeError, match="recipe") as caught:

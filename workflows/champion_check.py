@@ -13,12 +13,11 @@ def champion_check(data_path: str = "", recipe: str = "tiny-cpu") -> str:
 
     Args:
         data_path: the rows, as training_pipeline takes them; those held out of them are asked
-        recipe: the name of a shipped recipe, or the path of a YAML file
+        recipe: the name of a shipped recipe, a path, an s3:// URI, or the YAML itself
 
     Returns:
         the champion's score now and when it was promoted, in one line
     """
     plan = preflight(data_path=data_path, recipe=recipe)
-    settled = plan.recipe
-    dataset = preprocess_data(source=plan.source, data=settled.data, base=plan.base)
-    return check_champion(name=settled.name, dataset=dataset, evaluation=settled.evaluation, gate=settled.gate)
+    dataset = preprocess_data(source=plan.source, data=plan.data, base=plan.base)
+    return check_champion(name=plan.name, dataset=dataset, evaluation=plan.evaluation, gate=plan.gate)

@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate.ask import Asked, load_tokenizer
+from tasks.package import LocalBase
 from tasks.recipe import EvaluationRecipe
 
 SEED = 0
@@ -46,7 +46,7 @@ class Answer:
 
 
 def answer_all(
-    of: Base, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
+    of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
 
@@ -92,7 +92,7 @@ def answer_all(
 class Answerer:
     """A model on a device."""
 
-    def __init__(self, of: Base, recipe: EvaluationRecipe, device: str) -> None:
+    def __init__(self, of: LocalBase, recipe: EvaluationRecipe, device: str) -> None:
         self.recipe = recipe
         self.tokenizer = load_tokenizer(of)
         try:
@@ -225,7 +225,7 @@ def devices_here() -> list[str]:
 _load: Callable[[], Answerer]  # in a process of answer_all's
 
 
-def _start(of: Base, recipe: EvaluationRecipe, free: Any) -> None:
+def _start(of: LocalBase, recipe: EvaluationRecipe, free: Any) -> None:
     global _load
     _load = functools.cache(functools.partial(Answerer, of, recipe, free.get()))
 

@@ -7,9 +7,10 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from tasks.contracts import TODAY, Base
+from tasks.contracts import TODAY
 from tasks.errors import ForgeError
 from tasks.evaluate.items import Item
+from tasks.package import LocalBase
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Asked:
     scored: list[int]
 
 
-def ask_all(of: Base, items: Sequence[Item], quiet: bool = False) -> list[Asked]:
+def ask_all(of: LocalBase, items: Sequence[Item], quiet: bool = False) -> list[Asked]:
     """Every item in a model's tokens; one that its chat template refuses is empty, and, unless `quiet`, a line says so.
 
     Raises ForgeError where there is no tokenizer, or the template refuses all of them.
@@ -98,12 +99,12 @@ def render(tokenizer: Any, item: Item, messages: list[dict[str, Any]]) -> list[i
     return tokens
 
 
-def tells_date(of: Base) -> bool:
+def tells_date(of: LocalBase) -> bool:
     """Whether a model's chat template tells the date: its server then gives it other tokens every day."""
     return "strftime_now" in load_tokenizer(of).get_chat_template()
 
 
-def load_tokenizer(of: Base) -> Any:
+def load_tokenizer(of: LocalBase) -> Any:
     """A model's tokenizer, padding on the left."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(

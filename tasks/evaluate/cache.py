@@ -7,11 +7,11 @@ import torch
 import transformers
 from pyarrow import parquet
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate.answer import Answer, Tell, answer_all, devices_here
 from tasks.evaluate.ask import ask_all
 from tasks.evaluate.items import Item
+from tasks.package import LocalBase
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
 from tasks.storage import Store, digest_json
@@ -22,7 +22,7 @@ FILE = "answers.parquet"
 
 
 def answers_of(
-    of: Base,
+    of: LocalBase,
     digest: str,
     items: list[Item],
     recipe: EvaluationRecipe,

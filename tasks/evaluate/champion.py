@@ -1,18 +1,52 @@
 """The champion's package: found, and verified before anything is compared with it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Base
+from tasks.contracts import Base, Champion, Model
 from tasks.errors import ForgeError
-from tasks.package import ADAPTER, is_registered, local_base, open_package
-from tasks.registry import Champion
+from tasks.package import ADAPTER, LocalBase, directory_of, is_registered, local_base, open_package
+from tasks.registry import EVALUATION, MODEL_DIGEST, find_champion, open_registry, telling
 from tasks.settings import Settings
-from tasks.storage import Store, digest_directory
+from tasks.storage import Store, digest_directory, digest_json
 from tasks.storage.copies import Copies
 from tasks.storage.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 MEND = "put it back, or take the alias champion from the version in MLflow, to start without one"
+
+
+def champion_to_compare(name: str, model: Model, store: Store, settings: Settings) -> Champion:
+    """The champion that a model is compared with, `Champion()` where there is none.
+
+    A model that is the champion already is compared with the one that it was compared with when it was registered, if
+    that is still there: so its evaluation is the same one before and after its promotion, and is not made again.
+    """
+    client = open_registry(settings)
+    with telling(f"the champion of {name} cannot be read", settings):
+        champion = find_champion(client, name)
+        if champion is None:
+            return Champion()
+        tags = client.get_model_version(name, champion.version).tags
+    if tags.get(MODEL_DIGEST) != model_digest(model, store):
+        return champion
+    card = store.part(store.uri(f"evaluations/sha256-{tags.get(EVALUATION, '')}"), "evaluation.json")
+    if card is None:
+        return champion
+    before = Champion(**(json.loads(card)["champion"] or {}))
+    try:
+        if before.version:
+            find_package(name, before, store)
+    except ForgeError:  # removed by retention since
+        return champion
+    return before
+
+
+def model_digest(model: Model, store: Store) -> str:
+    """The digest of a trained model's files alone, by its manifest."""
+    files = {entry["path"]: entry["sha256"] for entry in store.manifest(model.uri)["files"]}
+    inside = {path.removeprefix("model/"): digest for path, digest in files.items() if path.startswith("model/")}
+    return digest_json(dict(sorted(inside.items())))
 
 
 def find_package(name: str, champion: Champion, store: Store) -> str:
@@ -28,7 +62,7 @@ def find_package(name: str, champion: Champion, store: Store) -> str:
 
 def champion_model(
     name: str, champion: Champion, candidate: str, store: Store, settings: Settings
-) -> tuple[Base, str] | None:
+) -> tuple[LocalBase, str] | None:
     """The champion as a whole model on this machine, its package verified file by file, and that model's digest.
 
     None where it is the candidate, which has the digest `candidate`.
@@ -40,7 +74,7 @@ def champion_model(
         if model_digest == candidate:
             return None
         if manifest.get("kind") != ADAPTER:
-            return Base(location=str(package)), model_digest
+            return LocalBase(str(package)), model_digest
         directory = merged(package, manifest, settings, store)
     except ForgeError as error:
         raise _told(name, champion, error) from None
@@ -53,7 +87,7 @@ def champion_model(
             f"registered (sha256 {its_digest[:12]} and not {model_digest[:12]}); its answers are kept apart",
             flush=True,
         )
-    return Base(location=str(directory)), its_digest
+    return LocalBase(str(directory)), its_digest
 
 
 def merged(package: Path, manifest: dict[str, Any], settings: Settings, store: Store) -> Path:
@@ -61,16 +95,20 @@ def merged(package: Path, manifest: dict[str, Any], settings: Settings, store: S
 
     Raises ForgeError where its base is gone, or is not what it was.
     """
-    base = Base(**manifest["base"])
+    location, revision = manifest["base"]["location"], manifest["base"]["revision"]
+    folder = None if is_registered(location) else directory_of(location)
 
     def make(staged: Path) -> None:
         import torch  # preflight has no need of these
 
         from tasks.weights import merge
 
-        if Path(base.location).is_absolute() and digest_directory(Path(base.location))[0] != base.revision:
-            raise ForgeError(f"its base {base.location} is gone or was changed, and is not {base.revision} any more")
-        local = local_base(base, settings, store)
+        if folder is None:
+            local = local_base(Base(location=location, revision=revision), settings, store)
+        elif digest_directory(folder)[0] == revision:
+            local = LocalBase(str(folder))
+        else:
+            raise ForgeError(f"its base {folder} is gone or was changed, and is not {revision} any more")
         merge(local, package, getattr(torch, manifest["dtype"]), staged)
         write_manifest(staged, {})
 

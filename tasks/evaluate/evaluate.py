@@ -6,14 +6,14 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 from rich.progress import Progress
 
-from tasks.contracts import Base, Dataset, Evaluation, Model
+from tasks.cluster import check_gpus_seen
+from tasks.contracts import Champion, Dataset, Evaluation, Model
 from tasks.errors import ForgeError
 from tasks.evaluate.ask import ask_all, tells_date
 from tasks.evaluate.cache import answers_of, chosen_engine
@@ -23,12 +23,14 @@ from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.report import Page, render_report
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
-from tasks.package import is_registered, local_base
+from tasks.package import LocalBase, is_registered, local_base
 from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.registry import MODEL_DIGEST, find_champion, open_registry
+from tasks.registry import MODEL_DIGEST
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory
+from tasks.storage.done import find_done, record_done
 
+STAGE = "evaluate"
 CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"
 
 
@@ -36,6 +38,7 @@ def evaluate(
     name: str,
     dataset: Dataset,
     model: Model,
+    champion: Champion,
     recipe: EvaluationRecipe,
     gate: GateRecipe,
     store: Store,
@@ -44,11 +47,19 @@ def evaluate(
     """Compare a trained model with what it was trained from and with the champion of `name`; publish all of it.
 
     The result is a directory: `items.parquet` (each prompt with the expected answer, and every model's answer, score
-    and NLL), `report.html`, and the card `evaluation.json` (figures, verdict). It is logged to MLflow too.
+    and NLL), `report.html`, and the card `evaluation.json` (figures, verdict). It is logged to MLflow too. One that
+    was published before from the same is found, and not made again.
 
-    Raises ForgeError where nothing is held out, a model cannot be loaded, or the champion's package is gone or damaged.
+    Raises ForgeError where nothing is held out, a model cannot be loaded, the champion's package is gone or damaged, or
+    GPUs that were asked for are not there.
     """
     started = time.time()
+    check_gpus_seen(settings.gpus)
+    engine = chosen_engine(recipe, settings)
+    asked = [name, dataset.digest, model.digest, champion.model_dump(), recipe.model_dump(mode="json"),
+             gate.model_dump(mode="json"), engine]  # fmt: skip
+    if found := find_done(store, STAGE, asked, Evaluation):
+        return recorded(found, name, store, settings)
     directory = store.path(model.uri)
     items, passed_over = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items, recipe.check)
     if not items:
@@ -57,13 +68,12 @@ def evaluate(
             f"({passed_over} rows passed over); raise data.heldout_fraction, or give data.heldout_source"
         )
     digest, _ = digest_directory(directory / "model")
-    champion = find_champion(open_registry(settings), name)
-    models = {"candidate": (Base(location=str(directory / "model")), digest), "base": base_of(model, settings, store)}
-    if champion is not None:
+    candidate = LocalBase(str(directory / "model"))
+    models = {"candidate": (candidate, digest), "base": base_of(model, settings, store)}
+    if champion.version:
         other = champion_model(name, champion, digest, store, settings)
         if other is not None:
             models["champion"] = other
-    engine = chosen_engine(recipe, settings)
     judged: dict[str, Judged] = {}
     for who, (of, its_digest) in models.items():
         with Progress() as progress:
@@ -71,7 +81,7 @@ def evaluate(
             tell = functools.partial(_show, progress, bar)
             judged[who] = judge_all(items, answers_of(of, its_digest, items, recipe, store, settings, engine, tell))
     reference = None
-    if champion is None:
+    if not champion.version:
         reference = Reference("base", judged["base"])
     elif "champion" in judged:
         reference = Reference("champion", judged["champion"])
@@ -85,7 +95,7 @@ def evaluate(
     scores = {who: summarise(items, of) for who, of in judged.items()}
     training = json.loads((directory / "training.json").read_text())
     with store.stage() as staged:
-        parquet.write_table(items_table(items, judged, models["candidate"][0]), staged / ITEMS, compression="zstd")
+        parquet.write_table(items_table(items, judged, candidate), staged / ITEMS, compression="zstd")
         page = Page(
             name=name,
             items=items,
@@ -95,14 +105,14 @@ def evaluate(
             verdict=verdict,
             gate=gate,
             reference="" if reference is None else reference.name,
-            champion="" if champion is None else champion.version,
+            champion=champion.version,
             harness=harness,
             training=training,
             lineage={
                 "Model": model.digest,
                 "Data set": dataset.digest,
                 "Trained from": " ".join(training["base"].values()).strip(),
-                "Champion": f"version {champion.version}, {champion.digest}" if champion else "none yet",
+                "Champion": f"version {champion.version}, {champion.digest}" if champion.version else "none yet",
                 "Items": digest_items(items),
                 "Answered by": engine,
             },
@@ -112,7 +122,7 @@ def evaluate(
             "kind": "evaluation",
             "model": {"uri": model.uri, "digest": model.digest, "model_digest": digest},
             "dataset": {"uri": dataset.uri, "digest": dataset.digest},
-            "champion": None if champion is None else dataclasses.asdict(champion),
+            "champion": champion.model_dump() if champion.version else None,
             "items": {"digest": digest_items(items), "passed_over": passed_over},
             "recipe": recipe.model_dump(mode="json"),
             "gate": gate.model_dump(mode="json"),
@@ -140,13 +150,21 @@ def evaluate(
         nll=without_nan(mine.nll),
         nll_base=without_nan(base.nll),
         json_validity=mine.json_validity,
-        champion="" if champion is None else champion.version,
+        champion=champion.version,
         verdict=verdict.outcome,
         reason=verdict.reason,
-        report=str(store.path(uri) / REPORT),
+        report=f"{uri}/{REPORT}",
     )
-    record_evaluation(settings, name, result, {"dataset": dataset.digest, MODEL_DIGEST: digest}, harness)
-    print(f"evaluate: {verdict.reason}", flush=True)
+    record_done(store, STAGE, asked, result)
+    return recorded(result, name, store, settings)
+
+
+def recorded(result: Evaluation, name: str, store: Store, settings: Settings) -> Evaluation:
+    """A published evaluation, which MLflow knows from here on."""
+    card = json.loads((store.path(result.uri) / CARD).read_text())
+    tags = {"dataset": card["dataset"]["digest"], MODEL_DIGEST: card["model"]["model_digest"]}
+    record_evaluation(settings, name, result, tags, card["harness"], store.path(result.report))
+    print(f"evaluate: {result.reason}", flush=True)
     return result
 
 
@@ -163,20 +181,19 @@ def _show(progress: Progress, bar: Any, done: int) -> None:
     progress.update(bar, completed=done)
 
 
-def base_of(model: Model, settings: Settings, store: Store) -> tuple[Base, str]:
+def base_of(model: Model, settings: Settings, store: Store) -> tuple[LocalBase, str]:
     """What a model was trained from, and its digest."""
     base = model.base
-    if is_registered(base.location):  # whose answers may be kept from its own evaluation
-        manifest = store.manifest(base.location)
-        return local_base(base, settings, store), str(manifest.get("model_digest", base.revision))
-    if "://" in base.location:  # in the store
+    if not base.revision:  # the random weights that it started from, in the store
         path = store.path(base.location)
-        return Base(location=str(path)), digest_directory(path)[0]
-    local = Path(base.location).is_dir()  # whose revision is a digest, which no hub knows
-    return Base(location=base.location) if local else base, base.revision
+        return LocalBase(str(path)), digest_directory(path)[0]
+    local, digest = local_base(base, settings, store), base.revision
+    if is_registered(base.location):  # whose answers may be kept from its own evaluation
+        digest = str(store.manifest(base.location).get("model_digest", digest))
+    return local, digest
 
 
-def items_table(items: Sequence[Item], judged: Mapping[str, Judged], candidate: Base) -> pa.Table:
+def items_table(items: Sequence[Item], judged: Mapping[str, Judged], candidate: LocalBase) -> pa.Table:
     """Each item with every model's answer, as columns such as `candidate_score`; messages and tools are JSON.
 
     The tokens are those that the candidate was given, and `scored` the places in `whole_tokens` that its NLL is of: a

@@ -1,33 +1,50 @@
-"""The door of evaluation. Not cached by Flyte: the champion may change; answers are kept by what gave them."""
+"""The doors of evaluation."""
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from flytekit import Deck, task
+from flytekit import Cache, Deck, HashMethod, task
 
-from tasks.contracts import Dataset, Evaluation, Model
+from tasks.contracts import Champion, Dataset, Evaluation, Model, cache_key, value_key
 from tasks.nodes import Shape
 from tasks.pods import light, on_gpus
 from tasks.recipe import EvaluationRecipe, GateRecipe
 from tasks.settings import load_settings
 from tasks.storage import open_store
+from tasks.version import code_version
 
 
 class Judged(NamedTuple):
     """An evaluation, and whether the gate lets the model on."""
 
-    evaluation: Evaluation
+    evaluation: Annotated[Evaluation, HashMethod(cache_key)]
     passed: bool
 
 
-@task(enable_deck=True, **on_gpus(Shape(1, 2), hours=6))
-def evaluate_model(name: str, dataset: Dataset, model: Model, evaluation: EvaluationRecipe, gate: GateRecipe) -> Judged:
+@task(**light())
+def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(value_key)]:
+    """The champion that a model is to be compared with: looked up when there is the model, and not cached."""
+    from tasks.evaluate.champion import champion_to_compare
+
+    settings = load_settings()
+    return champion_to_compare(name, model, open_store(settings), settings)
+
+
+@task(
+    enable_deck=True,
+    deck_fields=(),  # the report alone: Flyte's own decks ask for a pip that the images lack
+    cache=Cache(version=code_version("evaluate"), serialize=True),
+    **on_gpus(Shape(1, 2), hours=6),
+)
+def evaluate_model(
+    name: str, dataset: Dataset, model: Model, champion: Champion, evaluation: EvaluationRecipe, gate: GateRecipe
+) -> Judged:
     """Compare a model with what it was trained from and with the champion; the report is also the task's deck."""
     from tasks.evaluate.evaluate import evaluate
 
     settings = load_settings()
-    result = evaluate(name, dataset, model, evaluation, gate, open_store(settings), settings)
-    Deck("Evaluation", Path(result.report).read_text(encoding="utf-8"))
+    store = open_store(settings)
+    result = evaluate(name, dataset, model, champion, evaluation, gate, store, settings)
+    Deck("Evaluation", store.path(result.report).read_text(encoding="utf-8"))
     return Judged(result, result.verdict == "pass")
 
 

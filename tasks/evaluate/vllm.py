@@ -11,10 +11,10 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate.answer import SEED, Answer, Tell, batches
 from tasks.evaluate.ask import Asked, load_tokenizer
+from tasks.package import LocalBase
 from tasks.recipe import EvaluationRecipe
 from tasks.settings import Settings
 from tasks.vllm_environment import saved_dtype, vllm_environment
@@ -26,7 +26,7 @@ LOOK = 0.1  # seconds between looks at what was answered
 
 
 def answer_all(
-    of: Base, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, tell: Tell
+    of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
 
@@ -127,7 +127,7 @@ def follow(process: subprocess.Popen[bytes], answers: Path) -> Iterator[list[dic
                 time.sleep(LOOK)
 
 
-def local_directory(of: Base) -> Path:
+def local_directory(of: LocalBase) -> Path:
     """Where a model's files are on this machine; downloads them from the hub if they are not."""
     if Path(of.location).is_dir():
         return Path(of.location)

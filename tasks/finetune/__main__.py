@@ -13,9 +13,9 @@ from tasks.finetune.export import export
 from tasks.finetune.processes import Rank, joined
 from tasks.finetune.run import copies_of, job_key, telemetry_of
 from tasks.finetune.train import Job, Trainer
-from tasks.package import is_registered, registered_base
+from tasks.package import LocalBase, is_registered, local_base, registered_base
 from tasks.recipe import load_recipe
-from tasks.settings import Settings, load_settings
+from tasks.settings import Settings, load_settings, path_of
 from tasks.storage import open_store
 
 
@@ -34,11 +34,14 @@ def main() -> int:
         if options.out.exists():
             raise ForgeError(f"{options.out}: is there already; name another directory, or remove it")
         checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
-        base = local = Base(location=recipe.model.base or "", revision=recipe.model.revision or "")
-        if is_registered(base.location):
-            store = open_store(settings)
-            base = registered_base(base.location, base.revision, settings, store)
-            local = Base(location=str(store.path(base.location)))  # which is verified by now
+        named, revision, store = recipe.model.base or "", recipe.model.revision or "", open_store(settings)
+        if is_registered(named):
+            base = registered_base(named, revision, settings, store)
+            local = LocalBase(str(store.path(base.location)))  # which is verified by now
+        else:
+            directory = path_of(named).expanduser().absolute()
+            base = Base(location=directory.as_uri() if named and directory.is_dir() else named, revision=revision)
+            local = local_base(base, settings, store)
         key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
         copies = copies_of(key, settings)
         job = Job(options.data, local, recipe.model, recipe.training, checkpoints, copies, origin=base)

@@ -162,6 +162,8 @@ class Checkpoints:
 def _discard(directory: Path) -> None:
     """Remove a directory; what is left when that is broken off bears no name that counts."""
     left = directory.with_name(directory.name + PARTIAL)
+    if left.exists():
+        shutil.rmtree(left)
     os.rename(directory, left)
     shutil.rmtree(left)
 

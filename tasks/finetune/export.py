@@ -37,7 +37,7 @@ def export(trainer: Trainer, directory: Path | None) -> None:
     job = trainer.job
     dtype = DTYPES[job.training.precision]
     if trainer.adapter is not None:
-        save_adapter(trainer.adapter, weights, job.recorded, directory / "adapter")
+        save_adapter(trainer.adapter, weights, job.origin, directory / "adapter")
         merge(job.base, directory / "adapter", dtype, directory / "model", trainer.tokenizer)
     else:
         save(trainer.causal, weights, dtype, trainer.tokenizer, directory / "model")
@@ -67,7 +67,7 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
     return {
         "kind": "model",
         "digest": digest,
-        "base": (job.recorded if job.base.location else Base(location="random weights")).model_dump(),
+        "base": (job.origin if job.base.location else Base(location="random weights")).model_dump(),
         "dataset": {"digest": dataset["digest"]},
         "parameters": trainer.parameters,
         "recipe": {"model": job.model.model_dump(mode="json"), "training": job.training.model_dump(mode="json")},

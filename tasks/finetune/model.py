@@ -11,9 +11,9 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.checkpoint import reason
+from tasks.package import LocalBase
 from tasks.recipe import Lora, ModelRecipe
 from tasks.weights import load_causal
 
@@ -21,7 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "default"  # peft's name for the only one
 
 
-def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, seed: int, dtype: torch.dtype) -> Any:
+def build_model(
+    recipe: ModelRecipe, base: LocalBase, tokenizer: Any, context: int, seed: int, dtype: torch.dtype
+) -> Any:
     """A causal language model: new weights for an architecture (the same for a seed), else the base's."""
     torch.manual_seed(seed)
     if recipe.architecture is not None:
@@ -42,7 +44,7 @@ def build_model(recipe: ModelRecipe, base: Base, tokenizer: Any, context: int, s
     return load_causal(base, dtype)
 
 
-def build_quantised(base: Base, dtype: torch.dtype, device: torch.device) -> Any:
+def build_quantised(base: LocalBase, dtype: torch.dtype, device: torch.device) -> Any:
     """The base model with its linear layers in 4 bits (NF4, the constants quantised too), but for the output layer.
 
     As in QLoRA (https://arxiv.org/abs/2305.14314); products are in `dtype`. Four bits lie in elements of that type too,
@@ -64,7 +66,7 @@ def build_quantised(base: Base, dtype: torch.dtype, device: torch.device) -> Any
     return causal
 
 
-def load_config(base: Base) -> Any:
+def load_config(base: LocalBase) -> Any:
     """The base model's configuration."""
     try:
         return AutoConfig.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
@@ -72,14 +74,14 @@ def load_config(base: Base) -> Any:
         raise ForgeError(f"base model {base.location}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def build_empty(base: Base, dtype: torch.dtype) -> Any:
+def build_empty(base: LocalBase, dtype: torch.dtype) -> Any:
     """The base model without its weights (on the meta device); buffers, which no file holds, are there."""
     config = load_config(base)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def load_sharded(causal: Any, base: Base, device: torch.device) -> None:
+def load_sharded(causal: Any, base: LocalBase, device: torch.device) -> None:
     """Give an empty model that is sharded its weights: each rank reads its own part of the files."""
     directory = local_directory(base)
     named = [*causal.named_parameters(), *causal.named_buffers()]
@@ -105,7 +107,7 @@ def load_sharded(causal: Any, base: Base, device: torch.device) -> None:
         raise ForgeError(f"base model {base.location}: cannot be loaded ({reason(error)}); copy it anew") from None
 
 
-def local_directory(base: Base) -> Path:
+def local_directory(base: LocalBase) -> Path:
     """Where the base model's files are on this machine; downloads them from the hub if they are not."""
     if Path(base.location).is_dir():
         return Path(base.location)

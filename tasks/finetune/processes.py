@@ -20,6 +20,7 @@ from typing import TextIO
 import torch
 from torch import distributed
 
+from tasks.cluster import check_gpus_seen
 from tasks.errors import ForgeError
 
 ROOT_CAUSE_WAIT = 1.0  # seconds
@@ -48,6 +49,13 @@ class Rank:
         """Whether this is the rank that reports and writes."""
         return self.rank == 0
 
+    def first_says(self, answer: bool) -> bool:
+        """The first rank's answer, which all have to go by."""
+        said = [answer]
+        if self.world > 1:
+            distributed.broadcast_object_list(said)
+        return said[0]
+
     def alive(self) -> None:
         """Say that this rank gets on; its stack is written where it has not said so just before others give it up."""
         if self.stack is not None:
@@ -55,7 +63,7 @@ class Rank:
 
 
 @contextlib.contextmanager
-def joined(failure: Path) -> Iterator[Rank]:
+def joined(failure: Path, gpus: int = 0) -> Iterator[Rank]:
     """Join the group that torchrun's environment variables describe; leave it at the end.
 
     Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first
@@ -65,21 +73,24 @@ def joined(failure: Path) -> Iterator[Rank]:
 
     A rank that hangs is given up by the others when a collective has waited for COLLECTIVE_TIMEOUT. What each rank was
     doing is then in a file beside `failure`, and where the hanging one was is in the message.
+
+    ForgeError where this machine has fewer than `gpus` GPUs, the number that was asked for.
     """
     stop = threading.Event()
     _end_with_parent()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACES)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     stack = None
     if rank == 0:
         failure.unlink(missing_ok=True)  # in another container, an earlier launcher had the same number
     try:
+        check_gpus_seen(gpus)
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        else:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         if world > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
             name = [failure.name]

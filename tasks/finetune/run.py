@@ -3,9 +3,11 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tasks.contracts import Base, Dataset, Model
 from tasks.finetune.bucket import Bucket
+from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.export import export
 from tasks.finetune.processes import Rank
 from tasks.finetune.telemetry import Telemetry
@@ -15,7 +17,9 @@ from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import Settings
 from tasks.storage import Store, digest_directory
 from tasks.storage.digest import digest_json
+from tasks.storage.done import find_done, record_done
 
+STAGE = "finetune"
 # What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
 HOW = frozenset(
     ("nodes", "processes", "parallelism", "rows_per_forward", "activation_checkpointing", "compile",
@@ -34,12 +38,19 @@ def train(
 ) -> Model | None:
     """Train on a data set and publish the model; the first rank returns it.
 
-    A job that was broken off goes on from its last checkpoint.
+    A job that was broken off goes on from its last checkpoint, and one whose model was published is not done again.
     """
     started = time.time()
     key = job_key(dataset.digest, base, model, recipe)
-    local = local_base(base, settings, store)
     checkpoints, copies = settings.checkpoints / key, copies_of(key, settings)
+    # The first rank looks for all: what another finds may differ, and each waits for the others in training.
+    done = find_done(store, STAGE, [key], Model) if rank.first else None
+    if rank.first_says(done is not None):
+        if done is not None:
+            print(f"train: {done.uri} was published before; nothing is left to train", flush=True)
+            Checkpoints(checkpoints, replace(rank, world=1), recipe.keep_checkpoints, copies).remove()
+        return done
+    local = local_base(base, settings, store)
     job = Job(store.path(dataset.uri), local, model, recipe, checkpoints, copies, origin=base)
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
@@ -51,12 +62,14 @@ def train(
         export(trainer, staged)
         digest, _ = digest_directory(staged, exclude=("training.json",))
         uri = store.publish(staged, "trained")
+        if not base.location:
+            base = Base(location=f"{uri}/base")
+        trained = Model(
+            uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
+        )
+        record_done(store, STAGE, [key], trained)
     trainer.checkpoints.remove()
-    if not base.location:
-        base = Base(location=f"{uri}/base")
-    return Model(
-        uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
-    )
+    return trained
 
 
 @contextlib.contextmanager
@@ -66,7 +79,7 @@ def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Te
         yield None
         return
     job = trainer.job
-    params = {**job.training.model_dump(mode="json"), "base": job.recorded.location or "random weights"}
+    params = {**job.training.model_dump(mode="json"), "base": job.origin.location or "random weights"}
     per_token, peak = trainer.flops()
     with Telemetry(
         settings, name, params, training=name, steps=trainer.order.steps, device=trainer.rank.device,

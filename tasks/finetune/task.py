@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from flytekit import Cache, FlyteContextManager, HashMethod, PythonFunctionTask, task
 from flytekit.core.base_task import IgnoreOutputs
-from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
+from flytekit.exceptions.user import FlyteUserRuntimeException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.kfpytorch import CleanPodPolicy, Elastic, RunPolicy
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
@@ -24,7 +24,7 @@ from tasks.contracts import Base, Dataset, Model, cache_key
 from tasks.errors import ForgeError
 from tasks.nodes import SHAPES, Shape
 from tasks.pods import on_gpus
-from tasks.processes import end_soon
+from tasks.processes import end_by, end_soon
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import load_settings
 from tasks.storage import open_store
@@ -61,7 +61,12 @@ class TrainingTask(PytorchElasticFunctionTask):
         self.rdzv_backend = "c10d"
 
     def execute(self, **kwargs: Any) -> Any:
-        """Start the processes and return the first rank's result; ForgeError says what failed, and where."""
+        """Start the processes and return the first rank's result; ForgeError says what failed, and where.
+
+        On the cluster, a training that was told to stop ends this process by SIGTERM, which Flyte tries again. An
+        exception would leave an error file, and Flyte takes that for the end of the attempt, even where a queue has
+        suspended the job and its workers go on in the same attempt.
+        """
         training = kwargs["training"]
         local = FlyteContextManager.current_context().execution_state.is_local_execution()
         processes = training.processes
@@ -82,17 +87,17 @@ class TrainingTask(PytorchElasticFunctionTask):
         except IgnoreOutputs as error:
             if error.__context__ is None:  # done, on another node than the first rank's
                 raise
-            # The elastic agent was told to end, and has ended the processes.
+            # The elastic agent was told to end, and has ended the processes. On the cluster, a node is drained or
+            # wanted by others: what is saved is gone on from.
             if local:
                 raise KeyboardInterrupt from None
-            # A node is drained, or wanted by others: what is saved is gone on from.
-            raise FlyteRecoverableException("training was told to stop, and goes on from its last checkpoint") from None
+            end_by(signal.SIGTERM)
         except FlyteUserRuntimeException as error:
             from tasks.finetune.processes import describe_failure, read_failure
 
             found = read_failure(failure)
             if found and found["stopped"] and not local:
-                raise FlyteRecoverableException(found["message"]) from None
+                end_by(signal.SIGTERM)
             raise ForgeError(describe_failure(found) if found else describe_exit(error.value, failure)) from None
         finally:
             Console().show_cursor()  # the bar of a process that was ended could not
@@ -120,8 +125,9 @@ TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)
 
 
 def failure_file(launcher: int) -> Path:
-    """Where the ranks that a process launched say which of them failed first."""
-    return load_settings().failures / f"training-{launcher}.json"
+    """Where the ranks that a process launched say which of them failed first; on the cluster, those of all nodes."""
+    execution = os.environ.get("FLYTE_INTERNAL_EXECUTION_ID")
+    return load_settings().failures / f"training-{execution or launcher}.json"
 
 
 def shaped(shape: Shape) -> dict[str, Any]:
@@ -174,8 +180,8 @@ def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRe
     from tasks.finetune import run
     from tasks.finetune.processes import joined
 
-    with joined(failure_file(os.getppid())) as rank:
-        settings = load_settings()
+    settings = load_settings()
+    with joined(failure_file(os.getppid()), settings.gpus) as rank:
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
     end_soon()
     # Flyte takes the first rank's value; the others have none, and any will do.

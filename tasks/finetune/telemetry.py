@@ -204,11 +204,12 @@ class Tracking:
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        experiment = client.get_experiment_by_name(EXPERIMENT)
+        name = EXPERIMENT + self._settings.name_suffix
+        experiment = client.get_experiment_by_name(name)
         if experiment is None:
             with contextlib.suppress(MlflowException):  # another training has just made it
-                client.create_experiment(EXPERIMENT, artifact_location=artifact_root(self._settings))
-            experiment = client.get_experiment_by_name(EXPERIMENT)
+                client.create_experiment(name, artifact_location=artifact_root(self._settings))
+            experiment = client.get_experiment_by_name(name)
         found = client.search_runs([experiment.experiment_id], f"tags.`{TRAINING}` = '{self._training}'")
         if found:
             run = found[0]

@@ -40,6 +40,7 @@ from tasks.finetune.progress import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
 from tasks.model_size import architecture_config, measure_model
+from tasks.package import LocalBase
 from tasks.recipe import ModelRecipe, TrainingRecipe
 
 transformers_logging.disable_progress_bar()
@@ -55,17 +56,12 @@ class Job:
     """What to train on what: a data set's directory, where to start from, and how."""
 
     data: Path
-    base: Base
+    base: LocalBase
     model: ModelRecipe
     training: TrainingRecipe
     checkpoints: Path  # a directory that is this job's alone, and all ranks see
     copies: Bucket | None = None  # where they are copied to
-    origin: Base | None = None  # in the store, where `base` is its copy on this machine
-
-    @property
-    def recorded(self) -> Base:
-        """The base as it is recorded: by what is the same on every machine."""
-        return self.origin or self.base
+    origin: Base = field(default_factory=Base)  # as which all machines know `base`
 
 
 @dataclass

@@ -5,22 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.cluster import FP32, GPU, check_fit, on_cluster, training_gpus
+from tasks.cluster import GPU, check_fit, on_cluster, training_gpus
 from tasks.contracts import Base, Source
 from tasks.errors import ForgeError, Problems
 from tasks.evaluate.champion import find_package
 from tasks.evaluate.harness import check_harness
 from tasks.model_size import architecture_config, measure_model
 from tasks.nodes import check_cluster_has, find_shape
-from tasks.package import is_registered, registered_base
+from tasks.package import LocalBase, directory_of, is_registered, local_base, registered_base
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
 from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
 from tasks.registry import find_champion, open_registry
-from tasks.rollout.engine import engine_of
-from tasks.rollout.fit import check_serving, serving_gpus, widest
+from tasks.rollout.foresee import check_rollout
 from tasks.rollout.server import LocalServer, port_is_free
-from tasks.settings import Settings, load_settings
+from tasks.rollout.target import read_serving
+from tasks.settings import Settings, load_settings, path_of
 from tasks.signature import check_keys
 from tasks.storage import Store, digest_directory, open_store
 from tasks.storage.s3 import connect, split
@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 
 def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
-    """Run every check; returns the recipe, the source and the base model, or raises Problems with all that is wrong."""
+    """Run every check; returns the recipe, the source and the base model, or raises Problems with all that is wrong.
+
+    What the run will use is checked where it will be used: of a cluster, what its settings and its services say.
+    """
     problems: list[str] = []
 
     def attempt(check: Callable[[], T]) -> T | None:
@@ -45,40 +48,55 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
             problems.append(error.message)
         return None
 
+    settings = attempt(load_settings)
     loaded = attempt(lambda: load_recipe(recipe))
+    if loaded is not None and settings is not None:
+        loaded = settled(loaded, settings)
     data = loaded.data if loaded else DataRecipe(context=16)  # rows are checked even where the recipe is wrong
-    places_of_rows = {"source": absolute(data_path or data.source), "heldout_source": absolute(data.heldout_source)}
+    places_of_rows = {
+        "source": absolute(data_path or data.source),
+        "heldout_source": absolute(data.heldout_source),
+    }
     data = data.model_copy(update=places_of_rows)
     found = attempt(lambda: check_data(data))
     base = store = None
-    settings = attempt(load_settings)
     if settings is not None:
         places = settings
-        store = attempt(lambda: open_store(places))
+        store = attempt(lambda: writable_store(places))
     if loaded is not None:
         wanted = loaded
-        gpus = attempt(lambda: check_training(wanted.training))
+        gpus = attempt(lambda: check_training(wanted.training, settings))
         base = attempt(lambda: find_base(wanted.model, settings, store))
-        if gpus is not None and base is not None:
-            here, start = gpus, base
-            if store is not None and is_registered(base.location):
-                start = Base(location=str(store.path(base.location)))  # verified a moment ago
-            attempt(lambda: check_memory(wanted, start, here))
-            attempt(lambda: check_served(wanted, start))
+        if gpus is not None and base is not None and settings is not None and store is not None:
+            here, start, kept = gpus, base, store
+            opened = attempt(lambda: local_base(start, places, kept))
+            if opened is not None:
+                config = attempt(lambda: config_of(wanted, opened))
+                if config is not None:
+                    attempt(lambda: check_memory(wanted, config, here))
+                    if wanted.serving.rollout:
+                        attempt(lambda: check_rollout(wanted, start, config, read_serving(places), places))
     if settings is not None:
         if store is not None or settings.mlflow_uri:
             client = attempt(lambda: open_registry(places))
             if client is not None and store is not None and loaded is not None:
                 registry, kept, name = client, store, loaded.name
                 attempt(lambda: check_champion(registry, kept, name))
-        attempt(lambda: check_places(places))
+        rolls_out = places.rollout if loaded is None else bool(loaded.serving.rollout)
+        attempt(lambda: check_places(places, rolls_out))
         attempt(lambda: check_copies(places))
         attempt(lambda: check_keys(places))
         if loaded is not None and loaded.evaluation.harness_tasks:
             tasks = loaded.evaluation.harness_tasks
             attempt(lambda: check_harness(tasks, places))
-        attempt(lambda: check_vllm(places))
-        attempt(lambda: check_port(places))
+        judged_by_vllm = loaded is not None and loaded.evaluation.engine == "vllm"
+        served_here = rolls_out and places.serving_target == "local"
+        if judged_by_vllm and on_cluster():
+            problems.append("evaluation.engine vllm: the image that evaluates has no vLLM; take auto or transformers")
+        elif judged_by_vllm or served_here:
+            attempt(lambda: check_vllm(places))
+        if served_here:
+            attempt(lambda: check_port(places))
     if problems or loaded is None or store is None or found is None or base is None:
         raise Problems("Nothing was started, because:", problems)
     # From here on the recipe names the rows themselves, so that the same rows at another path are the same run.
@@ -86,19 +104,45 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
     named = data.model_copy(
         update={"source": f"sha256-{digest}", "heldout_source": "given" * bool(data.heldout_source)}
     )
+    model = loaded.model.model_copy(update={"base": base.location or None})
     source = Source(uri=data.source, heldout=data.heldout_source, digest=digest, store=store.identity)
-    return loaded.model_copy(update={"data": named}), source, base
+    return loaded.model_copy(update={"data": named, "model": model}), source, base
+
+
+def settled(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with what the settings of this place decide: the model's name, and whether it is rolled out."""
+    rollout = settings.rollout and recipe.serving.rollout is not False
+    serving = recipe.serving.model_copy(update={"rollout": rollout})
+    return recipe.model_copy(update={"name": f"{recipe.name}{settings.name_suffix}", "serving": serving})
+
+
+def writable_store(settings: Settings) -> Store:
+    """The store, which is made where it is not there yet; ForgeError where it cannot be written."""
+    store = open_store(settings)
+    _ = store.identity
+    return store
 
 
 def absolute(data_path: str) -> str:
-    """A data path that means the same in every directory; names that are no local paths stay as they are."""
+    """A data path as a URI, which means the same in every directory; names that are no local paths stay as they are."""
     if data_path in ("", DEMONSTRATION) or ("://" in data_path and not data_path.startswith("file://")):
         return data_path
-    return str(Path(data_path.removeprefix("file://")).expanduser().absolute())
+    return path_of(data_path).expanduser().absolute().as_uri()
+
+
+def here_alone(what: str, name: str) -> ForgeError:
+    """What is said on a cluster of something that only the pod of preflight would have."""
+    return ForgeError(
+        f"{what} {name}: is a path, and the pods of a cluster share no disk; copy it to the store and give its s3:// "
+        "URI, or a name on the hub"
+    )
 
 
 def check_data(recipe: DataRecipe) -> tuple[DataRecipe, str]:
     """The rows are there, and the first of each file can be used; returns the recipe, pinned, and their digest."""
+    for source in (recipe.source, recipe.heldout_source):
+        if on_cluster() and source.startswith("file://"):
+            raise here_alone("data", str(path_of(source)))
     shape = check_source(recipe, recipe.source)
     judged = check_source(recipe, recipe.heldout_source) if recipe.heldout_source else shape
     if judged == "text":
@@ -115,16 +159,23 @@ def check_data(recipe: DataRecipe) -> tuple[DataRecipe, str]:
     return recipe, digest_source(recipe)
 
 
-def check_training(recipe: TrainingRecipe) -> list[GPU]:
+def check_training(recipe: TrainingRecipe, settings: Settings | None = None) -> list[GPU]:
     """There is such a shape, and it can run here; returns the GPUs of a node, none where CPUs train.
 
     On this machine, the processes of all nodes run side by side.
     """
     shape = find_shape(recipe.nodes, recipe.processes)
-    gpus = training_gpus()
+    gpus, wanted = training_gpus(), recipe.nodes * recipe.processes
     if on_cluster():
         check_cluster_has(shape)
-    elif gpus and recipe.nodes * recipe.processes > len(gpus):
+        quota = settings.gpu_quota if settings else None
+        if quota is not None and wanted > quota:
+            raise ForgeError(
+                f"training.nodes {recipe.nodes} with training.processes {recipe.processes}: needs {wanted} GPUs, and "
+                f"the quota of this namespace allows {quota} (FORGE_GPU_QUOTA); its pods would never be made. Lower "
+                "training.nodes or training.processes, or run it in a domain with a larger quota"
+            )
+    elif gpus and wanted > len(gpus):
         raise ForgeError(
             f"training.nodes {recipe.nodes} with training.processes {recipe.processes}: each process takes a GPU, and "
             f"there are {len(gpus)}; lower them"
@@ -132,45 +183,32 @@ def check_training(recipe: TrainingRecipe) -> list[GPU]:
     return gpus
 
 
-def check_places(settings: Settings) -> None:
+def check_places(settings: Settings, rollout: bool) -> None:
     """On the cluster, where pods share no directory, all that a run leaves has a place outside them."""
     if not on_cluster():
         return
-    wanted = {
+    wanted: dict[str, str | bool] = {
         "STORE": settings.store, "MLFLOW_URI": settings.mlflow_uri, "CHECKPOINT_COPIES": settings.checkpoint_copies,
-        "SERVING_TARGET=kubernetes": settings.serving_target == "kubernetes",
+        "S3_ENDPOINT": settings.s3_endpoint,
     }  # fmt: skip
+    if rollout:
+        wanted |= {
+            "SERVING_TARGET=kubernetes (or FORGE_ROLLOUT=false)": settings.serving_target == "kubernetes",
+            "SERVING_URL": settings.serving_url, "RECONCILER_URL": settings.reconciler_url,
+        }  # fmt: skip
     if missing := [f"FORGE_{name}" for name, value in wanted.items() if not value]:
         raise ForgeError(
             f"the settings of the cluster's pods lack {', '.join(missing)}: set them in the ConfigMap forge-settings"
         )
 
 
-def check_memory(recipe: Recipe, base: Base, gpus: list[GPU]) -> None:
+def check_memory(recipe: Recipe, config: dict[str, Any], gpus: list[GPU]) -> None:
     """A training process fits the smallest of the GPUs, or all of them this machine."""
     gpu = min(gpus, key=lambda one: one.memory, default=None)
-    check_fit(measure_model(config_of(recipe, base)), recipe.training, recipe.data.context, gpu)
+    check_fit(measure_model(config), recipe.training, recipe.data.context, gpu)
 
 
-def check_served(recipe: Recipe, base: Base) -> None:
-    """What training will leave can be served: it fits the GPUs that serve, and vLLM takes adapters of that rank."""
-    config, gpus, name = config_of(recipe, base), serving_gpus(), base.location or recipe.name
-    element = FP32 if recipe.training.precision == "fp32" else FP32 // 2
-    lora = recipe.training.lora
-    check_serving(
-        config,
-        measure_model(config).parameters * element,
-        engine_of(recipe.serving).model_copy(update={"tensor_parallel": widest(config, gpus, name)}),
-        gpus,
-        name,
-        context=recipe.serving.context,
-        concurrency=recipe.serving.concurrency,
-        adapters=2 if lora else 0,  # the old one stays until the name has moved
-        adapter_rank=lora.rank if lora else None,
-    )
-
-
-def config_of(recipe: Recipe, base: Base) -> dict[str, Any]:
+def config_of(recipe: Recipe, base: LocalBase) -> dict[str, Any]:
     """The config.json of what is trained."""
     architecture = recipe.model.architecture
     return architecture_config(architecture, recipe.data.context) if architecture else base_config(base)
@@ -185,9 +223,11 @@ def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Stor
         return Base()
     if is_registered(recipe.base):
         if settings is None or store is None:
-            raise ForgeError(f"base model {recipe.base}: is in the store, which cannot be opened; mend that first")
+            raise ForgeError(f"base model {recipe.base}: is in the store, which cannot be opened; fix that first")
         return registered_base(recipe.base, recipe.revision or "", settings, store)
-    directory = Path(recipe.base).expanduser().absolute()
+    if on_cluster() and directory_of(recipe.base):
+        raise here_alone("base model", recipe.base)
+    directory = path_of(recipe.base).expanduser().absolute()
     if directory.is_dir():
         if not (directory / "config.json").is_file() or not list(directory.glob("*.safetensors")):
             raise ForgeError(
@@ -197,7 +237,7 @@ def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Stor
         digest, _ = digest_directory(directory)
         if recipe.revision not in (None, digest):
             raise ForgeError(f"base model {directory}: its digest is {digest}, and model.revision is {recipe.revision}")
-        return Base(location=str(directory), revision=digest)
+        return Base(location=directory.as_uri(), revision=digest)
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -211,7 +251,7 @@ def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Stor
     return Base(location=recipe.base, revision=str(found.sha))
 
 
-def base_config(base: Base) -> dict[str, Any]:
+def base_config(base: LocalBase) -> dict[str, Any]:
     """The config.json of a base model that find_base found."""
     from huggingface_hub import hf_hub_download
 

@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 # templates see plain JSON only, which rows are. The lock pins the version, and the tests cover both.
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from tasks.contracts import TODAY, Base
+from tasks.contracts import TODAY
 from tasks.errors import ForgeError
+from tasks.package import LocalBase
 from tasks.preprocess.rows import Invalid, Row
 from tasks.preprocess.tokens import Span
 
@@ -49,7 +50,7 @@ class ChatFormat:
         return [token.content for token in tokens if token.special]
 
 
-def load_tokenizer(base: Base, context: int) -> Any:
+def load_tokenizer(base: LocalBase, context: int) -> Any:
     """The base model's tokenizer, or a byte-level one for a model that is trained from scratch."""
     if not base.location:
         return byte_tokenizer(context)

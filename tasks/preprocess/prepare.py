@@ -14,6 +14,7 @@ import numpy as np
 
 from tasks.contracts import Artifact, Base, Dataset, Source
 from tasks.errors import ForgeError, Problems
+from tasks.package import LocalBase, local_base
 from tasks.preprocess.chat import ChatFormat, chat_format, load_tokenizer
 from tasks.preprocess.pack import write_packed
 from tasks.preprocess.read import REJECTS, Part, check_slices, read_part, start_workers_early
@@ -22,52 +23,88 @@ from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe
+from tasks.settings import Settings
 from tasks.storage import Store, digest_directory, digest_json
+from tasks.storage.done import find_done, record_done
 
 CARD = "dataset.json"
 REPORT = "report.html"
+STAGE = "preprocess"
 SHOWN = 10  # refused rows printed; all are in rejects.jsonl
 
 
-def prepare(source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset:
+def prepare(source: Source, data: DataRecipe, base: Base, store: Store, settings: Settings) -> Dataset:
     """Validate, deduplicate, split, tokenise and pack the source's rows, and publish the data set.
 
     The data set is a directory: `train/` and `heldout/` (packed arrays), `heldout.jsonl` (the held-out rows),
     `tokenizer/`, the card `dataset.json`, `report.html` and `rejects.jsonl` (the rows that were refused, and why). Its
-    digest depends on the rows, not on their order or the names of their files.
+    digest depends on the rows, not on their order or the names of their files. One that was published before from the
+    same rows, recipe and base, is found and not made again.
 
     Raises Problems naming the rows that cannot be used where they are more than the recipe allows.
     """
+    if dataset := find_prepared(source, data, base, store):
+        return dataset
     started = time.time()
+    local = local_base(base, settings, store)
     with store.stage() as directory:
-        part = _read(source, data, base, directory)
-        return assemble([part], source, data, base, store, started)
+        part = _read(source, data, local, directory)
+        return assemble([part], source, data, base, local, store, started)
 
 
-def prepare_shard(source: Source, data: DataRecipe, base: Base, store: Store, shard: int) -> Artifact:
+def find_prepared(source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset | None:
+    """The data set that was published from the same; what its shards have left is removed."""
+    asked = _asked(source, data, base)
+    dataset = find_done(store, STAGE, asked, Dataset)
+    if dataset is not None and data.shards > 1:
+        for shard in range(data.shards):
+            if left := find_done(store, STAGE, [*asked, shard], Artifact):
+                store.remove(left.uri)
+    return dataset
+
+
+def _asked(source: Source, data: DataRecipe, base: Base) -> list[Any]:
+    """What decides the data set."""
+    return [source.digest, data.model_dump(mode="json"), base.model_dump()]
+
+
+def prepare_shard(
+    source: Source, data: DataRecipe, base: Base, store: Store, settings: Settings, shard: int
+) -> Artifact:
     """Read one of the recipe's shards of the source, and publish what it came to for `prepare_from_shards`."""
+    asked = [*_asked(source, data, base), shard]
+    if found := find_done(store, STAGE, asked, Artifact):
+        return found
     started = time.time()
+    local = local_base(base, settings, store)
     with store.stage() as directory:
-        _read(source, data, base, directory, shard).save()
+        _read(source, data, local, directory, shard).save()
         for copied in directory.glob("copied-*"):
             shutil.rmtree(copied)
         digest, _ = digest_directory(directory)
         uri = store.publish(directory, "parts", digest)
-    return Artifact(uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started)
+        part = Artifact(uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started)
+        record_done(store, STAGE, asked, part)
+    return part
 
 
-def prepare_from_shards(shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset:
+def prepare_from_shards(
+    shards: list[Artifact], source: Source, data: DataRecipe, base: Base, store: Store, settings: Settings
+) -> Dataset:
     """The data set of all shards: the same, to the byte, as `prepare` makes of the whole source. Removes the shards."""
+    if dataset := find_prepared(source, data, base, store):
+        return dataset
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard has a file for each process that read it
     parts = [Part.load(store.path(shard.uri)) for shard in shards]
-    dataset = assemble(parts, source, data, base, store, min(shard.started for shard in shards))
+    local = local_base(base, settings, store)
+    dataset = assemble(parts, source, data, base, local, store, min(shard.started for shard in shards))
     for shard in shards:
         store.remove(shard.uri)
     return dataset
 
 
-def _read(source: Source, data: DataRecipe, base: Base, directory: Path, shard: int = 0) -> Part:
+def _read(source: Source, data: DataRecipe, base: LocalBase, directory: Path, shard: int = 0) -> Part:
     data = data.model_copy(update={"source": source.uri, "heldout_source": source.heldout})
     start_workers_early(data)
     part = read_part(data, _format(base, data), _name(base), directory, shard, data.shards)
@@ -76,13 +113,15 @@ def _read(source: Source, data: DataRecipe, base: Base, directory: Path, shard: 
     return part
 
 
-def assemble(parts: list[Part], source: Source, data: DataRecipe, base: Base, store: Store, started: float) -> Dataset:
-    """Choose, pack and publish what was read."""
+def assemble(
+    parts: list[Part], source: Source, data: DataRecipe, base: Base, local: LocalBase, store: Store, started: float
+) -> Dataset:
+    """Choose, pack and publish what was read, and record it."""
     part = _merged(parts, data)
     _check_rejected(parts, part, data, source, store)
     chosen = select(part, data.near_duplicates)
     _check_sides(chosen, data, source, part)
-    tokenizer = load_tokenizer(base, data.context)
+    tokenizer = load_tokenizer(local, data.context)
     spills = [part.directory / f"{name}.tokens" for name in part.spills]
     with store.stage() as staged:
         sides = {"train": chosen.train, "heldout": chosen.heldout}
@@ -92,7 +131,7 @@ def assemble(parts: list[Part], source: Source, data: DataRecipe, base: Base, st
         _write_rows(chosen.heldout, part, staged / "heldout.jsonl")
         tokenizer.save_pretrained(staged / "tokenizer")
         files = digest_directory(staged)[1]
-        facts = _facts(part, chosen, packed, data, chat_format(tokenizer, _name(base)))
+        facts = _facts(part, chosen, packed, data, chat_format(tokenizer, _name(local)))
         digest = digest_json([files, facts])
         read_from = {"uri": source.uri, "heldout": source.heldout, "digest": source.digest, "shapes": part.shapes}
         card = {"kind": "dataset", "digest": digest, "source": read_from, **facts}
@@ -103,9 +142,7 @@ def assemble(parts: list[Part], source: Source, data: DataRecipe, base: Base, st
         page = render_report(card, staged, tokenizer)
         (staged / REPORT).write_text(page, encoding="utf-8")
         uri = store.publish(staged, "datasets", digest)
-    for line in told(card):
-        print(f"preprocess: {line}")
-    return Dataset(
+    dataset = Dataset(
         uri=uri,
         digest=digest,
         store=store.identity,
@@ -113,15 +150,19 @@ def assemble(parts: list[Part], source: Source, data: DataRecipe, base: Base, st
         seconds=time.time() - started,
         train_rows=len(chosen.train),
         heldout_rows=len(chosen.heldout),
-        report=str(store.path(uri) / REPORT),
+        report=f"{uri}/{REPORT}",
     )
+    record_done(store, STAGE, _asked(source, data, base), dataset)
+    for line in told(card):
+        print(f"preprocess: {line}")
+    return dataset
 
 
-def _format(base: Base, data: DataRecipe) -> ChatFormat:
+def _format(base: LocalBase, data: DataRecipe) -> ChatFormat:
     return chat_format(load_tokenizer(base, data.context), _name(base))
 
 
-def _name(base: Base) -> str:
+def _name(base: LocalBase) -> str:
     return f"base model {base.location}" if base.location else "the byte-level tokenizer"
 
 
@@ -172,7 +213,7 @@ def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Sou
                         if len(shown) < SHOWN:
                             refused = json.loads(line)
                             shown.append(f"{refused['row']}: {refused['message']}")
-        kept = store.path(store.publish(staged, "rejects")) / REJECTS
+        kept = f"{store.publish(staged, 'rejects')}/{REJECTS}"
     by_reason = ", ".join(f"{times} {reason}" for reason, times in _largest_first(part.rejected))
     more = [f"... and {count - len(shown)} more, all in {kept}"] if count > len(shown) else []
     raise Problems(

@@ -9,7 +9,7 @@ from tasks.errors import ForgeError
 from tasks.preprocess import demonstration
 from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
 from tasks.recipe import DataRecipe
-from tasks.settings import load_settings
+from tasks.settings import load_settings, path_of
 from tasks.storage import digest_file, digest_json
 from tasks.storage.remote import fetch, identify, is_remote
 
@@ -19,7 +19,7 @@ READABLE = "JSONL, JSON, CSV, TSV (also as .gz or .zst) or Parquet"
 
 def find_files(source: str) -> list[RawFile]:
     """The files of a local source, sorted by name; ForgeError if there are none or one cannot be read."""
-    path = Path(source.removeprefix("file://"))
+    path = path_of(source)
     try:
         return _local_files(path)
     except OSError as error:
@@ -78,7 +78,7 @@ def fetch_files(source: str, directory: Path) -> list[RawFile]:
     """The files of a source; those of a bucket or of the hub are first copied into the directory."""
     if not is_remote(source):
         files = find_files(source)
-        if (path := Path(source.removeprefix("file://"))).is_dir():
+        if (path := path_of(source)).is_dir():
             _tell_unread(path)
         return files
     print(f"preprocess: copying {source}")

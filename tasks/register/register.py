@@ -75,12 +75,12 @@ def register(
             open_package(uri, digest, settings, store)
             print(f"register: {recipe.name} version {found.version} is this model already")
             if found.tags.get(EVALUATION) != evaluation.digest:
-                log_evaluation(client, found.run_id, evaluation)
+                log_evaluation(client, found.run_id, evaluation, store)
                 client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
         else:
             store.sweep(f"models/{recipe.name}", timedelta(0))  # nobody else sends a package of this name now
             uri, digest = build_package(directory / (ADAPTER if adapted else "model"), facts, settings, store)
-            run_id = record_run(client, recipe, dataset, evaluation, training, facts, settings)
+            run_id = record_run(client, recipe, dataset, evaluation, training, facts, settings, store)
             if not client.search_registered_models(f"name = '{recipe.name}'"):
                 client.create_registered_model(recipe.name)
             tags = {
@@ -133,6 +133,7 @@ def record_run(
     training: dict[str, Any],
     facts: dict[str, Any],
     settings: Settings,
+    store: Store,
 ) -> str:
     """Write the run (parameters, metrics, loss curve, data set, report); returns its id.
 
@@ -150,7 +151,7 @@ def record_run(
     )
     for run in client.search_runs([experiment_id], f"tags.{MODEL_DIGEST} = '{digest}'"):
         if run.info.status == "FINISHED":  # by an attempt that was broken off before there was a version
-            log_evaluation(client, run.info.run_id, evaluation)
+            log_evaluation(client, run.info.run_id, evaluation, store)
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)
     run_id = str(
@@ -173,16 +174,16 @@ def record_run(
     client.log_inputs(
         run_id, [DatasetInput(LoggedDataset(recipe.name, dataset.digest[:36], "local", source))]
     )  # 36: MLflow's limit
-    log_evaluation(client, run_id, evaluation)
+    log_evaluation(client, run_id, evaluation, store)
     client.set_terminated(run_id)
     return run_id
 
 
-def log_evaluation(client: Any, run_id: str, evaluation: Evaluation) -> None:
+def log_evaluation(client: Any, run_id: str, evaluation: Evaluation, store: Store) -> None:
     """Write scores and report to a run, in place of those of an evaluation before."""
     for name, value in metrics_of(evaluation).items():
         client.log_metric(run_id, name, value)
-    client.log_artifact(run_id, evaluation.report)
+    client.log_artifact(run_id, str(store.path(evaluation.report)))
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:

@@ -13,6 +13,7 @@ from openai import OpenAIError
 from tasks.endpoint import ask as ask_once
 from tasks.endpoint import client_of
 from tasks.errors import ForgeError
+from tasks.package import PACKAGE
 from tasks.processes import start_ticks
 from tasks.rollout.desired import Conflict, Desired, Server
 from tasks.rollout.local import LocalTarget, made_of, reconciler_lock
@@ -124,7 +125,7 @@ def reconcile() -> None:
         open_target(settings).document,
         server,
         lambda one: fetch(one, settings, store()),
-        lambda one: store().release(one.uri) if "://" in one.uri else None,
+        lambda one: store().release(one.uri) if PACKAGE.fullmatch(one.uri) else None,
         Recovery(store, settings),
         settings.serving / "names.json",
         tell=click.echo,

@@ -6,25 +6,38 @@ lives; one that is not was broken off, and whoever finds it undoes it (tasks/rol
 """
 
 import hashlib
+from pathlib import Path
 from typing import Protocol
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from tasks.contracts import Contract
 from tasks.errors import ForgeError
+from tasks.package import PACKAGE, directory_of
 
 
 class Served(Contract):
     """Something that answers requests: a package of a registered version, or a base model that adapters stand on.
 
-    `uri` is a package's in the store, a directory of this machine, or a model id of the hub; `digest` is the package's,
-    or the revision that pins the others. `version` is MLflow's, and "" for a base that is no version.
+    `uri` is a package's in the store, that of a directory of this machine (file://), or a model id of the hub; `digest`
+    is the package's, or the revision that pins the others. `version` is MLflow's, and "" for a base that is no version.
     """
 
     name: str
     version: str
     uri: str
     digest: str
+
+    @field_validator("uri")
+    @classmethod
+    def _as_uri(cls, uri: str) -> str:
+        """Documents and manifests of older releases have a directory's path."""
+        return Path(uri).as_uri() if uri.startswith("/") else uri
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of this machine that it is, None where it is a package or a model of the hub."""
+        return None if PACKAGE.fullmatch(self.uri) else directory_of(self.uri)
 
     @property
     def versioned(self) -> str:
@@ -65,7 +78,7 @@ class Trial(Contract):
     """A rollout under way: what it tries under which public name, and the state to go back to.
 
     `id` is its own, and `champion` the version that was the champion when it began ("" for none). `process` is who
-    carries it on (host/number/start); it counts up `renewals` while it lives.
+    carries it on (tasks/processes.py); it counts up `renewals` while it lives.
     """
 
     id: str
@@ -123,7 +136,7 @@ class Document(Protocol):
 
 
 class Failed(Exception):
-    """Something cannot be served, and trying again alone will not mend it: says why."""
+    """Something cannot be served, and trying again alone will not help: says why."""
 
 
 class Server(Protocol):
@@ -150,7 +163,7 @@ def read_document(text: str, where: str) -> Desired:
         reason = error.errors()[0]
         place = ".".join(str(part) for part in reason["loc"])
         raise ForgeError(
-            f"{where}: not a description of what to serve ({place}: {reason['msg']}); mend it, or delete it, which "
+            f"{where}: not a description of what to serve ({place}: {reason['msg']}); fix it, or delete it, which "
             "ends what serves, and roll out again"
         ) from None
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.cluster import FP32, GIB, GPU, SERVING_NODE, SHORTEST_CONTEXT, find_gpus, on_cluster
+from tasks.cluster import FP32, GIB, GPU, SERVING_NODE, SHORTEST_CONTEXT, find_gpus
 from tasks.errors import ForgeError, Problems
 from tasks.rollout.desired import Engine
+from tasks.settings import Settings
 
 UTILIZATION = 0.92  # of a GPU's memory, vLLM's default (config/cache.py); CUDA and NCCL have what they need of the rest
 VISIBLE = 0.985  # of what nvidia-smi says, what CUDA does: 39.4 to 39.6 GiB of an A100's 40, 79.2 of 80
@@ -111,7 +112,7 @@ class Fit:
 
     @property
     def reserve(self) -> int:
-        """CUDA's graphs, a layer's widest moment (the stream, gate, up, their product) and what is drawn from."""
+        """CUDA's graphs, a layer's gpus_for moment (the stream, gate, up, their product) and what is drawn from."""
         tokens, sequences = self.batch
         wide = 4 * self.shape.hidden + 3 * self.shape.active * self.shape.intermediate // self.gpus
         return GRAPHS + tokens * wide * self.shape.element + sequences * self.shape.vocabulary * LOGIT
@@ -177,9 +178,9 @@ class Fit:
         return f"{self.shape.layers * self.token / 2**10:g} KiB a token"
 
 
-def serving_gpus() -> list[GPU]:
-    """The GPUs that serve: of the cluster's inference node, where a pod asks, else of this machine; empty for a CPU."""
-    return SERVING_NODE if on_cluster() else find_gpus()
+def serving_gpus(settings: Settings) -> list[GPU]:
+    """The GPUs that serve: of the cluster's inference node, or of this machine; empty for a CPU."""
+    return SERVING_NODE if settings.serving_target == "kubernetes" else find_gpus()
 
 
 def check_adapters(engine: Engine, adapters: int, rank: int | None, name: str) -> None:
@@ -189,7 +190,7 @@ def check_adapters(engine: Engine, adapters: int, rank: int | None, name: str) -
         raise Problems(f"{name} cannot serve it:", problems) if problems[1:] else ForgeError(f"{name}: {problems[0]}")
 
 
-def widest(config: dict[str, Any], gpus: Sequence[GPU], name: str) -> int:
+def gpus_for(config: dict[str, Any], gpus: Sequence[GPU], name: str) -> int:
     """On how many of the GPUs a base is served: as many as can divide it."""
     shape = read_shape(config, name)
     return max((count for count in range(1, len(gpus) + 1) if shape.divides(count)), default=1)
@@ -237,8 +238,8 @@ def check_serving(
         ways = [text for text, _ in _ways(fit, adapters, adapter_rank)]
         if "quantization_config" not in config:
             ways += _quantised(fit, adapters, adapter_rank, name)
-        mend = f"it fits with {', or with '.join(ways)}" if ways else "nothing helps, so take a smaller base model"
-        problems.append(f"{fit.explain()}; {mend}")
+        fix = f"it fits with {', or with '.join(ways)}" if ways else "nothing helps, so take a smaller base model"
+        problems.append(f"{fit.explain()}; {fix}")
     if len(problems) > 1:
         raise Problems(f"{name} cannot be served:", problems)
     if problems:
@@ -284,7 +285,7 @@ def read_shape(config: dict[str, Any], name: str) -> Shape:
 
 
 def _adapter_problems(engine: Engine, adapters: int, rank: int | None) -> Iterator[str]:
-    takes = "takes effect when the base is rolled out"
+    takes = "vLLM is started anew for"
     if engine.adapter_slots < adapters:
         yield (
             f"serving.adapter_slots {engine.adapter_slots}: {adapters} adapters are loaded at once, those that "
@@ -294,8 +295,8 @@ def _adapter_problems(engine: Engine, adapters: int, rank: int | None) -> Iterat
         yield f"serving.max_lora_rank {engine.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}; take one of them"
     if rank is not None and rank > engine.max_lora_rank:
         enough = next((one for one in RANKS if one >= rank), None)
-        mend = f"take serving.max_lora_rank {enough}, which {takes}" if enough else f"train with at most {RANKS[-1]}"
-        yield f"adapter of rank {rank}: the base is served with serving.max_lora_rank {engine.max_lora_rank}; {mend}"
+        fix = f"take serving.max_lora_rank {enough}, which {takes}" if enough else f"train with at most {RANKS[-1]}"
+        yield f"adapter of rank {rank}: the base is served with serving.max_lora_rank {engine.max_lora_rank}; {fix}"
 
 
 def _ways(fit: Fit, adapters: int, rank: int | None) -> Iterator[tuple[str, Fit]]:

@@ -118,7 +118,7 @@ class Cluster:
     def _refused(self, error: "ApiException", verb: str, resource: str, where: str) -> ForgeError:
         reason = _reason(error)
         if error.status == 0:  # TLS
-            return Refused(f"{self._server}: {reason}; mend the certificate in KUBECONFIG")
+            return Refused(f"{self._server}: {reason}; fix the certificate in KUBECONFIG")
         if error.status == 401:
             return Refused(f"{self._server}: does not know who asks (401); renew the credentials in KUBECONFIG", 401)
         if error.status == 403:
@@ -154,7 +154,7 @@ def open_cluster(patience: float = 45.0, first_wait: float = FIRST_WAIT) -> Clus
             )
     except (config.ConfigException, yaml.YAMLError) as error:
         place = file if "KUBERNETES_SERVICE_HOST" not in os.environ else "the pod's ServiceAccount"
-        raise ForgeError(f"{place}: gives no access to a cluster ({_line(str(error))}); mend it") from None
+        raise ForgeError(f"{place}: gives no access to a cluster ({_line(str(error))}); fix it") from None
     return Cluster(client.ApiClient(settings), patience, first_wait)
 
 

@@ -16,15 +16,17 @@ KINDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 def fetch(one: Served, settings: Settings, store: Store) -> Path:
     """The local directory of something to serve: a verified package, a directory, or a model of the hub.
 
-    ForgeError where it is not to be had.
+    ForgeError where it is not there.
     """
+    if one.directory:
+        check_directory(one.directory)
+        if digest_directory(one.directory)[0] != one.digest:
+            raise ForgeError(
+                f"base model {one.directory}: was changed since its adapter was trained on it; put it back"
+            )
+        return one.directory
     if "://" in one.uri:
         return open_package(one.uri, one.digest, settings, store)[0]
-    if Path(one.uri).is_absolute():
-        directory = _directory(one)
-        if digest_directory(directory)[0] != one.digest:
-            raise ForgeError(f"base model {directory}: was changed since its adapter was trained on it; put it back")
-        return directory
     from huggingface_hub import snapshot_download
 
     try:
@@ -35,15 +37,15 @@ def fetch(one: Served, settings: Settings, store: Store) -> Path:
 
 def describe(base: Served, store: Store) -> tuple[dict[str, Any], int]:
     """A base's config.json and the bytes of its weights, without fetching them; ForgeError where it is not there."""
+    if base.directory:
+        check_directory(base.directory)
+        sizes = [path.stat().st_size for path in base.directory.glob("*.safetensors")]
+        return json.loads((base.directory / "config.json").read_bytes()), sum(sizes)
     if "://" in base.uri:
         entries = store.manifest(base.uri)["files"]
         config = store.read("/".join([*base.uri.split("/")[-3:], "config.json"])) or b"{}"
         sizes = [entry["size"] for entry in entries if entry["path"].endswith(".safetensors")]
         return json.loads(config), sum(sizes)
-    if Path(base.uri).is_absolute():
-        directory = _directory(base)
-        sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
-        return json.loads((directory / "config.json").read_bytes()), sum(sizes)
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -55,10 +57,10 @@ def describe(base: Served, store: Store) -> tuple[dict[str, Any], int]:
     return json.loads(Path(path).read_bytes()), sum(sizes)
 
 
-def _directory(one: Served) -> Path:
-    if not (Path(one.uri) / "config.json").is_file():
-        raise ForgeError(f"base model {one.uri}: there is no config.json any more; put it back")
-    return Path(one.uri)
+def check_directory(directory: Path) -> None:
+    """ForgeError where a directory is no model any more."""
+    if not (directory / "config.json").is_file():
+        raise ForgeError(f"base model {directory}: there is no config.json any more; put it back")
 
 
 def _not_to_be_had(one: Served, error: Exception) -> ForgeError:

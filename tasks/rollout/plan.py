@@ -1,19 +1,23 @@
 """What a rollout will change: derived from the package, not asked."""
 
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any
 
 from tasks.errors import ForgeError
-from tasks.package import ADAPTER
+from tasks.package import ADAPTER, PACKAGE, directory_of
 from tasks.rollout.desired import Engine, Served, Serving
 
 
-def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine) -> Serving:
+def plan(
+    now: Serving, served: Served, manifest: dict[str, Any], engine: Engine, replaces: Collection[str] = ()
+) -> Serving:
     """The state in which the public name leads to what is to be served.
 
     An adapter of the base that serves is loaded beside it. Whole weights, and an adapter of another base, take the
     base's place; `engine` is how vLLM is started then, and also where an adapter needs more slots, or a higher rank,
-    than it was started with, and the recipe grants them. ForgeError where others' public names would lead nowhere.
+    than it was started with, and the recipe grants them. ForgeError where others' public names would lead nowhere,
+    except for those that the recipe `replaces`: they are taken away.
     """
     adapter = manifest.get("kind") == ADAPTER
     base = base_of(manifest, now) if adapter else served
@@ -33,13 +37,16 @@ def plan(now: Serving, served: Served, manifest: dict[str, Any], engine: Engine)
         needed = len(loading(now, state).adapters), manifest.get("rank") or 0
         state = state.model_copy(update={"engine": widened(now.engine, engine, *needed)})
     there = {one.versioned for one in state.all()}
-    if lost := sorted(name for name, versioned in names.items() if versioned not in there):
+    lost = {name for name, versioned in names.items() if versioned not in there}
+    if kept := sorted(lost - set(replaces)):
+        version = f"{served.name} version {served.version}" if served.version else served.name
+        needs = f"needs the base {base.versioned}" if adapter else "is whole weights, which take the base's place"
         raise ForgeError(
-            f"{served.name} version {served.version} needs the base {base.versioned}, and the server has another; it "
-            f"would take away {', '.join(lost)}. Roll those out for this base, or remove them: "
-            "python -m tasks.rollout remove NAME"
+            f"{version} {needs}, and the server has {now.base.versioned if now.base else 'none'}: it "
+            f"would take away {', '.join(kept)}. List these names in serving.replaces, or set serving.rollout: false "
+            "to end at a registered challenger, or remove them first: python -m tasks.rollout remove NAME"
         )
-    return state
+    return state.model_copy(update={"names": {name: to for name, to in names.items() if name not in lost}})
 
 
 def widened(now: Engine, granted: Engine, adapters: int, rank: int) -> Engine:
@@ -64,8 +71,8 @@ def base_of(manifest: dict[str, Any], now: Serving) -> Served:
     location, digest = manifest["base"]["location"], manifest["base"]["revision"]
     if now.base is not None and now.base.digest == digest:
         return now.base
-    parts = PurePosixPath(location).parts
-    name = parts[-2] if "://" in location else parts[-1]  # a package's directory is its digest
+    path = directory_of(location) or PurePosixPath(location)
+    name = path.parent.name if PACKAGE.fullmatch(location) else path.name  # a package's directory is its digest
     return Served(name=name, version="", uri=location, digest=digest)
 
 

@@ -1,4 +1,4 @@
-"""What the pods of a Deployment say of why it is not ready: for a person who can mend it.
+"""What the pods of a Deployment say of why it is not ready: for a person who can fix it.
 
 Only pods of the Deployment's template as it is now count. Those of the one before may still be there, failing, and the
 Deployment's own conditions may still be about them: its controller does one thing after the other.
@@ -32,7 +32,7 @@ def waiting_for(where: str, deployment: Object, sets: list[Object], pods: list[O
     refused = _condition(mine or {}, "ReplicaFailure", "True")
     if refused and not current:
         raise Failed(
-            f"{where}: its pod is not admitted ({refused.get('message', '')}); raise the namespace's quota, or mend "
+            f"{where}: its pod is not admitted ({refused.get('message', '')}); raise the namespace's quota, or fix "
             "the pod template"
         )
     if not current:
@@ -57,10 +57,10 @@ def _pod(where: str, pod: Object, log: Log) -> str:
     scheduled = _condition(pod, "PodScheduled", "False")
     if scheduled.get("reason") == "Unschedulable":
         message = scheduled.get("message", "")
-        mend = "give the node the labels, and the pod the requests, that the other needs"
+        fix = "give the node the labels, and the pod the requests, that the other needs"
         if "nvidia.com/gpu" in message:
-            mend = "something else holds the GPUs that it needs: find it with kubectl get pods -A -o wide, and end it"
-        raise Failed(f"{where}: no node takes pod {name} ({message}); {mend}")
+            fix = "something else holds the GPUs that it needs: find it with kubectl get pods -A -o wide, and end it"
+        raise Failed(f"{where}: no node takes pod {name} ({message}); {fix}")
     doing = []
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         doing.append(_container(where, name, container, log))
@@ -74,11 +74,11 @@ def _container(where: str, pod: str, container: Object, log: Log) -> str:
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in PULL:
         raise Failed(
-            f"{where}: the image {container['image']} of {its} cannot be pulled ({reason}: {message}); mend the "
+            f"{where}: the image {container['image']} of {its} cannot be pulled ({reason}: {message}); fix the "
             "image's name, or the node's access to its registry"
         )
     if reason in CREATE:
-        raise Failed(f"{where}: {its} cannot be started ({reason}: {message}); mend the pod template")
+        raise Failed(f"{where}: {its} cannot be started ({reason}: {message}); fix the pod template")
     restarts = container.get("restartCount", 0)
     done = container.get("ready", False)  # also of an init container that has ended well
     if reason == "CrashLoopBackOff" or (ended and not done and restarts >= RESTARTS):
@@ -93,12 +93,10 @@ def _container(where: str, pod: str, container: Object, log: Log) -> str:
 
 def _crash(where: str, its: str, last: Object, restarts: int, log: str) -> str:
     code, reason = last.get("exitCode", "unknown"), last.get("reason", "")
-    if reason == "OOMKilled":
-        mend = "it was killed for its memory: raise resources.limits.memory"
-    else:
-        mend = "its log says why"
+    oom = reason == "OOMKilled"
+    fix = "it was killed for its memory: raise resources.limits.memory" if oom else "its log says why"
     told = _quoted(log) or "\n(its log cannot be read here; see kubectl logs --previous)"
-    return f"{where}: {its} ends again and again ({restarts} restarts; last exit code {code} {reason}); {mend}{told}"
+    return f"{where}: {its} ends again and again ({restarts} restarts; last exit code {code} {reason}); {fix}{told}"
 
 
 def _last_log(pod: Object, log: Log) -> str:

@@ -1,6 +1,7 @@
 """The proof over the API: the served model must answer as evaluation said it does, and be given the same tokens."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,18 @@ def read_replay(evaluation: Path, count: int) -> list[dict[str, Any]]:
     return [{name: parsed.get(name, lambda value: value)(value) for name, value in row.items()} for row in rows]
 
 
-def prove(endpoint: str, versioned: str, evaluation: Path | None, recipe: ServingRecipe) -> str:
+def prove(
+    endpoint: str,
+    versioned: str,
+    evaluation: Path | None,
+    recipe: ServingRecipe,
+    check: Callable[[], None] = lambda: None,
+) -> str:
     """Ask evaluated prompts again over the API, under the versioned name; returns "16 of 16" or so.
 
     Raises ForgeError where the model is not listed, a request fails, prompts reach it as other tokens than in
     evaluation, too few answers are those of evaluation, or expected answers are not as likely. Without an evaluation,
-    it need only answer; that returns "".
+    it need only answer; that returns "". `check` raises what ends the proof early.
     """
     client, vllm = client_of(endpoint), VLLM(endpoint.removesuffix("/v1"))
     try:
@@ -42,16 +49,23 @@ def prove(endpoint: str, versioned: str, evaluation: Path | None, recipe: Servin
             return ""
         rows = read_replay(evaluation, recipe.replay)
         most = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
-        _same_tokens(vllm, versioned, rows)
-        answers = [ask(client, versioned, row["messages"], row["tools"], most) for row in rows]
+        _same_tokens(vllm, versioned, _checked(rows, check))
+        answers = [ask(client, versioned, row["messages"], row["tools"], most) for row in _checked(rows, check)]
         agreement = _same_answers(rows, answers, recipe.min_agreement)
-        _as_likely(vllm, versioned, rows, recipe.max_nll_gap)
+        _as_likely(vllm, versioned, _checked(rows, check), recipe.max_nll_gap)
         return agreement
     except (OpenAIError, *UNREACHABLE) as error:
         raise ForgeError(f"the server at {endpoint} did not answer: {error}") from None
 
 
-def _same_tokens(vllm: VLLM, versioned: str, rows: list[dict[str, Any]]) -> None:
+def _checked(rows: list[dict[str, Any]], check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """The rows, with a check before each."""
+    for row in rows:
+        check()
+        yield row
+
+
+def _same_tokens(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         expected = row["prompt_tokens"]
         if not expected:  # refused by the template, or a template that tells the date
@@ -83,7 +97,7 @@ def _same_answers(rows: list[dict[str, Any]], answers: list[str], min_agreement:
     return f"{agreeing} of {len(rows)}"
 
 
-def _as_likely(vllm: VLLM, versioned: str, rows: list[dict[str, Any]], limit: float) -> None:
+def _as_likely(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]], limit: float) -> None:
     gaps = []
     for row in rows:
         nll = row["candidate_nll"]

@@ -52,6 +52,7 @@ class Reconciler:
         self.fetch, self.release = fetch, release
         self.names_file, self.tell = names_file, tell
         self.vllm = VLLM(server.url)
+        self.desired: Desired | None = None  # as it was read last
         self.actual = Actual()
         self.counts = Names()
         self.loads, self.load_seconds = 0, 0.0  # adapters that vLLM has loaded, and the time that it took
@@ -62,10 +63,12 @@ class Reconciler:
     def step(self) -> Actual:
         """Bring what is served nearer to the document; returns how far it has come."""
         desired, _ = self.document.read()
+        self.desired = desired
         if desired.trial is not None and self._may_try(RECOVERY):
             try:
                 if self.recover(self.document):
                     desired, _ = self.document.read()
+                    self.desired = desired
             except ForgeError as error:  # MLflow or the store is away: what serves is seen to all the same
                 self.tell(f"{RECOVERY} cannot be ended yet: {error.message}")
                 self._failed(RECOVERY, error)
@@ -132,9 +135,10 @@ class Reconciler:
     def _fetched(self, one: Served) -> Path:
         """Where it is on this machine, verified once by this process."""
         if one.versioned not in self._paths or not self._paths[one.versioned][1].is_dir():
-            self.actual = self.actual.model_copy(update={"waiting": f"{one.uri} is fetched and verified"})
+            self.actual = self.actual.model_copy(update={"waiting": f"fetching {one.uri}"})
             self.tell(self.actual.waiting)
             self._paths[one.versioned] = one, self.fetch(one)
+            self.tell(f"{one.uri} is fetched and verified")
         return self._paths[one.versioned][1]
 
     def _load(self, serving: Serving, live: list[str]) -> list[str]:

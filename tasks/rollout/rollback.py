@@ -30,7 +30,7 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     not serve as it was evaluated; then nothing is changed.
     """
     client = open_registry(settings)
-    with telling(f"the champion of {name} cannot be told", settings):
+    with telling(f"the champion of {name} cannot be read", settings):
         champion = find_champion(client, name)
     if champion is None:
         raise ForgeError(f"rollback: {name} has no champion yet; run training_pipeline first")

@@ -1,6 +1,7 @@
 """The stage's work: change what should be served, prove it live, watch it, and only then make it the champion."""
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -17,13 +18,12 @@ from tasks.promotion import not_the_champion, promote
 from tasks.recipe import ServingRecipe
 from tasks.registry import find_champion, open_registry, telling
 from tasks.rollout.desired import Actual, Desired, Served, Serving, Trial
-from tasks.rollout.engine import engine_of
-from tasks.rollout.fit import check_adapters, check_serving, serving_gpus, widest
+from tasks.rollout.foresee import foresee
 from tasks.rollout.packages import describe
-from tasks.rollout.plan import loading, plan
+from tasks.rollout.plan import loading
 from tasks.rollout.prove import prove, read_replay
 from tasks.rollout.target import Target, open_target
-from tasks.rollout.trial import BROKEN_OFF, Recovery, Trying, is_promoted, tag_failed, trying
+from tasks.rollout.trial import BROKEN_OFF, Ended, Recovery, Trying, is_promoted, tag_failed, trying
 from tasks.rollout.watch import Measured, Watch
 from tasks.settings import Settings
 from tasks.storage import Store
@@ -53,40 +53,49 @@ def roll_out(
 
     Raises ForgeError saying why the new version does not serve. The alias champion moves last.
     """
-    package, manifest = open_package(version.uri, version.digest, settings, store)
     served = Served(name=version.name, version=version.version, uri=version.uri, digest=version.digest)
     why = f"{evaluation.verdict}: {evaluation.reason}"
-    candidate = Candidate(served, package, manifest, store.path(evaluation.uri), evaluation.champion, why)
+    with failing(served, settings):
+        package, manifest = open_package(version.uri, version.digest, settings, store)
+        candidate = Candidate(served, package, manifest, store.path(evaluation.uri), evaluation.champion, why)
     return serve(candidate, recipe, settings, store)
 
 
 def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store: Store) -> Deployment:
-    """Try a candidate, and make it the champion; ForgeError where it was undone, and why."""
+    """Try a candidate, and make it the champion; ForgeError where it was undone, and why.
+
+    Where it fails, its version is tagged with the reason, and is no challenger any more.
+    """
     started = time.time()
-    target, served = open_target(settings), candidate.served
+    served = candidate.served
     after_error: list[str] = []
 
     def undone(trial: Trial, error: BaseException) -> bool:
-        """Tell the registry first: whoever is killed after it leaves a trial, which is ended by the reconciler."""
+        """Tag the version first: whoever is killed after it leaves a trial, which the reconciler ends."""
         try:
             promoted = is_promoted(store, trial)
         except ForgeError:
-            promoted = True  # cannot be told now; whoever ends the trial will
+            promoted = True  # the store is away; whoever ends the trial will know
         if promoted:
-            after_error.append("its promotion is recorded: the reconciler makes the rollout whole")
+            after_error.append("its promotion is recorded, and the reconciler finishes it")
             return False
-        reason = error.message if isinstance(error, ForgeError) else BROKEN_OFF
-        tag_failed(settings, served.name, served.version, reason)
+        tag_failed(settings, served.name, served.version, _reason(error))
         return True
 
     before: Serving | None = None
     with terminate_as_interrupt():
         try:
-            recovery = Recovery(lambda: store, settings)
-            timeout = recipe.startup_timeout
-            with trying(target.document, served, candidate.champion, recovery, undone, timeout) as trial:
+            with contextlib.ExitStack() as stack:
+                with failing(served, settings):
+                    target, recovery = open_target(settings), Recovery(lambda: store, settings)
+                    beginning = trying(
+                        target.document, served, candidate.champion, recovery, undone, recipe.startup_timeout
+                    )
+                    trial = stack.enter_context(beginning)
                 before = trial.trial.before
                 deployment = _try(candidate, trial, target, recipe, settings, store)
+        except Ended:
+            raise  # whoever has ended it has seen to all else
         except ForgeError as error:
             if before is not None and not after_error:
                 after_error.append(wait_until_as_before(target, before, recipe.startup_timeout))
@@ -96,14 +105,29 @@ def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store
     return deployment.model_copy(update={"started": started, "seconds": time.time() - started})
 
 
+@contextlib.contextmanager
+def failing(served: Served, settings: Settings) -> Iterator[None]:
+    """What goes wrong before there is a trial: the version is tagged with the reason, and is no challenger any more."""
+    try:
+        yield
+    except BaseException as error:
+        tag_failed(settings, served.name, served.version, _reason(error))
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    return error.message if isinstance(error, ForgeError) else BROKEN_OFF
+
+
 def _try(
     candidate: Candidate, trial: Trying, target: Target, recipe: ServingRecipe, settings: Settings, store: Store
 ) -> Deployment:
     """Load, prove, move the public name, watch, promote."""
     served, before = candidate.served, trial.trial.before
     _check_champion(candidate, settings)
-    after = plan(before, served, candidate.manifest, engine_of(recipe))
-    after = check_fit(after, before, candidate, recipe, settings, store)
+    after, fit = foresee(before, served, candidate.manifest, recipe, settings, lambda base: describe(base, store))
+    if fit:
+        print(f"roll_out: {fit}", flush=True)
     watch = Watch(target.endpoint, served.name, _prompts(candidate, recipe))
     was = before.find(served.name)
     unchanged = after == before
@@ -112,14 +136,15 @@ def _try(
     print(f"roll_out: {served.versioned} is loaded, to be {served.name}{instead}", flush=True)
     desired = trial.change(loading(before, after))
     target.ensure()
-    wait_for(target, desired, served, lambda actual: _is_there(actual, after), recipe.startup_timeout)
+    there = functools.partial(_is_there, after)
+    wait_for(target, desired, served, there, recipe.startup_timeout, trial.check)
     print(f"roll_out: {served.versioned} is there, and is asked what evaluation asked", flush=True)
-    agreement = prove(target.endpoint, served.versioned, candidate.evaluation, recipe)
+    agreement = prove(target.endpoint, served.versioned, candidate.evaluation, recipe, trial.check)
     started = time.monotonic()
     desired = trial.change(after)
     wait_for(
         target, desired, served, lambda actual: actual.names.get(served.name) == served.versioned,
-        recipe.startup_timeout,
+        recipe.startup_timeout, trial.check,
     )  # fmt: skip
     swapped = time.monotonic() - started
     now: Measured | None = None
@@ -127,7 +152,7 @@ def _try(
         print(
             f"roll_out: {served.name} is {served.versioned} now, watched for {recipe.watch_seconds:.0f} s", flush=True
         )
-        now = watch.watch(served.versioned, measured, recipe)
+        now = watch.watch(served.versioned, measured, recipe, trial.check)
     why = candidate.why + (f"; {agreement} answers as in evaluation" if agreement else "")
     tag_failed(settings, served.name, served.version, "")
     trial.renew()
@@ -149,51 +174,23 @@ def _try(
     )
 
 
-def check_fit(
-    after: Serving, before: Serving, candidate: Candidate, recipe: ServingRecipe, settings: Settings, store: Store
-) -> Serving:
-    """The state, its base on all the GPUs that can divide it; ForgeError where it does not fit them.
-
-    Beside a base that goes on serving, adapters must fit the slots that it was started with.
-    """
-    base, adapters, rank = after.base, len(loading(before, after).adapters), candidate.manifest.get("rank")
-    if base is None or after == before:
-        return after
-    if (base, after.engine) == (before.base, before.engine):
-        check_adapters(after.engine, adapters, rank, base.versioned)
-        return after
-    if settings.serving_target == "kubernetes" and Path(base.uri).is_absolute():
-        raise ForgeError(
-            f"base model {base.uri}: the cluster's vLLM has no such directory; train on a model of the hub, or on a "
-            "registered one: models:/name/version"
-        )
-    gpus = serving_gpus()
-    config, weight_bytes = describe(base, store)
-    count = widest(config, gpus, base.versioned)
-    after = after.model_copy(update={"engine": after.engine.model_copy(update={"tensor_parallel": count})})
-    fit = check_serving(
-        config,
-        weight_bytes,
-        after.engine,
-        gpus,
-        base.versioned,
-        context=after.engine.max_model_len,
-        concurrency=recipe.concurrency,
-        adapters=adapters,
-        adapter_rank=rank,
-    )
-    print(f"roll_out: {fit}", flush=True)
-    return after
-
-
 def wait_for(
-    target: Target, desired: Desired, served: Served, reached: Callable[[Actual], bool], timeout: float
+    target: Target,
+    desired: Desired,
+    served: Served,
+    reached: Callable[[Actual], bool],
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Wait until the reconciler has come so far; ForgeError where what is to be served cannot be, or in time."""
+    """Wait until the reconciler has come so far; ForgeError where what is to be served cannot be, or in time.
+
+    `check` raises what ends the wait.
+    """
     deadline = time.monotonic() + timeout
     told = ""
     names = {served.versioned, *([desired.serving.base.versioned] if desired.serving.base else [])}
     while True:
+        check()
         actual = target.status()
         if actual is None:
             target.ensure()  # it was killed
@@ -209,7 +206,7 @@ def wait_for(
         if time.monotonic() > deadline:
             raise ForgeError(
                 f"{served.versioned} did not serve within {timeout:.0f} s ({told or 'the reconciler does not answer'})"
-                "; raise serving.startup_timeout, or mend what it waits for"
+                "; raise serving.startup_timeout, or fix what it waits for"
             )
         time.sleep(POLL)
 
@@ -230,7 +227,7 @@ def wait_until_as_before(target: Target, before: Serving, timeout: float) -> str
     return f"{names} serves again; the champion is unchanged"
 
 
-def _is_there(actual: Actual, after: Serving) -> bool:
+def _is_there(after: Serving, actual: Actual) -> bool:
     """Whether the base and its adapters answer under their versioned names."""
     base = after.base.versioned if after.base else ""
     return actual.base == base and {one.versioned for one in after.adapters} <= set(actual.loaded)
@@ -239,7 +236,7 @@ def _is_there(actual: Actual, after: Serving) -> bool:
 def _check_champion(candidate: Candidate, settings: Settings) -> None:
     """The gate compared with a champion; ForgeError where another one has taken its place since."""
     served = candidate.served
-    with telling(f"the champion of {served.name} cannot be told", settings):
+    with telling(f"the champion of {served.name} cannot be read", settings):
         champion = find_champion(open_registry(settings), served.name)
     now = "" if champion is None else champion.version
     if now not in (candidate.champion, served.version):

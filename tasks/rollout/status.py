@@ -1,4 +1,6 @@
-"""What a reconciler tells over HTTP: /healthz for a probe, /status for rollouts, /metrics for Prometheus."""
+"""What a reconciler says over HTTP: /healthz for a probe, /metrics for Prometheus, /status for rollouts, and /desired,
+the document as it was read last, for who may not ask Kubernetes.
+"""
 
 import threading
 import time
@@ -27,10 +29,14 @@ class Status:
                 code, kind, body = 200, "text/plain", b"ok"
                 if self.path == "/status":
                     kind, body = "application/json", status.reconciler.actual.model_dump_json().encode()
+                elif self.path == "/desired":
+                    desired = status.reconciler.desired
+                    kind, body = "application/json", desired.model_dump_json().encode() if desired else b"null"
+                    code = 200 if desired else 503
                 elif self.path == "/metrics":
                     kind, body = "text/plain; version=0.0.4", generate_latest(registry)
                 elif self.path != "/healthz":
-                    code, body = 404, b"/healthz, /status, /metrics"
+                    code, body = 404, b"/healthz, /status, /desired, /metrics"
                 elif time.monotonic() - status.stepped > STALE:
                     code, body = 503, b"no step for too long"
                 self.send_response(code)

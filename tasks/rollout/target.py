@@ -5,8 +5,8 @@ from typing import Protocol
 import urllib3
 
 from tasks.errors import ForgeError
-from tasks.rollout.desired import Actual, Document
-from tasks.rollout.local import LocalTarget
+from tasks.rollout.desired import Actual, Document, Serving, read_document
+from tasks.rollout.local import FileDocument, LocalTarget
 from tasks.rollout.vllm_api import UNREACHABLE
 from tasks.settings import Settings
 
@@ -46,6 +46,27 @@ class ClusterTarget:
 
     def ensure(self) -> None:
         """Nothing to do: Kubernetes starts it again."""
+
+
+def read_serving(settings: Settings) -> Serving:
+    """What should be served now, before any rollout that is under way, for who may not ask Kubernetes.
+
+    ForgeError where it can't be read.
+    """
+    if settings.serving_target == "local":
+        desired, _ = FileDocument(settings).read()
+    elif not settings.reconciler_url:
+        raise ForgeError("FORGE_SERVING_TARGET is kubernetes: set FORGE_RECONCILER_URL too")
+    else:
+        url = f"{settings.reconciler_url.rstrip('/')}/desired"
+        try:
+            answer = urllib3.request("GET", url, retries=False, timeout=5)
+        except UNREACHABLE as error:
+            raise ForgeError(f"{url}: no answer ({error}); start the reconciler, or fix FORGE_RECONCILER_URL") from None
+        if answer.status != 200:
+            raise ForgeError(f"{url}: answers {answer.status}: the reconciler has yet to read what it should serve")
+        desired = read_document(answer.data.decode(), url)
+    return desired.trial.before if desired.trial else desired.serving
 
 
 def open_target(settings: Settings) -> Target:

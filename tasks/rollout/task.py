@@ -10,7 +10,7 @@ from tasks.settings import load_settings
 from tasks.storage import open_store
 
 
-@task(**light(cores=8, memory=32, hours=3))
+@task(**light(cores=8, memory=32, hours=3, rolls_out=True))
 def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -> Deployment:
     """Serve a version, prove it over its API, and make it the champion."""
     from tasks.rollout import rollout
@@ -22,7 +22,7 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
     return deployment
 
 
-@task(**light(cores=8, memory=32, hours=3))
+@task(**light(cores=8, memory=32, hours=3, rolls_out=True))
 def roll_back(name: str, to: str) -> Deployment:
     """Serve an earlier version again, and make it the champion again."""
     from tasks.rollout import rollback

@@ -5,21 +5,19 @@ version became the champion, what it serves stays; if not, what served before se
 """
 
 import contextlib
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
 from tasks.errors import ForgeError
-from tasks.processes import start_ticks
-from tasks.promotion import promote, promotions
-from tasks.registry import find_champion, open_registry, telling
+from tasks.processes import is_alive, this_process
+from tasks.promotion import drop_challenger, finish_promotion, promotions
+from tasks.registry import champion_version, open_registry, telling
 from tasks.rollout.desired import Conflict, Desired, Document, Served, Serving, Trial
 from tasks.settings import Settings
 from tasks.storage import Store
-from tasks.storage.lease import whoami
+from tasks.storage.lease import earlier_attempt, whoami
 
 RENEWED = 10.0  # seconds between renewals
 ABANDONED = 45.0  # seconds without a renewal after which a trial counts as broken off
@@ -28,16 +26,21 @@ FAILED = "rollout_failed"  # the tag of a version that could not be rolled out: 
 BROKEN_OFF = "the rollout was broken off before the version had become the champion"
 
 
+class Ended(ForgeError):
+    """Somebody else has ended our trial, and has seen to all that was to be given back."""
+
+
 class Trying:
-    """Our trial in the document."""
+    """Our trial in the document. Once somebody else has ended it, all methods raise Ended."""
 
     def __init__(self, document: Document, trial: Trial) -> None:
         self.document, self.trial = document, trial
         self.ended = threading.Event()
+        self._lost: Ended | None = None
         self._lock = threading.Lock()
 
     def change(self, serving: Serving) -> Desired:
-        """Change what should be served, and go on; ForgeError where the trial is no longer ours."""
+        """Change what should be served, and go on."""
         return self._write(lambda desired: desired.model_copy(update={"serving": serving}))
 
     def finish(self, serving: Serving | None = None) -> Desired:
@@ -47,24 +50,36 @@ class Trying:
         return self._write(lambda desired: desired.model_copy(update={"trial": None, **more}), renew=False)
 
     def renew(self) -> None:
-        """Say that we live; ForgeError where the trial is no longer ours."""
+        """Say that we live."""
         self._write(lambda desired: desired, count=0)
 
     def keep_renewing(self) -> None:
-        """Renew until the trial has ended; what goes wrong is tried again, and seen by the next change."""
-        while not self.ended.wait(RENEWED):
+        """Renew until the trial has ended, by us or by somebody else; what else goes wrong is tried again."""
+        while self._lost is None and not self.ended.wait(RENEWED):
             with contextlib.suppress(ForgeError, OSError):
                 self.renew()
+
+    def check(self) -> None:
+        """Go on, unless a renewal has found that the trial has ended: asks nobody, so that it can be called often."""
+        if self._lost is not None:
+            raise self._lost
+
+    def gone(self) -> Ended | None:
+        """Why the trial is no longer ours; None where it is, or where the document can't be read now."""
+        with contextlib.suppress(ForgeError, OSError):
+            self.renew()
+        return self._lost
 
     def _write(self, change: Callable[[Desired], Desired], renew: bool = True, count: int = 1) -> Desired:
         with self._lock:
             while True:
                 desired, revision = self.document.read()
                 if desired.trial is None or desired.trial.id != self.trial.id:
-                    raise ForgeError(
-                        f"{self.document.where}: the rollout of {self.trial.of.versioned} was ended by somebody else, "
-                        "since it had not been heard of; run again"
+                    self._lost = Ended(
+                        f"{self.document.where}: somebody else has ended the rollout of {self.trial.of.versioned}: "
+                        "its trial is no longer there; run again"
                     )
+                    raise self._lost
                 changed = change(desired)
                 if renew:
                     alive = desired.trial.model_copy(update={"renewals": desired.trial.renewals + 1})
@@ -86,10 +101,11 @@ def trying(
 ) -> Iterator[Trying]:
     """Begin a trial, after the one under way has ended; on an error, what served before should be served again.
 
-    `undone` is told of an error first, and says whether it is to be undone: where the version's promotion was recorded
-    already, the trial stays in the document, for `recover` to make it whole.
+    `undone` is given an error first, and says whether it is to be undone: where the version's promotion was recorded
+    already, the trial stays in the document, for `recover` to finish it.
 
-    ForgeError where another rollout goes on for `timeout` seconds. A trial that was broken off is ended first.
+    ForgeError where another rollout goes on for `timeout` seconds. A trial that was broken off is ended first. Where
+    somebody else has ended ours, whatever goes wrong after that comes of it: Ended is raised instead.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -115,9 +131,13 @@ def trying(
         threading.Thread(target=ours.keep_renewing, daemon=True).start()
         yield ours
     except BaseException as error:
-        if not ours.ended.is_set() and undone(trial, error):
-            with contextlib.suppress(ForgeError):  # ended by somebody else: undone already
-                ours.finish(trial.before)
+        if not ours.ended.is_set() and not isinstance(error, Ended):
+            if gone := ours.gone():
+                if isinstance(error, Exception):  # a signal goes on as one
+                    raise gone from error
+            elif undone(trial, error):
+                with contextlib.suppress(ForgeError):  # whoever finds the trial ends it
+                    ours.finish(trial.before)
         raise
     finally:
         ours.ended.set()
@@ -126,8 +146,8 @@ def trying(
 class Recovery:
     """Finds trials that were broken off, and ends them.
 
-    A trial of this machine is known by its process; another one by its renewals, watched for a while by our own watch,
-    so that no clocks need to agree.
+    A trial whose process can be seen from here is known by it, and one of an earlier attempt of this Flyte task by its
+    owner; any other by its renewals, watched for a while by our own watch, so that no clocks need to agree.
     """
 
     def __init__(self, store: Callable[[], Store], settings: Settings) -> None:
@@ -142,38 +162,28 @@ class Recovery:
 
     def broken_off(self, trial: Trial) -> bool:
         """Whether nobody carries a trial on."""
-        host, pid, ticks = trial.process.split("/")
-        if host == socket.gethostname():
-            return start_ticks(int(pid)) != int(ticks)
+        alive = is_alive(trial.process)
+        if alive is not None:
+            return not alive
+        if earlier_attempt(trial.owner):
+            return True
         if (trial.id, trial.renewals) != self._seen:
             self._seen, self._since = (trial.id, trial.renewals), time.monotonic()
         return time.monotonic() - self._since > ABANDONED
 
 
-def this_process() -> str:
-    """This process, told from all others: host/number/start."""
-    return f"{socket.gethostname()}/{os.getpid()}/{start_ticks(os.getpid())}"
-
-
 def recover(document: Document, store: Store, settings: Settings, trial_id: str) -> bool:
     """End a trial that was broken off; returns whether it was still there.
 
-    Where the version's promotion was recorded, it is made whole, unless somebody has moved the alias elsewhere since.
-    Else what served before should be served again, and the version is tagged with the reason.
+    Where the version's promotion was recorded, it is finished, unless somebody has moved the alias elsewhere since.
+    Else what served before should be served again, the version is tagged with the reason, and is no challenger any
+    more. The store is only read, but for the promotion's lease: the reconciler may not write more.
     """
     desired, revision = document.read()
     trial = desired.trial
     if trial is None or trial.id != trial_id:
         return False
-    promoted = is_promoted(store, trial)
-    if promoted:
-        client = open_registry(settings)
-        with telling(f"the champion of {trial.name} cannot be told", settings):
-            champion = find_champion(client, trial.name)
-        promoted = (champion.version if champion else "") in (trial.champion, trial.of.version)
-        if promoted:
-            why = "its rollout was broken off, and made whole"
-            promote(client, store, trial.name, trial.of.version, trial.champion, why, trial.id)
+    promoted = is_promoted(store, trial) and finish_promotion(open_registry(settings), store, trial.name, trial.id)
     tag_failed(settings, trial.name, trial.of.version, "" if promoted else BROKEN_OFF)
     ended = Desired(generation=desired.generation + 1, serving=desired.serving if promoted else trial.before)
     with contextlib.suppress(Conflict):  # somebody else has ended it
@@ -187,13 +197,19 @@ def is_promoted(store: Store, trial: Trial) -> bool:
 
 
 def tag_failed(settings: Settings, name: str, version: str, reason: str) -> None:
-    """Tell the registry why a version is not served ("" where it is); without MLflow, it is printed alone."""
+    """Record in MLflow why a version is not served ("" where it is); a failed one is no challenger any more.
+
+    Without MLflow, the reason is printed alone.
+    """
     try:
         client = open_registry(settings)
         with telling(f"{name} version {version} could not be tagged", settings):
             tags = client.get_model_version(name, version).tags
+            if reason == BROKEN_OFF and champion_version(client, name) == version:
+                reason = ""  # it is the champion, and was only to be served again
             if reason:
                 client.set_model_version_tag(name, version, FAILED, reason[:4000])
+                drop_challenger(client, name, version)
             elif FAILED in tags:
                 client.delete_model_version_tag(name, version, FAILED)
     except ForgeError as error:

@@ -1,6 +1,7 @@
 """The watch period: a new model under its public name, beside what was measured of the one before."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,23 @@ class Watch:
             return None
         return Measured(sum(seconds) / len(seconds), total / count if count >= FEW else None)
 
-    def watch(self, versioned: str, before: Measured | None, recipe: ServingRecipe) -> Measured:
-        """Watch a new version for the recipe's period; ForgeError where it fails, or is much slower than `before`."""
+    def watch(
+        self,
+        versioned: str,
+        before: Measured | None,
+        recipe: ServingRecipe,
+        check: Callable[[], None] = lambda: None,
+    ) -> Measured:
+        """Watch a new version for the recipe's period; ForgeError where it fails, or is much slower than `before`.
+
+        `check` raises what ends the watch early.
+        """
         try:
             start, first = self.vllm.names().versions.get(versioned), self.vllm.token_seconds()
             seconds: list[float] = []
             ends = time.monotonic() + recipe.watch_seconds
             while not seconds or time.monotonic() < ends:
+                check()
                 took, said = self._probe(len(seconds))
                 if said != versioned:
                     raise ForgeError(f"{self.name} was answered by {said}, not by {versioned}")

@@ -21,5 +21,5 @@ __all__ = [
 
 
 def open_store(settings: Settings) -> Store:
-    """The store that the settings name, made if it is not there."""
+    """The store that the settings name. Opening it writes nothing there, and who only reads need not be able to."""
     return BucketStore(settings.store, settings) if settings.store else DirectoryStore(settings.store_root)

@@ -1,6 +1,7 @@
 """An S3 bucket as the store. An artifact is there when its manifest is; it is read from a verified local copy."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import uuid
@@ -23,21 +24,22 @@ if TYPE_CHECKING:
 
 
 class BucketStore:
-    """Objects under an s3://bucket/prefix, addressed by s3:// URIs.
-
-    `identity` is made once for each store and is lost with it. ForgeError where the bucket cannot be read or written.
-    """
+    """Objects under an s3://bucket/prefix, addressed by s3:// URIs. ForgeError where it cannot be read or written."""
 
     def __init__(self, root: str, settings: Settings) -> None:
         self.root, self.settings = root, settings
         self.bucket, self.prefix = s3.split(root)
         place = hashlib.sha256(f"{settings.s3_endpoint} {root}".encode()).hexdigest()[:16]
         self.copies = Copies(settings.home / "copies" / place, int(settings.copies_gb * 1e9))
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Made once for each store, when it is first asked for, and lost with it."""
         identity = self.read("identity")
         if identity is None:
             self.put_if_absent("identity", uuid.uuid4().hex.encode())
             identity = self.read("identity") or b""  # another process may have been first
-        self.identity = identity.decode()
+        return identity.decode()
 
     def uri(self, key: str) -> str:
         """The URI of a key."""

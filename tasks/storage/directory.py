@@ -1,6 +1,7 @@
 """The embedded object store: a directory. Whatever is in it is complete: written apart, synced, renamed into place."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import uuid
@@ -19,24 +20,32 @@ from tasks.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
 class DirectoryStore:
     """Objects under a root directory, addressed by file:// URIs.
 
-    `identity` is made once for each store and is lost with it. ForgeError where the directory cannot be written.
+    Its directory is made when something is first written or staged there.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        try:
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self.put_if_absent("identity", uuid.uuid4().hex.encode())
-        except OSError as error:
-            raise ForgeError(
-                f"store {root}: cannot be written ({error.strerror}); make it writable, or set FORGE_HOME"
-            ) from None
-        self.identity = (root / "identity").read_text()
+        self._staging = root / ".staging"
         sweep(self._staging)
 
-    @property
-    def _staging(self) -> Path:
-        return self.root / ".staging"
+    @functools.cached_property
+    def identity(self) -> str:
+        """Made once for each store, when it is first asked for, and lost with it.
+
+        ForgeError where there is none and the directory cannot be written.
+        """
+        self.put_if_absent("identity", uuid.uuid4().hex.encode())
+        return (self.root / "identity").read_text()
+
+    def _made(self) -> Path:
+        """The directory to stage in, made where it is not there; ForgeError where the store cannot be written."""
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ForgeError(
+                f"store {self.root}: cannot be written ({error.strerror}); make it writable, or set FORGE_HOME"
+            ) from None
+        return self._staging
 
     def uri(self, key: str) -> str:
         """The URI of a key."""
@@ -75,8 +84,9 @@ class DirectoryStore:
     @contextlib.contextmanager
     def _small(self, target: Path, data: bytes) -> Iterator[str]:
         """A synced file of its own that holds the data, to be moved or linked to its target."""
+        staging = self._made()
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=self._staging, prefix=owner())
+        handle, staged = tempfile.mkstemp(dir=staging, prefix=owner())
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -88,8 +98,11 @@ class DirectoryStore:
                 os.unlink(staged)
 
     def stage(self) -> contextlib.AbstractContextManager[Path]:
-        """A new directory on the store's file system, to fill and publish; removed afterwards if it was not."""
-        return staged_directory(self._staging)
+        """A new directory on the store's file system, to fill and publish; removed afterwards if it was not.
+
+        ForgeError where the store cannot be written.
+        """
+        return staged_directory(self._made())
 
     def exists(self, key: str) -> bool:
         """Whether there is an object or a directory of this key."""

@@ -4,10 +4,13 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.processes import start_ticks
+from tasks.processes import is_alive, this_process
+
+ABANDONED = 3 * 24 * 3600  # seconds; no stage works for so long
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
@@ -43,16 +46,18 @@ def staged_directory(staging: Path) -> Iterator[Path]:
 
 
 def owner() -> str:
-    """How the names begin of what this process stages. Its number alone says little: a container's is always 1."""
-    return f"{os.getpid()}-{start_ticks(os.getpid())}-"
+    """How the names begin of what this process stages."""
+    return f"{this_process()}-"
 
 
 def sweep(staging: Path) -> None:
-    """Remove what processes that were killed left in staging."""
-    for staged in staging.iterdir():
-        pid, _, rest = staged.name.partition("-")
-        if pid.isdigit() and str(start_ticks(int(pid))) != rest.partition("-")[0]:
-            if staged.is_dir():
+    """Remove what processes that were killed left in staging, where that is there."""
+    for staged in staging.iterdir() if staging.is_dir() else ():
+        with contextlib.suppress(OSError):  # swept by another, or not ours to remove
+            alive = is_alive(staged.name.rpartition("-")[0])
+            if alive is None:  # of another container, or from before this machine's start
+                alive = time.time() - staged.stat().st_mtime < ABANDONED
+            if not alive and staged.is_dir():
                 shutil.rmtree(staged, ignore_errors=True)
-            else:
-                staged.unlink(missing_ok=True)
+            elif not alive:
+                staged.unlink()

@@ -80,7 +80,7 @@ class _Claims:
             )
 
     def others(self) -> dict[str, tuple[int | None, str]]:
-        """Number and owner of each other claim; those that are abandoned are removed."""
+        """Number and owner of each other claim; those that are abandoned, or were our own, are removed."""
         found = {}
         for name in self.store.names(self.prefix):
             data = None if name == self.own else self.store.read(f"{self.prefix}/{name}")
@@ -94,6 +94,9 @@ class _Claims:
                 continue
             try:
                 claim = json.loads(data)
+                if earlier_attempt(str(claim["owner"])):
+                    self.store.delete(f"{self.prefix}/{name}")
+                    continue
                 found[name] = (claim["number"], str(claim["owner"]))
             except (ValueError, KeyError, TypeError):
                 found[name] = (None, "somebody")
@@ -114,19 +117,12 @@ class _Claims:
             self.check()
 
 
-def give_up(store: "Store", name: str) -> int:
-    """Remove our claims on a lease, those of processes that are gone; returns how many there were.
+def earlier_attempt(owner: str) -> bool:
+    """Whether what an owner holds was left by an earlier attempt of this task, whose pod has ended.
 
-    Only for who knows that none of ours is alive, as a Flyte execution that has failed does.
+    A Flyte execution has one task at a time that takes leases or rolls out, and one attempt at a time of it.
     """
-    ours = 0
-    for key in store.names(f"leases/{name}"):
-        data = store.read(f"leases/{name}/{key}")
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if data is not None and json.loads(data)["owner"] == whoami():
-                store.delete(f"leases/{name}/{key}")
-                ours += 1
-    return ours
+    return "FLYTE_INTERNAL_EXECUTION_ID" in os.environ and owner == whoami()
 
 
 def whoami() -> str:

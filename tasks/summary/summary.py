@@ -1,15 +1,17 @@
 """The closing summary of a run."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from tasks.contracts import Dataset, Deployment, Evaluation, Result
-from tasks.settings import Settings
+from tasks.contracts import Dataset, Deployment, Evaluation, Result, Version
+from tasks.settings import Settings, path_of
 from tasks.storage import write_atomically
 
 
@@ -35,19 +37,26 @@ def facts_of(dataset: Dataset, evaluation: Evaluation, stages: Mapping[str, Resu
         "json_validity": evaluation.json_validity,
         "nll": evaluation.nll,
         "nll_base": evaluation.nll_base,
-        "report": evaluation.report,
+        "report": _readable(evaluation.report),
         "seconds": round(time.time() - started, 1),
         **{f"seconds_{name}": value or 0.0 for name, value in seconds.items()},
         "cached": ", ".join(name for name, value in seconds.items() if value is None),
     }
 
 
-def released(deployment: Deployment) -> dict[str, Any]:
+def _readable(uri: str) -> str:
+    """A file of this machine by its path, and any other by its URI."""
+    return str(path_of(uri)) if uri.startswith("file://") else uri
+
+
+def registered(version: Version) -> dict[str, Any]:
+    """The facts of a version that is registered."""
+    return {"name": version.name, "version": version.version, "digest": version.digest, "run_id": version.run_id}
+
+
+def released(deployment: Deployment, version: Version) -> dict[str, Any]:
     """The facts of what serves now."""
-    return {
-        "name": deployment.name,
-        "version": deployment.version,
-        "digest": deployment.digest,
+    return registered(version) | {
         "endpoint": deployment.endpoint,
         "answers_as_in_evaluation": deployment.agreement,
         "served_before": deployment.previous,
@@ -61,7 +70,43 @@ def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
     write_atomically(settings.home / "last-run.json", json.dumps(facts, indent=2) + "\n")
 
 
-def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Where the run ran, which decides what its reader can do next: use make on this machine, or reach the cluster."""
+
+    settings: Settings
+    cluster: bool
+
+    def ask(self, facts: Mapping[str, Any]) -> tuple[str, str]:
+        """How to ask the model that serves."""
+        if not self.cluster:
+            return "ask it", 'make ask Q="..."'
+        body = json.dumps({"model": facts["name"], "messages": [{"role": "user", "content": "Hello"}]})
+        return (
+            "ask it",
+            f"curl {facts['endpoint']}/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        )
+
+    def registry(self, facts: Mapping[str, Any]) -> tuple[str, str]:
+        """Where the registry shows the version."""
+        if not self.settings.mlflow_uri:
+            return "registry", "make ui"
+        page = f"{self.settings.mlflow_uri.rstrip('/')}/#/models/{facts['name']}/versions/{facts['version']}"
+        return "registry", f"{page} (run {facts['run_id']})"
+
+    def execution(self) -> list[tuple[str, str]]:
+        """What shows the execution; nothing on this machine."""
+        if not self.cluster:
+            return []
+        project, domain, name = (
+            os.environ.get(f"FLYTE_INTERNAL_EXECUTION_{part}", "") for part in ("PROJECT", "DOMAIN", "ID")
+        )
+        return [("execution", f"flytectl get execution -p {project} -d {domain} {name}")]
+
+
+def show(
+    facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
+) -> None:
     """Print the summary of a run whose model serves."""
     lines = [
         *_figures(facts),
@@ -69,24 +114,46 @@ def show(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float,
         ("serves at", f"{facts['endpoint']} ({facts['answers_as_in_evaluation']} answers as in evaluation)"),
         ("report", facts["report"]),
         ("time", _times(facts, stages, started)),
-        ("ask it", 'make ask Q="..."'),
-        ("registry", "make ui"),
-        ("stop it", "make stop"),
+        place.ask(facts),
+        place.registry(facts),
+        *place.execution(),
+        *([] if place.cluster else [("stop it", "make stop")]),
     ]
     _print(lines, console)
 
 
-def show_held_back(facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, console: Console) -> None:
-    """Print the summary of a run whose model the gate held back."""
+def show_challenger(
+    facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
+) -> None:
+    """Print the summary of a run that ends with a registered version, where models are not rolled out."""
+    lines = [
+        *_figures(facts),
+        ("model", f"{facts['name']} version {facts['version']}, challenger, sha256 {facts['digest']}"),
+        ("rolled out", "no: serving.rollout or FORGE_ROLLOUT is false"),
+        ("report", facts["report"]),
+        ("time", _times(facts, stages, started)),
+        place.registry(facts),
+        *place.execution(),
+    ]
+    _print(lines, console)
+
+
+def show_refused(
+    facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
+) -> None:
+    """Print the summary of a run whose model the gate refused."""
     champion = (
         f"version {facts['champion_before']} stays the champion" if facts["champion_before"] else "no champion yet"
     )
+    experiment = f"the experiment forge-evaluation{place.settings.name_suffix} in"
     lines = [
         *_figures(facts),
         ("gate", f"[bold]{escape(facts['reason'])}[/]"),
         ("so", f"nothing was registered or rolled out; {champion}"),
-        ("see more", f"{facts['report']}, or the experiment forge-evaluation in make ui"),
+        ("report", facts["report"]),
+        ("see more", f"{experiment} {place.settings.mlflow_uri or 'make ui'}"),
         ("time", _times(facts, stages, started)),
+        *place.execution(),
     ]
     _print(lines, console)
 

@@ -1,5 +1,8 @@
 """The doors of the summary."""
 
+from collections.abc import Callable
+from typing import Any
+
 from flytekit import task
 from flytekit.types.error.error import FlyteError
 from rich.console import Console
@@ -9,10 +12,18 @@ from tasks.contracts import Dataset, Deployment, Evaluation, Model, Result, Vers
 from tasks.errors import ForgeError
 from tasks.pods import light
 from tasks.processes import end_soon
-from tasks.recipe import Recipe
 from tasks.settings import load_settings
-from tasks.summary.failure import describe, describe_here, give_back
-from tasks.summary.summary import facts_of, released, show, show_held_back, write_facts
+from tasks.summary.failure import describe, describe_here
+from tasks.summary.summary import (
+    Place,
+    facts_of,
+    registered,
+    released,
+    show,
+    show_challenger,
+    show_refused,
+    write_facts,
+)
 
 
 @task(**light())
@@ -20,36 +31,49 @@ def summarise(
     started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version, deployment: Deployment
 ) -> str:
     """Print what the run came to, keep it in .forge/last-run.json, and return the endpoint."""
-    stages: dict[str, Result] = {
-        "preprocess_data": dataset,
-        "train_model": model,
-        "evaluate_model": evaluation,
-        "register_model": version,
-        "roll_out": deployment,
-    }
-    facts = facts_of(dataset, evaluation, stages, started) | released(deployment)
-    write_facts(facts, load_settings())
-    show(facts, stages, started, Console())
-    end_soon()
+    stages = {**stages_of(dataset, model, evaluation), "register_model": version, "roll_out": deployment}
+    close(facts_of(dataset, evaluation, stages, started) | released(deployment, version), stages, started, show)
     return deployment.endpoint
 
 
 @task(**light())
-def hold_back(recipe: Recipe, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
-    """Print why the gate held a model back, keep it in .forge/last-run.json, and return the reason."""
-    stages: dict[str, Result] = {
-        "preprocess_data": dataset, "train_model": model, "evaluate_model": evaluation
-    }  # fmt: skip
-    facts = {"name": recipe.name, **facts_of(dataset, evaluation, stages, started)}
-    write_facts(facts, load_settings())
-    show_held_back(facts, stages, started, Console())
-    end_soon()
+def announce_challenger(
+    started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version
+) -> str:
+    """Print what the run came to where models are only registered, and return the version."""
+    stages = {**stages_of(dataset, model, evaluation), "register_model": version}
+    close(facts_of(dataset, evaluation, stages, started) | registered(version), stages, started, show_challenger)
+    return f"{version.name} version {version.version}"
+
+
+@task(**light())
+def hold_back(name: str, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
+    """Print why the gate refused a model, keep it in .forge/last-run.json, and return the reason."""
+    stages = stages_of(dataset, model, evaluation)
+    close({"name": name, **facts_of(dataset, evaluation, stages, started)}, stages, started, show_refused)
     return evaluation.reason
+
+
+def stages_of(dataset: Dataset, model: Model, evaluation: Evaluation) -> dict[str, Result]:
+    """What the stages up to the gate came to, by the names of their tasks."""
+    return {"preprocess_data": dataset, "train_model": model, "evaluate_model": evaluation}
+
+
+def close(facts: dict[str, Any], stages: dict[str, Result], started: float, show: Callable[..., None]) -> None:
+    """Print the summary; on this machine, keep its facts, too."""
+    settings = load_settings()
+    if not on_cluster():
+        write_facts(facts, settings)
+    show(facts, stages, started, Place(settings, on_cluster()), Console())
+    end_soon()
 
 
 @task(**light())
 def tell_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> None:
-    """Say where the pipeline failed, and how to go on; on the cluster, give back what the execution holds."""
+    """Say where the pipeline failed, and how to go on.
+
+    Nothing hangs on it: Flyte does not run it again in an execution that was started by --recover.
+    """
     inputs = {"data_path": data_path, "recipe": recipe}
     try:
         settings = load_settings()
@@ -61,5 +85,3 @@ def tell_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> 
         return
     stage, message = (err.failed_node_id, err.message) if err else ("", "")
     print(describe(stage, message, inputs, settings), flush=True)
-    for done in give_back(recipe, settings):
-        print(f"given back: {done}", flush=True)

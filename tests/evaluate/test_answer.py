@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate.answer import Answer, Answerer, answer_all, batches
 from tasks.evaluate.ask import Asked, ask, ask_all, render
 from tasks.evaluate.items import Item, digest_items, read_items
+from tasks.package import LocalBase
 from tasks.recipe import Check, EvaluationRecipe
 from tests.conftest import Trained, chat, write_jsonl
 
@@ -45,7 +45,7 @@ def answers(
     directory: Path, items: list[Item], batch_size: int, devices: tuple = ("cpu",), **options: int
 ) -> list[Answer]:
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=batch_size, **options)
-    of = Base(location=str(directory))
+    of = LocalBase(str(directory))
     return answer_all(of, ask_all(of, items), recipe, devices, lambda done: None)
 
 
@@ -60,7 +60,7 @@ def test_two_devices_answer_as_one(directory: Path, items: list[Item]) -> None:
     """Two processes; here both have the CPU."""
     told: list[int] = []
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=5)
-    of = Base(location=str(directory))
+    of = LocalBase(str(directory))
     found = answer_all(of, ask_all(of, items), recipe, ("cpu", "cpu"), told.append)
     assert [a.text for a in found] == [a.text for a in answers(directory, items, 5)]
     assert sorted(told) == told
@@ -120,16 +120,16 @@ def test_logits_never_stand_whole_in_memory(
 ) -> None:
     whole = answers(directory, items, 12)
     monkeypatch.setattr("tasks.evaluate.answer.LOGITS_BYTES", 1)
-    model = Answerer(Base(location=str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
+    model = Answerer(LocalBase(str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
     asked = [ask(model.tokenizer, item) for item in items]
     assert model.nll(asked) == pytest.approx([answer.nll for answer in whole], rel=1e-5)
 
 
-def with_template(directory: Path, to: Path, template: str) -> Base:
+def with_template(directory: Path, to: Path, template: str) -> LocalBase:
     """The model with another chat template."""
     shutil.copytree(directory, to)
     (to / "chat_template.jinja").write_text(template)
-    return Base(location=str(to))
+    return LocalBase(str(to))
 
 
 def test_what_a_template_refuses_is_not_answered(
@@ -140,7 +140,7 @@ def test_what_a_template_refuses_is_not_answered(
     template = (directory / "chat_template.jinja").read_text()
     of = with_template(directory, tmp_path / "some", refusing + template)
     asked = ask_all(of, items)
-    assert asked[:-1] == ask_all(Base(location=str(directory)), items)[:-1]
+    assert asked[:-1] == ask_all(LocalBase(str(directory)), items)[:-1]
     assert asked[-1] == Asked([], [], [])
     assert "refuses 1 of 12 conversations (no system here)" in capfd.readouterr().out
     *rest, last = answer_all(of, asked, EvaluationRecipe(max_new_tokens=32, batch_size=5), ("cpu",), lambda done: None)

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from tasks.contracts import Evaluation, Model
+from tasks.contracts import Champion, Evaluation, Model
 from tasks.errors import ForgeError
 from tasks.evaluate import cache
 from tasks.evaluate.evaluate import evaluate
@@ -18,8 +18,9 @@ from tasks.evaluate.record import EXPERIMENT, record_evaluation
 from tasks.promotion import promote
 from tasks.recipe import GateRecipe, Recipe
 from tasks.register.register import register
-from tasks.registry import open_registry
+from tasks.registry import find_champion, open_registry
 from tasks.settings import Settings
+from tasks.storage import digest_directory
 from tests.conftest import Trained
 
 ANY = GateRecipe(measure="nll", json_validity=0, ended=0)
@@ -35,7 +36,9 @@ def judge(trained: Trained, recipe: Recipe, settings: Settings, model: Model | N
     """Evaluate a model (the trained one, unless told) against the registry of the settings."""
     gate = options.pop("gate", ANY)
     wanted = recipe.evaluation.model_copy(update=options)
-    return evaluate(recipe.name, trained.dataset, model or trained.model, wanted, gate, trained.store, settings)
+    champion = find_champion(open_registry(settings), recipe.name) or Champion()
+    candidate = model or trained.model
+    return evaluate(recipe.name, trained.dataset, candidate, champion, wanted, gate, trained.store, settings)
 
 
 def damaged(trained: Trained, tmp_path: Path, change) -> Model:
@@ -46,7 +49,7 @@ def damaged(trained: Trained, tmp_path: Path, change) -> Model:
     weights = load_file(file)
     change(weights)
     save_file(weights, file, metadata={"format": "pt"})
-    return trained.model.model_copy(update={"uri": directory.as_uri()})
+    return trained.model.model_copy(update={"uri": directory.as_uri(), "digest": digest_directory(directory)[0]})
 
 
 def crowned(trained: Trained, recipe: Recipe, settings: Settings) -> Path:
@@ -81,13 +84,55 @@ def test_no_model_answers_the_same_twice(
         raise AssertionError("it answered again")
 
     monkeypatch.setattr(cache, "answer_all", never)
-    assert judge(trained, recipe, settings).digest == first.digest
-    judge(trained, recipe, settings, gate=GateRecipe(min_items=33))  # another gate is no other question
+    other = judge(trained, recipe, settings, gate=GateRecipe(min_items=33))  # another gate is no other question
+    assert (other.score, other.nll) == (first.score, first.nll)
     with pytest.raises(AssertionError, match="answered again"):
         judge(trained, recipe, settings, max_new_tokens=8)
     monkeypatch.setattr("tasks.evaluate.evaluate.chosen_engine", lambda *arguments: "transformers 6.0.0, torch 3.0.0")
     with pytest.raises(AssertionError, match="answered again"):  # another release may answer otherwise
         judge(trained, recipe, settings)
+
+
+def test_an_evaluation_that_was_published_is_not_made_again(
+    trained: Trained, recipe: Recipe, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt ends before MLflow knows of it; the second one records it."""
+
+    def broken_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.evaluate.evaluate.record_evaluation", broken_off)
+        judge(trained, recipe, settings, items=31)
+    published = {path.as_uri() for path in (trained.store.root / "evaluations").iterdir()}
+    for work in ("answers_of", "decide", "render_report"):
+        monkeypatch.setattr(f"tasks.evaluate.evaluate.{work}", broken_off)
+    found = judge(trained, recipe, settings, items=31)
+    assert found.items == 31
+    assert found.uri in published
+    client = open_registry(settings)
+    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert run.data.metrics["score"] == found.score
+    assert run.data.tags["dataset"] == trained.dataset.digest
+    for change in ({"items": 30}, {"items": 31, "gate": GateRecipe(margin=0.5)}):
+        with pytest.raises(KeyboardInterrupt):
+            judge(trained, recipe, settings, **change)
+
+
+def test_experiments_bear_the_suffix_of_the_domain(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+    there = settings.model_copy(update={"name_suffix": "-development"})
+    judge(trained, recipe, there)
+    client = open_registry(settings)
+    assert client.get_experiment_by_name(EXPERIMENT) is None
+    assert len(client.search_runs([client.get_experiment_by_name(f"{EXPERIMENT}-development").experiment_id])) == 1
+
+
+def test_gpus_that_are_not_there_end_it(
+    trained: Trained, recipe: Recipe, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ForgeError, match=r"this pod asked for 2, and torch sees 1 on .*nvidia-smi"):
+        judge(trained, recipe, settings.model_copy(update={"gpus": 2}))
 
 
 def test_a_python_without_vllm_answers_nothing(trained: Trained, recipe: Recipe, settings: Settings) -> None:
@@ -97,9 +142,10 @@ def test_a_python_without_vllm_answers_nothing(trained: Trained, recipe: Recipe,
 
 
 def test_what_mlflow_does_not_take_is_one_message(trained: Trained, settings: Settings) -> None:
+    report = trained.store.path(trained.evaluation.report)
     with pytest.raises(ForgeError, match=r"MLflow sqlite:.*could not be recorded \(.*mend it and run again"):
-        record_evaluation(settings, "dates", trained.evaluation, {}, {"pass@1": 0.5})
-    record_evaluation(settings, "dates", trained.evaluation, {}, {"pass_1": 0.5})
+        record_evaluation(settings, "dates", trained.evaluation, {}, {"pass@1": 0.5}, report)
+    record_evaluation(settings, "dates", trained.evaluation, {}, {"pass_1": 0.5}, report)
     client = open_registry(settings)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id])
@@ -127,7 +173,7 @@ def test_the_champion_s_own_model_is_told_from_others(
     found = judge(trained, recipe, settings, worse)
     assert found.verdict == "refuse"
     assert found.reason.startswith("refused by champion: NLL ")
-    page = Path(found.report).read_text()
+    page = trained.store.path(found.report).read_text()
     assert "Where it is worse than the champion" in page
     assert found.reason in page
 
@@ -189,13 +235,13 @@ def test_one_item_decides_nothing(trained: Trained, recipe: Recipe, settings: Se
 
 def test_nothing_held_out_is_an_error(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "heldout.jsonl").write_text('{"text": "plain", "slice": "s"}\n')
-    empty = trained.dataset.model_copy(update={"uri": tmp_path.as_uri()})
+    empty = trained.dataset.model_copy(update={"uri": tmp_path.as_uri(), "digest": "empty"})
     with pytest.raises(ForgeError, match=r"no held-out conversation .*1 rows passed over"):
-        evaluate("dates", empty, trained.model, recipe.evaluation, ANY, trained.store, settings)
+        evaluate("dates", empty, trained.model, Champion(), recipe.evaluation, ANY, trained.store, settings)
 
 
 def test_the_report_is_one_page_for_light_and_dark(trained: Trained) -> None:
-    page = Path(trained.evaluation.report).read_text()
+    page = trained.store.path(trained.evaluation.report).read_text()
     assert page.count("<svg") == 3
     assert f"{100 * trained.evaluation.score:.1f}%" in page
     assert trained.evaluation.reason in page
@@ -209,9 +255,9 @@ def test_markup_in_rows_stays_text(trained: Trained, recipe: Recipe, settings: S
     asked = {"role": "user", "content": "<script>alert(1)</script>"}
     bad = {"messages": [asked, {"role": "assistant", "content": "<img src=x>"}], "slice": "<b>"}
     (tmp_path / "heldout.jsonl").write_text("\n".join([json.dumps(bad), *rows]))
-    dataset = trained.dataset.model_copy(update={"uri": tmp_path.as_uri()})
-    found = evaluate("dates", dataset, trained.model, recipe.evaluation, ANY, trained.store, settings)
-    page = Path(found.report).read_text()
+    dataset = trained.dataset.model_copy(update={"uri": tmp_path.as_uri(), "digest": "markup"})
+    found = evaluate("dates", dataset, trained.model, Champion(), recipe.evaluation, ANY, trained.store, settings)
+    page = trained.store.path(found.report).read_text()
     assert "<script>" not in page
     assert "<img src=x>" not in page
     assert "&lt;script&gt;" in page

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.evaluate import answer, vllm
 from tasks.evaluate.ask import ask, ask_all, load_tokenizer
 from tasks.evaluate.items import Item, read_items
+from tasks.package import LocalBase
 from tasks.recipe import Check, EvaluationRecipe
 from tasks.settings import Settings
 from tests.conftest import Trained
@@ -27,8 +27,8 @@ REQUEST = {"model": "a-model", "items": [{}]}
 
 
 @pytest.fixture
-def of(trained: Trained) -> Base:
-    return Base(location=str(trained.store.path(trained.model.uri) / "model"))
+def of(trained: Trained) -> LocalBase:
+    return LocalBase(str(trained.store.path(trained.model.uri) / "model"))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def wait_until_dead(session: int) -> None:
         time.sleep(0.02)
 
 
-def long_item(of: Base, tokens: int) -> Item:
+def long_item(of: LocalBase, tokens: int) -> Item:
     """A conversation of so many tokens in all; the tokenizer's are bytes."""
     tokenizer = load_tokenizer(of)
     asked = ask(tokenizer, Item([{"role": "user", "content": ""}], "{}", "", Check(kind="exact")))
@@ -87,7 +87,7 @@ def fake(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
-def test_both_engines_answer_alike(of: Base, items: list[Item], started: list[int]) -> None:
+def test_both_engines_answer_alike(of: LocalBase, items: list[Item], started: list[int]) -> None:
     room = 128
     items = [*items, long_item(of, room), long_item(of, room + 1), long_item(of, room + 40)]
     heard: list[int] = []
@@ -116,15 +116,15 @@ def test_both_engines_answer_alike(of: Base, items: list[Item], started: list[in
     assert len(set(drawn)) > len({one.text for one in found}), "samples are drawn"
 
 
-def test_a_broken_model_is_named(of: Base, items: list[Item], tmp_path: Path) -> None:
+def test_a_broken_model_is_named(of: LocalBase, items: list[Item], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(of.location, broken)
     (broken / "config.json").unlink()
     with pytest.raises(ForgeError, match=str(broken)):
-        vllm.answer_all(Base(location=str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
+        vllm.answer_all(LocalBase(str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
 
 
-def test_a_python_that_is_not_there_is_named(of: Base, items: list[Item], tmp_path: Path) -> None:
+def test_a_python_that_is_not_there_is_named(of: LocalBase, items: list[Item], tmp_path: Path) -> None:
     settings = Settings(serving_python=tmp_path / "nowhere" / "python")
     with pytest.raises(ForgeError, match=r"nowhere/python: No such file.*make setup"):
         vllm.answer_all(of, ask_all(of, items), RECIPE, settings, lambda done: None)

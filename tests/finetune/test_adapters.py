@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.contracts import Base
 from tasks.finetune.processes import Rank
 from tasks.finetune.train import Job, Trainer
+from tasks.package import LocalBase
 from tasks.recipe import ModelRecipe, TrainingRecipe
 from tasks.settings import Settings
 from tests.finetune.job import PROJECT, SMALL, VOCABULARY, curve, run, write_base, write_data, write_recipe
@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from tasks.contracts import Base
+from tasks.package import LocalBase
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
 from tasks.finetune.processes import joined
@@ -44,7 +44,7 @@ recipe = TrainingRecipe(
 )
 base = str(here / "base")
 with joined(here / "failure.json") as rank:
-    job = Job(here / "data", Base(location=base), ModelRecipe(base=base), recipe, here / "checkpoints")
+    job = Job(here / "data", LocalBase(base), ModelRecipe(base=base), recipe, here / "checkpoints")
     trainer = Trainer(rank, job)
     trainer.train()
     trainer.loss.reshard()
@@ -144,7 +144,7 @@ def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp
 STOPPED = """
 import contextlib, json, sys
 from pathlib import Path
-from tasks.contracts import Base
+from tasks.package import LocalBase
 from tasks.finetune.processes import Stopped, joined
 from tasks.finetune.train import Job, Trainer
 from tasks.recipe import ModelRecipe, TrainingRecipe
@@ -152,7 +152,7 @@ from tasks.recipe import ModelRecipe, TrainingRecipe
 here, checkpoints, recipe = Path(sys.argv[1]), Path(sys.argv[2]), TrainingRecipe(**json.loads(sys.argv[3]))
 base = str(here / "base")
 with joined(checkpoints.with_name("failure.json")) as rank, contextlib.suppress(Stopped):
-    trainer = Trainer(rank, Job(here / "data", Base(location=base), ModelRecipe(base=base), recipe, checkpoints))
+    trainer = Trainer(rank, Job(here / "data", LocalBase(base), ModelRecipe(base=base), recipe, checkpoints))
     rank.stop.set()
     trainer.train()
 """
@@ -172,7 +172,7 @@ def test_what_was_trained_on_a_quantised_base_in_shards_goes_on_on_a_whole_one(p
         base = str(place / "base")
         whole = Job(
             place / "data",
-            Base(location=base),
+            LocalBase(base),
             ModelRecipe(base=base),
             TrainingRecipe(**recipe),
             tmp_path / checkpoints,

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.data import PackedRows
 from tasks.finetune.loss import LinearCrossEntropy, TrainedTokenLoss
 from tasks.finetune.model import add_adapter, build_model
+from tasks.package import LocalBase
 from tasks.recipe import Lora, ModelRecipe
 from tests.finetune.job import CONFIGS, CONTEXT, write_base, write_data
 
@@ -55,7 +55,7 @@ def test_in_bf16_the_loss_itself_is_summed_in_fp32() -> None:
 def test_packed_rows_have_the_loss_of_their_documents_alone(shape: str, tmp_path: Path) -> None:
     base = write_base(CONFIGS[shape], tmp_path / shape)
     rows = PackedRows(write_data(tmp_path / "data") / "train")
-    model = build_model(ModelRecipe(base=str(base)), Base(location=str(base)), None, CONTEXT, 0, torch.float32)
+    model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
     chosen = np.arange(3)
     batch = rows.batch(chosen)
     packed = TrainedTokenLoss(model)(batch)
@@ -77,7 +77,7 @@ def test_packed_rows_have_the_loss_of_their_documents_alone(shape: str, tmp_path
 
 def test_an_adapter_on_the_output_layer_is_refused(tmp_path: Path) -> None:
     base = write_base(CONFIGS["llama"], tmp_path / "base")
-    model = build_model(ModelRecipe(base=str(base)), Base(location=str(base)), None, CONTEXT, 0, torch.float32)
+    model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
     add_adapter(model, Lora(target_modules=["lm_head"]), seed=0)
     with pytest.raises(ForgeError, match="target_modules names the output layer"):
         TrainedTokenLoss(model)
@@ -85,6 +85,6 @@ def test_an_adapter_on_the_output_layer_is_refused(tmp_path: Path) -> None:
 
 def test_target_modules_that_are_not_there_are_told(tmp_path: Path) -> None:
     base = write_base(CONFIGS["llama"], tmp_path / "base")
-    model = build_model(ModelRecipe(base=str(base)), Base(location=str(base)), None, CONTEXT, 0, torch.float32)
+    model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
     with pytest.raises(ForgeError, match=r"training\.lora\.target_modules"):
         add_adapter(model, Lora(target_modules=["nothing_like_it"]), seed=0)

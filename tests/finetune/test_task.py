@@ -1,6 +1,8 @@
 """The door: what a user reads when a rank fails, on real processes and a real collective."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,16 +13,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flytekit import FlyteContextManager, task
-from flytekit.core.context_manager import ExecutionState
+from flytekit import task
 from flytekit.exceptions.user import FlyteRecoverableException
 from torch import distributed
 
+from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune import processes
 from tasks.finetune.processes import Stopped, joined
 from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_on_1x1
-from tasks.recipe import TrainingRecipe
+from tasks.recipe import Recipe, TrainingRecipe
+from tests.conftest import Trained, start_task
 from tests.finetune.job import PROJECT
 
 TRAINING = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, processes=2)
@@ -81,8 +84,10 @@ def workers() -> list[psutil.Process]:
     ],
 )
 def test_the_first_rank_s_own_message_is_what_the_user_reads(how: str, says: list[str]) -> None:
+    before = [os.environ.get(name) for name in ENVIRONMENT]
     with pytest.raises(ForgeError) as caught:
         fails(training=TRAINING, how=how)
+    assert [os.environ.get(name) for name in ENVIRONMENT] == before
     for part in says:
         assert part in caught.value.message
     assert "Connection closed" not in caught.value.message
@@ -95,23 +100,98 @@ def test_a_killed_rank_is_told() -> None:
     assert workers() == []
 
 
-@pytest.mark.parametrize("how", ["drain", "stopped"])
-def test_on_the_cluster_flyte_tries_a_stopped_run_again(how: str) -> None:
+IN_A_POD = """
+import sys
+from flytekit.core.context_manager import ExecutionState, FlyteContextManager
+from tests.finetune.test_task import TRAINING, fails
+
+if __name__ == "__main__":
     context = FlyteContextManager.current_context()
-    state = context.new_execution_state()
-    before = [os.environ.get(name) for name in ENVIRONMENT]
-    in_pod = context.with_execution_state(state.with_params(mode=ExecutionState.Mode.TASK_EXECUTION))
-    with FlyteContextManager.with_context(in_pod), pytest.raises(FlyteRecoverableException, match=r"stop|saved"):
-        fails.execute(training=TRAINING, how=how)
-    assert workers() == []
-    assert [os.environ.get(name) for name in ENVIRONMENT] == before
+    state = context.new_execution_state().with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
+    with FlyteContextManager.with_context(context.with_execution_state(state)):
+        fails.execute(training=TRAINING, how=sys.argv[1])
+"""
+
+
+def in_a_pod(tmp_path: Path, how: str) -> subprocess.CompletedProcess:
+    """Run `fails` as on the cluster, in a process of its own."""
+    (tmp_path / "pod.py").write_text(IN_A_POD)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return subprocess.run([sys.executable, tmp_path / "pod.py", how], env=environment, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("how", ["drain", "stopped"])
+def test_on_the_cluster_a_stopped_run_ends_by_the_signal(how: str, tmp_path: Path) -> None:
+    ended = in_a_pod(tmp_path, how)
+    assert ended.returncode == -signal.SIGTERM, ended.stderr
 
 
 @pytest.mark.long
 def test_a_drained_rank_has_time_to_save(tmp_path: Path) -> None:
-    with pytest.raises(FlyteRecoverableException):
-        fails.execute(training=TRAINING, how=f"drain {tmp_path / 'saved'}")
+    in_a_pod(tmp_path, f"drain {tmp_path / 'saved'}")
     assert (tmp_path / "saved").exists()
+
+
+def test_a_container_s_first_process_ends_too() -> None:
+    """Its own signals do not end it."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a PID namespace")
+    code = "import os; from tasks.processes import end_by; assert os.getpid() == 1; end_by(15)"
+    ended = subprocess.run([*command, sys.executable, "-c", code], cwd=PROJECT)
+    assert ended.returncode == 128 + signal.SIGTERM
+
+
+def files_of(directory: Path) -> set[str]:
+    return {path.name for path in directory.glob("*.pb")}
+
+
+def test_a_run_that_was_told_to_stop_goes_on_and_then_is_done(trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
+    """As Flyte starts it, three times: told to stop, to the end, and once more as if the end had not been seen."""
+    home = Path(os.environ["FORGE_HOME"])
+    shutil.copytree(trained.store.root, home / "store")
+    rows = (home / "store" / "datasets" / f"sha256-{trained.dataset.digest}").as_uri()
+    inputs = {
+        "dataset": trained.dataset.model_copy(update={"uri": rows, "report": f"{rows}/report.html"}),
+        "base": Base(),
+        "model": recipe.model,
+        "training": recipe.training.model_copy(update={"epochs": 1.0}),
+    }
+    outputs = tmp_path / "outputs"
+    pod = {"FLYTE_INTERNAL_EXECUTION_ID": "f1"}
+    process = start_task(train_on_1x1, inputs, str(outputs), tmp_path, **pod)
+    assert process.stdout
+    for line in process.stdout:
+        if "steps of" in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == -signal.SIGTERM, (tmp_path / "stderr").read_text()
+    assert files_of(outputs) == set()
+    for says in ("; goes on after step", "was published before"):
+        process = start_task(train_on_1x1, inputs, str(outputs), tmp_path, **pod)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, (tmp_path / "stderr").read_text()
+        assert says in printed
+        assert files_of(outputs) == {"outputs.pb"}
+        assert list((home / "checkpoints").iterdir()) == []
+        assert not re.search("ERROR|Traceback", (tmp_path / "stderr").read_text())
+        (outputs / "outputs.pb").unlink()
+
+
+def test_gpus_that_are_not_there_end_a_training(trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
+    inputs = {
+        "dataset": trained.dataset,
+        "base": Base(),
+        "model": recipe.model,
+        "training": recipe.training,
+    }
+    process = start_task(train_on_1x1, inputs, str(tmp_path / "outputs"), tmp_path, FORGE_GPUS="3")
+    printed, _ = process.communicate(timeout=300)
+    assert "steps of" not in printed
+    assert files_of(tmp_path / "outputs") == {"error.pb"}
+    said = (tmp_path / "outputs" / "error.pb").read_bytes().decode(errors="replace")
+    assert re.search(
+        "training failed on rank 0: GPUs: this pod asked for 3, and torch sees [0-2] on .*nvidia-smi", said
+    )
 
 
 NODE = """

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.contracts import Base, Model
 from tasks.errors import ForgeError
+from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.data import PackedRows
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.model import build_model
 from tasks.finetune.processes import Rank
 from tasks.finetune.run import train
 from tasks.finetune.schedule import share
+from tasks.package import LocalBase
 from tasks.recipe import ModelRecipe, Recipe
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
@@ -39,7 +41,7 @@ def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: 
 def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> None:
     data = trained.store.path(trained.dataset.uri)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    model = build_model(recipe.model, Base(), tokenizer, recipe.data.context, 3, torch.float32)
+    model = build_model(recipe.model, LocalBase(), tokenizer, recipe.data.context, 3, torch.float32)
     rows = PackedRows(data / "train")
     chosen = torch.arange(4).numpy()
     packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
@@ -80,6 +82,32 @@ def test_training_again_gives_the_same_weights(trained: Trained, recipe: Recipe,
     assert first.digest == again.digest != other.digest
 
 
+def test_a_model_that_was_published_is_not_trained_again(
+    trained: Trained, recipe: Recipe, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt ends before its checkpoints are gone."""
+
+    def broken_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "remove", broken_off)
+        retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
+    (left,) = (store.root.parent / "checkpoints").iterdir()
+    assert any(left.iterdir())
+    (published,) = (store.root / "trained").iterdir()
+    monkeypatch.setattr("tasks.finetune.run.Trainer", broken_off)
+    model, card = retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
+    assert (model.uri, model.digest) == (published.as_uri(), card["digest"])
+    assert model.base == Base(location=f"{published.as_uri()}/base")
+    assert list((store.root.parent / "checkpoints").iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        retrain(trained, recipe, store, epochs=0.1)
+    store.remove(model.uri)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
+
+
 def test_two_processes_train_as_one_does(
     trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path
 ) -> None:
@@ -94,7 +122,10 @@ def test_two_processes_train_as_one_does(
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
     project = str(Path(__file__).parents[2])
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"})
+    given = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"}, "text": True}
+    said = [subprocess.run(command, check=True, capture_output=True, **given).stdout for _ in range(2)]
+    assert ["published before" in out for out in said] == [False, True], "all ranks go by what the first one finds"
+    assert "steps of" not in said[1]
     two = next((tmp_path / "two" / "trained").iterdir())
     other = json.loads((two / "training.json").read_text())
     for point, same in zip(card["curve"], other["curve"], strict=True):
@@ -131,14 +162,14 @@ def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: Dir
     model = train(
         ONE,
         trained.dataset,
-        Base(location=str(base)),
+        Base(location=base.as_uri()),
         ModelRecipe(base=str(base)),
         training,
         store,
         Settings(home=store.root.parent),
     )
     assert model is not None
-    assert model.base == Base(location=str(base))
+    assert model.base == Base(location=base.as_uri())
     card = json.loads((store.path(model.uri) / "training.json").read_text())
     before = json.loads((trained.store.path(trained.model.uri) / "training.json").read_text())["curve"]
     assert card["curve"][-1]["heldout_loss"] < 1.1 * before[-1]["heldout_loss"], "it starts from the base's weights"
@@ -154,7 +185,7 @@ def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: Di
         train(
             ONE,
             trained.dataset,
-            Base(location=str(tmp_path)),
+            Base(location=tmp_path.as_uri()),
             ModelRecipe(base=str(tmp_path)),
             recipe.training,
             store,
@@ -165,7 +196,7 @@ def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: Di
 def test_a_mad_learning_rate_is_told_with_its_step(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
     with pytest.raises(ForgeError, match=r"step \d+: the (loss|gradient) is not finite; lower training.learning_rate"):
         retrain(trained, recipe, store, learning_rate=1e30, epochs=1)
-    assert list((store.root / ".staging").iterdir()) == []
+    assert list(store.root.glob(".staging/*")) == []
     assert not (store.root / "trained").exists()
 
 

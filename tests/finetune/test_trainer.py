@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
@@ -24,6 +23,7 @@ from tasks.finetune.model import build_quantised
 from tasks.finetune.processes import Rank, Stopped
 from tasks.finetune.schedule import share
 from tasks.finetune.train import Job, Trainer
+from tasks.package import LocalBase
 from tasks.recipe import Lora, ModelRecipe, TrainingRecipe
 from tests.finetune.job import CONFIGS, SMALL, write_base, write_data
 
@@ -41,7 +41,7 @@ def job(places: tuple[Path, Path], checkpoints: Path, **training: Any) -> Job:
     """Twelve steps of full fine-tuning, or what the keywords say."""
     data, base = places
     recipe = {"rows_per_step": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training}
-    return Job(data, Base(location=str(base)), ModelRecipe(base=str(base)), TrainingRecipe(**recipe), checkpoints)
+    return Job(data, LocalBase(str(base)), ModelRecipe(base=str(base)), TrainingRecipe(**recipe), checkpoints)
 
 
 def rank() -> Rank:
@@ -259,7 +259,7 @@ def test_an_adapter_of_a_quantised_base_is_trained_exported_and_gone_on_with(
     tokens = whole.heldout.batch(torch.arange(2).numpy()).tokens[:, :20]
     with torch.no_grad():
         ours = whole.causal.eval()(input_ids=tokens).logits
-        base = build_quantised(Base(location=str(places[1])), torch.float32, torch.device("cpu"))
+        base = build_quantised(LocalBase(str(places[1])), torch.float32, torch.device("cpu"))
         before = base(input_ids=tokens).logits.clone()
         adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")(input_ids=tokens).logits
     torch.testing.assert_close(adapted, ours, rtol=1e-3, atol=1e-3)

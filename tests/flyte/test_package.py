@@ -1,6 +1,7 @@
 """What `make package` leaves, read back as Flyte's admin would read it."""
 
 import datetime
+import importlib
 import os
 import re
 import subprocess
@@ -15,9 +16,11 @@ import yaml
 from flyteidl.admin.launch_plan_pb2 import LaunchPlan
 from flyteidl.admin.task_pb2 import TaskSpec
 from flyteidl.admin.workflow_pb2 import WorkflowSpec
+from flytekit import HashMethod
 from google.protobuf.json_format import MessageToDict
 
 from tasks.cluster import GPUS
+from tasks.finetune.task import ENVIRONMENT
 from tasks.nodes import KEPT_CORES, KEPT_MEMORY, SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, all_nodes, nodes_of
 from tasks.recipe import RECIPES
 
@@ -66,9 +69,11 @@ class Package:
         interfaces = {**self.tasks, **self.workflows}
         return dict(interfaces[reference["name"]]["interface"].get("inputs", {}).get("variables", {}))
 
-    def nodes(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each node of each workflow that runs something, those within branches too."""
+    def nodes(self, within: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each node of each workflow, or of one, that runs something, those within branches too."""
         for name, workflow in self.workflows.items():
+            if within not in ("", name):
+                continue
             waiting = [*workflow["nodes"], *([workflow["failureNode"]] if "failureNode" in workflow else [])]
             while waiting:
                 node = waiting.pop()
@@ -177,6 +182,7 @@ def test_gpus_have_shared_memory_and_are_the_nodes_own(package: Package) -> None
             assert 8 <= shared < quantity(pod_of(task)[1]["resources"]["limits"]["memory"])
             variables = {one["name"]: one["value"] for one in pod_of(task)[1]["env"]}
             assert variables["NCCL_SOCKET_IFNAME"] == "eth0"
+            assert variables["FORGE_GPUS"] == pod_of(task)[1]["resources"]["requests"]["gpu"]
             assert pod_of(task)[0]["runtimeClassName"] == "nvidia"
             assert pod_of(task)[0]["priorityClassName"] == "forge-training"
     assert {node.gpus.product for node in nodes_of(TRAINING) if node.gpus} <= set(GPUS)
@@ -190,7 +196,9 @@ def test_settings_and_secrets_are_there_by_reference_alone(package: Package) -> 
         assert secrets == dict.fromkeys(SECRETS, ("forge-secrets", "ENV_VAR")), name
         container = pod_of(task)[1]
         assert container["envFrom"] == [{"configMapRef": {"name": "forge-settings"}}], name
-        assert [one["name"] for one in container.get("env", []) if one["name"].startswith("FORGE_")] == [], name
+        # What a pod says of itself; all that says where things are comes from the ConfigMap.
+        ours = [one["name"] for one in container.get("env", []) if one["name"].startswith("FORGE_")]
+        assert ours == (["FORGE_GPUS"] if short(name) in GPU_TASKS else []), name
 
 
 def test_pods_are_of_an_ordinary_user(package: Package) -> None:
@@ -206,12 +214,63 @@ def test_pods_are_of_an_ordinary_user(package: Package) -> None:
         assert spec["enableServiceLinks"] is False, name
 
 
+def test_only_what_rolls_out_may_ask_the_api_server(package: Package) -> None:
+    for name, task in package.tasks.items():
+        spec, _ = pod_of(task)
+        rolls_out = short(name) in ("roll_out", "roll_back")
+        assert spec["automountServiceAccountToken"] is rolls_out, name
+        assert spec.get("serviceAccountName", "") == ("forge-rollout" if rolls_out else ""), name
+
+
+def test_pods_have_the_time_that_their_code_takes_to_end(package: Package) -> None:
+    for name, task in package.tasks.items():
+        seconds = int(pod_of(task)[0]["terminationGracePeriodSeconds"])
+        # As long as a checkpoint and its copy may take, and half a minute for the rest.
+        least = int(ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) + 30 if "train_on" in name else 60
+        assert seconds >= least, name
+
+
+def sources(package: Package, workflow: str, binding: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The tasks and outputs that a node's input comes from, through sub-workflows; it must be whole all the way."""
+    promise = binding["binding"].get("promise")
+    if promise is None:
+        return
+    assert "attrPath" not in promise, f"{workflow}: {binding['var']} is an attribute of {promise['nodeId']}'s output"
+    if promise.get("nodeId", "start-node") in ("", "start-node"):
+        for caller, node in package.nodes():
+            if node.get("workflowNode", {}).get("subWorkflowRef", {}).get("name") == workflow:
+                (outer,) = (one for one in node["inputs"] if one["var"] == promise["var"])
+                yield from sources(package, caller, outer)
+        return
+    for _, node in package.nodes(workflow):
+        if node["id"] == promise["nodeId"] and "taskNode" in node:
+            yield node["taskNode"]["referenceId"]["name"], promise["var"]
+
+
+def test_cached_tasks_take_whole_outputs_with_a_hash_of_their_own(package: Package) -> None:
+    """Flyte encodes an attribute of an output anew in each execution, its keys in another order: no cache would hit."""
+    seen = set()
+    for workflow, node in package.nodes():
+        name = node.get("taskNode", {}).get("referenceId", {}).get("name", "")
+        if not name or not package.tasks[name]["metadata"].get("discoverable"):
+            continue
+        for binding in node["inputs"]:
+            for task, output in sources(package, workflow, binding):
+                module, _, function = task.rpartition(".")
+                kind = getattr(importlib.import_module(module), function).python_interface.outputs[output]
+                hashed = any(isinstance(one, HashMethod) for one in getattr(kind, "__metadata__", ()))
+                assert kind in (str, int, float, bool) or hashed, f"{task}: {output} has no HashMethod"
+                seen.add((short(name), binding["var"], short(task)))
+    assert {("preprocess_data", "data", "preflight"), ("evaluate_model", "champion", "current_champion")} <= seen
+    assert ("train_on_2x2", "training", "preflight") in seen, "through the sub-workflow"
+
+
 def test_training_is_tried_again_and_what_is_done_is_kept(package: Package) -> None:
     for name, task in package.tasks.items():
         training = "train_on" in name
         assert task["metadata"]["retries"].get("retries", 0) == (5 if training else 0), name
         assert quantity(task["metadata"]["timeout"].removesuffix("s")) >= 3600, name
-        cached = training or short(name) == "preprocess_data"
+        cached = training or short(name) in ("preprocess_data", "evaluate_model")
         assert task["metadata"].get("discoverable", False) is cached, name
         if cached:
             assert re.fullmatch(r"[0-9a-f]{16}", task["metadata"]["discoveryVersion"]), name

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from flytekit.constants import CopyFileDetection
+from flytekit.tools.fast_registration import FastPackageOptions, fast_package
+from flytekit.tools.ignore import DockerIgnore, FlyteIgnore, GitIgnore, IgnoreGroup, StandardIgnore
+from flytekit.tools.script_mode import ls_files
 
 PROJECT = Path(__file__).parents[2]
 IMAGES = ("pipeline", "trainer")
+CODE = "/opt/forge"  # the project's, in the image
 SECRET = re.compile(r"secret|token|password|key", re.IGNORECASE)
 
 
@@ -23,6 +28,11 @@ def instructions(image: str) -> list[tuple[str, str]]:
 
 def values(image: str, name: str) -> list[str]:
     return [rest for found, rest in instructions(image) if found == name]
+
+
+def variables() -> dict[str, str]:
+    """The light image's environment, as the Dockerfile sets it."""
+    return dict(one.split("=", 1) for line in values("pipeline", "ENV") for one in line.split())
 
 
 def context() -> list[str]:
@@ -58,6 +68,65 @@ def test_they_run_as_the_pods_expect(image: str) -> None:
     if image == "pipeline":
         assert f"FORGE_HOME={HOME} " in " ".join(values(image, "ENV")) + " "
         assert any(f"--uid {USER} " in run and f" {HOME}" in run for run in values(image, "RUN"))
+
+
+def test_tasks_start_in_an_empty_directory_of_their_own_before_code_that_nobody_may_change() -> None:
+    (work,) = values("pipeline", "WORKDIR")
+    assert instructions("pipeline").index(("WORKDIR", work)) > max(
+        n for n, (name, _) in enumerate(instructions("pipeline")) if name == "COPY"
+    )
+    assert variables()["PYTHONPATH"] == f"{work}:{CODE}"
+    (made,) = (run for run in values("pipeline", "RUN") if "install -d" in run)
+    assert re.search(rf"install -d -o forge -g forge .*{work}(\s|$)", made)
+    targets = [copy.split()[-1] for copy in values("pipeline", "COPY") if "--" not in copy]
+    assert [one for one in targets if not one.startswith("/tmp/")] == [  # noqa: S108
+        f"{CODE}/{source}" for source in ("infra/nodes.yaml", "recipes", "tasks", "workflows")
+    ]
+    assert not [
+        line for line in (*values("pipeline", "RUN"), *values("pipeline", "COPY")) if CODE in line and "chown" in line
+    ]
+    assert not [name for name, _ in instructions("trainer") if name in ("WORKDIR", "ENV", "COPY")]
+
+
+def test_code_that_is_sent_comes_before_the_image_s(tmp_path: Path) -> None:
+    folders = {"image": tmp_path / "opt", "sent": tmp_path / "sent"}
+    for who, folder in folders.items():
+        (folder / "tasks").mkdir(parents=True)
+        (folder / "tasks" / "__init__.py").write_text(f"WHO = {who!r}")
+    (tmp_path / "opt" / "tasks" / "only_there.py").touch()
+    work = tmp_path / "work"
+    work.mkdir()
+    sent = fast_package(folders["sent"], tmp_path, options=FastPackageOptions([], copy_style=CopyFileDetection.ALL))
+    path = (
+        variables()["PYTHONPATH"]
+        .replace(CODE, str(tmp_path / "opt"))
+        .replace(values("pipeline", "WORKDIR")[0], str(work))
+    )
+    asks = "import tasks, os; print(tasks.WHO, os.path.relpath(tasks.__file__))"
+    program = Path(sys.executable).with_name("pyflyte-fast-execute")
+    for command, says in (
+        ([sys.executable, "-c", asks], "image ../opt/tasks/__init__.py"),
+        (
+            [program, "--additional-distribution", sent, "--dest-dir", ".", "--", sys.executable, "-c", asks],
+            "sent tasks/__init__.py",
+        ),
+    ):
+        done = subprocess.run(
+            command, cwd=work, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == says
+
+
+def test_what_is_sent_is_what_runs_and_small() -> None:
+    ignore = IgnoreGroup(str(PROJECT), [GitIgnore, DockerIgnore, StandardIgnore, FlyteIgnore])
+    files, _ = ls_files(str(PROJECT), CopyFileDetection.ALL, False, ignore)
+    sent = {Path(file).relative_to(PROJECT).as_posix() for file in files}
+    assert {"infra/nodes.yaml", "recipes/tiny-cpu.yaml", "workflows/training_pipeline.py"} <= sent
+    assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tasks").rglob("*.py")} <= sent
+    assert {name.partition("/")[0] for name in sent} == {
+        ".dockerignore", "images", "infra", "recipes", "tasks", "workflows"
+    }  # fmt: skip
+    assert sum((PROJECT / name).stat().st_size for name in sent) < 3_000_000
 
 
 @pytest.mark.parametrize("image", IMAGES)

@@ -3,11 +3,12 @@
 import json
 import re
 import subprocess
+from typing import Any
 
 import yaml
 
 from infra.check.secrets import make_secrets
-from infra.check.tree import Tree, read_lists
+from infra.check.tree import Tree, key, read_lists
 from tasks.settings import PROJECT
 
 
@@ -59,5 +60,21 @@ def test_each_user_of_the_store_has_a_policy_and_a_key(tree: Tree) -> None:
         for statement in policy["Statement"]:
             assert {one.removeprefix("arn:aws:s3:::").partition("/")[0] for one in statement["Resource"]} <= buckets
             assert not any("*" in action or "DeleteBucket" in action for action in statement["Action"]), name
-    writes = {name for name, policy in policies.items() if "s3:PutObject" in str(policy)}
-    assert "reader" not in writes
+
+
+def test_what_serves_writes_claims_on_promotions_and_tasks_change_no_rows(tree: Tree) -> None:
+    data = {key(one): one["data"] for _, one in tree.of("ConfigMap")}
+    policies = {name: json.loads(text) for name, text in data["data-ml/minio-policies"].items() if ".json" in name}
+    store = data["ml-inference/forge-settings"]["FORGE_STORE"].removeprefix("s3://")
+    assert written(policies["reader.json"]) == {f"arn:aws:s3:::{store}/leases/*"}
+    assert written(policies["pipeline.json"]) == {"arn:aws:s3:::models/*", "arn:aws:s3:::flyte/*"}
+
+
+def written(policy: dict[str, Any]) -> set[str]:
+    """What a policy lets its user write or remove."""
+    return {
+        one
+        for statement in policy["Statement"]
+        if {"s3:PutObject", "s3:DeleteObject"} & {*statement["Action"]}
+        for one in statement["Resource"]
+    }

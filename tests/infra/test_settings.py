@@ -1,30 +1,135 @@
-"""What tasks are told on the cluster is what the manifests have there."""
+"""What tasks are given on the cluster is what the manifests have there, and one domain is apart from the others."""
 
 from urllib.parse import urlsplit
 
 import pytest
+from flytekit.core.context_manager import FlyteEntities
+from flytekit.core.python_auto_container import PythonAutoContainerTask
+from kubernetes.utils import parse_quantity
 
-from infra.check.tree import Tree, key
-from tasks.pods import CHECKPOINTS, METRICS, PRIORITY, SECRETS, SETTINGS, VARIABLES
-from tasks.settings import load_settings
+import workflows.launch_plans  # noqa: F401  all tasks that there are
+from infra.check.network import connects
+from infra.check.tree import Pod, Tree, at, key
+from tasks.nodes import SHAPES
+from tasks.pods import CHECKPOINTS, METRICS, PRIORITY, ROLLOUT, SECRETS, SETTINGS, VARIABLES
+from tasks.settings import Settings, load_settings
 
 DOMAINS = ("development", "staging", "production")
+TASKS = [
+    one for one in FlyteEntities.entities if isinstance(one, PythonAutoContainerTask) and one.name.startswith("tasks.")
+]
+
+
+@pytest.fixture
+def settings(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> dict[str, Settings]:
+    """What is read from the ConfigMap of each namespace that has one."""
+    found = {}
+    for name, data in {key(one): one["data"] for _, one in tree.of("ConfigMap")}.items():
+        if name.endswith(f"/{SETTINGS}"):
+            with monkeypatch.context() as patch:
+                for variable, value in data.items():
+                    patch.setenv(variable, value)
+                found[name.partition("/")[0]] = load_settings()  # raises for one that is unknown, or wrong
+    return found
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_settings_are_those_that_there_are_and_lead_to_services(
-    tree: Tree, domain: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {key(one): one["data"] for _, one in tree.of("ConfigMap")}[f"homelab-{domain}/{SETTINGS}"]
-    for name, value in found.items():
-        monkeypatch.setenv(name, value)
-    settings = load_settings()  # raises for one that is unknown, or wrong
-    assert settings.metrics_port == METRICS
+def test_settings_lead_to_services(tree: Tree, settings: dict[str, Settings], domain: str) -> None:
+    own = settings[f"homelab-{domain}"]
+    assert own.metrics_port == METRICS
     services = {(key(one), port["port"]) for _, one in tree.services for port in one["spec"]["ports"]}
-    urls = [settings.s3_endpoint, settings.mlflow_uri, settings.serving_url, settings.reconciler_url]
+    urls = [own.s3_endpoint, own.mlflow_uri, *([own.serving_url, own.reconciler_url] if own.rollout else [])]
     for url in urls:
         name, namespace = str(urlsplit(url).hostname).split(".")
         assert (f"{namespace}/{name}", urlsplit(url).port) in services
+
+
+def test_only_production_rolls_out_and_the_others_reach_nothing_that_serves(
+    tree: Tree, settings: dict[str, Settings]
+) -> None:
+    served = [(one, 8000) for one in tree.selected("ml-inference", {"app.kubernetes.io/name": "vllm"})]
+    served += [(one, 8001) for one in tree.selected("ml-inference", {"app.kubernetes.io/name": "vllm-reconciler"})]
+    assert len(served) == 2
+    for domain in DOMAINS:
+        own = settings[f"homelab-{domain}"]
+        (tasks,) = (pod for pod in tree.pods if pod.namespace == f"homelab-{domain}")
+        reached = [to.where for to, port in served if not connects(tree, tasks, to, port)]
+        if domain == "production":
+            assert (own.rollout, own.serving_target, own.name_suffix) == (True, "kubernetes", "")
+            assert len(reached) == 2
+        else:
+            assert (own.rollout, own.name_suffix) == (False, f"-{domain}")
+            assert (own.serving_target, own.serving_url, own.reconciler_url) == ("local", "", "")
+            assert reached == []
+            assert all(let_in_by_nobody(tree, tasks, to, port) for to, port in served)
+
+
+def let_in_by_nobody(tree: Tree, source: Pod, to: Pod, port: int) -> bool:
+    """Whether the other end refuses a pod too, should its own namespace ever let it out."""
+    policies = [one for _, one in tree.of("NetworkPolicy") if one["metadata"]["namespace"] != source.namespace]
+    alone = Tree(tree.root, {"ml-inference/vllm": policies}, lists=tree.lists)
+    return "does not let in" in connects(alone, source, to, port)
+
+
+def test_whoever_rolls_out_writes_where_the_reconciler_reads(settings: dict[str, Settings]) -> None:
+    reads = settings["ml-inference"]
+    rolling = [one for name, one in settings.items() if name.startswith("homelab-") and one.rollout]
+    assert rolling
+    for one in rolling:
+        assert (one.store, one.s3_endpoint) == (reads.store, reads.s3_endpoint)
+        assert one.mlflow_uri == reads.mlflow_uri
+
+
+def test_domains_share_no_store_and_no_names(settings: dict[str, Settings]) -> None:
+    own = [settings[f"homelab-{domain}"] for domain in DOMAINS]
+    for places in (
+        [one.store for one in own],
+        [one.checkpoint_copies for one in own],
+        [one.name_suffix for one in own],
+    ):
+        assert len(set(places)) == len(DOMAINS)
+
+
+def test_preflight_knows_the_quota_of_its_namespace(tree: Tree, settings: dict[str, Settings]) -> None:
+    quotas = {
+        one["metadata"]["namespace"]: int(one["spec"]["hard"]["requests.nvidia.com/gpu"])
+        for _, one in tree.of("ResourceQuota")
+    }
+    for domain in DOMAINS:
+        assert settings[f"homelab-{domain}"].gpu_quota == quotas[f"homelab-{domain}"]
+    assert max(shape.nodes * shape.processes for shape in SHAPES) <= quotas["homelab-production"]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=[one.name.rpartition(".")[2] for one in TASKS])
+def test_each_pod_is_within_what_flyte_and_its_namespace_allow(tree: Tree, task: PythonAutoContainerTask) -> None:
+    limits = at(tree.releases["ml-platform/flyte"], "spec.values.configuration.inline.task_resources.limits")
+    wanted = task.resources.limits
+    asked = {"cpu": wanted.cpu, "memory": wanted.mem, "gpu": wanted.gpu or "0"}
+    for name, value in asked.items():
+        assert parse_quantity(str(value)) <= parse_quantity(str(limits[name])), name
+    named = {"cpu": "cpu", "memory": "memory", "gpu": "nvidia.com/gpu"}
+    for _, one in tree.of("LimitRange"):
+        if one["metadata"]["namespace"].startswith("homelab-"):
+            for limit in one["spec"]["limits"]:
+                for name, value in asked.items():
+                    most = (limit.get("max") or {}).get(named[name])
+                    assert most is None or parse_quantity(str(value)) <= parse_quantity(str(most)), name
+
+
+def test_accounts_that_pods_of_tasks_name_are_there_and_one_may_change_what_is_served(tree: Tree) -> None:
+    pods = {task.name.rpartition(".")[2]: task.pod_template.pod_spec for task in TASKS}
+    named = {name: pod.service_account_name for name, pod in pods.items() if pod.service_account_name}
+    assert named == {"roll_out": ROLLOUT, "roll_back": ROLLOUT}
+    assert {name for name, pod in pods.items() if pod.automount_service_account_token is not False} == set(named)
+    accounts = {key(one) for _, one in tree.of("ServiceAccount")}
+    assert {f"homelab-{domain}/{ROLLOUT}" for domain in DOMAINS} <= accounts
+    bound = {
+        (subject["namespace"], subject["name"])
+        for _, one in tree.of("RoleBinding")
+        for subject in one["subjects"]
+        if subject["namespace"].startswith("homelab-")
+    }
+    assert bound == {("homelab-production", ROLLOUT)}
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -13,20 +13,23 @@ import yaml
 from tasks import cluster, nodes
 from tasks.contracts import Base
 from tasks.errors import ForgeError, Problems
+from tasks.package import LocalBase
 from tasks.preflight.checks import (
     base_config,
     check_all,
     check_memory,
     check_places,
-    check_served,
     check_training,
     check_vllm,
+    config_of,
     find_base,
 )
 from tasks.preprocess import sample
 from tasks.promotion import promote
 from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.registry import open_registry
+from tasks.rollout.desired import Serving
+from tasks.rollout.foresee import check_rollout
 from tasks.settings import Settings, load_settings
 from tasks.storage import digest_directory, open_store
 from tasks.vllm_environment import vllm_release
@@ -52,7 +55,7 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_what_is_in_order_passes(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     recipe, source, base = check_all(str(rows), str(recipe_file))
-    assert (source.uri, base) == (str(rows), Base())
+    assert (source.uri, base) == (rows.as_uri(), Base())
     assert recipe.data.source == f"sha256-{source.digest}"
     assert check_all(rows.as_uri(), str(recipe_file)) == (recipe, source, base)
     assert check_all("", str(recipe_file))[1].uri == "demonstration"
@@ -135,23 +138,81 @@ def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.Mon
 
 
 def test_on_the_cluster_all_that_a_run_leaves_needs_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_places(Settings())
+    check_places(Settings(), rollout=True)
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
-    with pytest.raises(ForgeError, match="lack FORGE_STORE, FORGE_MLFLOW_URI, FORGE_CHECKPOINT_COPIES, FORGE_SERVING_"):
-        check_places(Settings())
-    check_places(
-        Settings(
-            store="s3://forge/store", mlflow_uri="http://mlflow", checkpoint_copies="s3://forge/checkpoints",
-            serving_target="kubernetes",
-        )
+    with pytest.raises(ForgeError, match="lack FORGE_STORE, FORGE_MLFLOW_URI, FORGE_CHECKPOINT_COPIES, FORGE_S3_"):
+        check_places(Settings(), rollout=True)
+    places = Settings(
+        store="s3://forge/store", mlflow_uri="http://mlflow", checkpoint_copies="s3://forge/checkpoints",
+        s3_endpoint="http://minio:9000",
     )  # fmt: skip
+    with pytest.raises(ForgeError, match=r"lack FORGE_SERVING_TARGET=kubernetes .*, FORGE_SERVING_URL, FORGE_RECON"):
+        check_places(places, rollout=True)
+    check_places(places, rollout=False)
+    serving = {"serving_target": "kubernetes", "serving_url": "http://v:1", "reconciler_url": "http://r:1"}
+    check_places(places.model_copy(update=serving), rollout=True)
+
+
+def test_the_quota_of_the_namespace_is_asked_before_pods_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
+    with pytest.raises(ForgeError, match=r"needs 4 GPUs, and the quota of this namespace allows 2 .*Lower training"):
+        check_training(four, Settings(gpu_quota=2))
+    assert check_training(four, Settings(gpu_quota=4)) == cluster.TRAINING_NODE
+    assert check_training(four, Settings()) == cluster.TRAINING_NODE
+
+
+def test_on_the_cluster_nothing_is_named_by_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    text = yaml.safe_dump({**SMALL, "model": {"base": str(tmp_path / "base")}})
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    with pytest.raises(Problems) as caught:
+        check_all(str(rows), text)
+    for what in (f"data {rows}", f"base model {tmp_path / 'base'}"):
+        assert (
+            f"{what}: is a path, and the pods of a cluster share no disk; copy it to the store" in caught.value.message
+        )
+
+
+def test_on_the_cluster_this_machine_is_not_asked_for_what_another_will_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    monkeypatch.setenv("FORGE_SERVING_TARGET", "kubernetes")
+    monkeypatch.setenv("FORGE_SERVING_PYTHON", "/nowhere/python")  # as in the images, which have no vLLM
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("FORGE_SERVING_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(Problems) as caught:
+            check_all("", yaml.safe_dump(SMALL))
+    assert "vLLM is not installed" not in caught.value.message
+    assert "in use by another program" not in caught.value.message
+    assert "FORGE_SERVING_URL" in caught.value.message, "what the rollout will use is asked for"
+
+
+def test_a_domain_that_rolls_nothing_out_asks_nothing_of_a_server_and_names_its_own(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_ROLLOUT", "false")
+    monkeypatch.setenv("FORGE_NAME_SUFFIX", "-development")
+    monkeypatch.setenv("FORGE_SERVING_PYTHON", "/nowhere/python")
+    recipe, _, _ = check_all("", str(recipe_file))
+    assert (recipe.name, recipe.serving.rollout) == ("dates-development", False)
+    monkeypatch.setenv("FORGE_ROLLOUT", "true")
+    with pytest.raises(Problems, match="vLLM is not installed"):
+        check_all("", str(recipe_file))
+    text = yaml.safe_dump({**SMALL, "serving": {"rollout": False}})
+    assert check_all("", text)[0].serving.rollout is False
 
 
 def test_a_base_model_must_fit(tmp_path: Path) -> None:
     def check(gpus: list[cluster.GPU], **changes: int) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**large, **changes}))
         recipe = Recipe.model_validate({**SMALL, "model": {"base": str(tmp_path)}})
-        check_memory(recipe, Base(location=str(tmp_path)), gpus)
+        check_memory(recipe, config_of(recipe, LocalBase(str(tmp_path))), gpus)
 
     large = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -163,12 +224,15 @@ def test_a_base_model_must_fit(tmp_path: Path) -> None:
         check([great, small], num_hidden_layers=16)
 
 
-def test_what_training_leaves_must_fit_what_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_leaves_must_fit_what_serves(tmp_path: Path) -> None:
+    places = Settings()
+
     def check(rank: int = 16, **serving: int) -> None:
         training = {**SMALL["training"], "precision": "bf16", "method": "lora", "lora": {"rank": rank}}
         model = {"base": str(tmp_path)}
         recipe = Recipe.model_validate({**SMALL, "model": model, "training": training, "serving": serving})
-        check_served(recipe, Base(location=str(tmp_path)))
+        base, config = Base(location="owner/llama", revision="0" * 40), config_of(recipe, LocalBase(str(tmp_path)))
+        check_rollout(recipe, base, config, Serving(), places)
 
     llama = {
         "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -180,7 +244,7 @@ def test_what_training_leaves_must_fit_what_serves(tmp_path: Path, monkeypatch: 
     with pytest.raises(ForgeError, match=r"adapter of rank 32: .* take serving\.max_lora_rank 32"):
         check(rank=32, context=4096)
     check(rank=32, context=4096, max_lora_rank=32)
-    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
+    places = Settings(serving_target="kubernetes")
     with pytest.raises(ForgeError, match=r"each of 2 x A100-40GB needs .*; it fits with .* or with 4-bit AWQ weights"):
         check(context=4096)
     (tmp_path / "config.json").write_text(json.dumps({**llama, "num_hidden_layers": 16}))
@@ -190,24 +254,24 @@ def test_what_training_leaves_must_fit_what_serves(tmp_path: Path, monkeypatch: 
 def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ForgeError, match=r"its config.json is no JSON object"):
-        base_config(Base(location=str(tmp_path)))
+        base_config(LocalBase(location=str(tmp_path)))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ForgeError, match=r"base model owner/name: neither a directory here nor to be had from the hub"):
-        base_config(Base(location="owner/name", revision="0" * 40))
+        base_config(LocalBase(location="owner/name", revision="0" * 40))
 
 
 def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "data": {"source": "rows.jsonl", "context": 64}}))
-    assert check_all("", "recipe.yaml")[1].uri == str(tmp_path / "rows.jsonl")
+    assert check_all("", "recipe.yaml")[1].uri == (tmp_path / "rows.jsonl").as_uri()
 
 
 def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> None:
     directory = trained.store.path(trained.model.uri) / "model"
     base = find_base(ModelRecipe(base=str(directory)))
-    assert base == Base(location=str(directory), revision=digest_directory(directory)[0])
-    assert find_base(ModelRecipe(base=str(directory), revision=base.revision)) == base
+    assert base == Base(location=directory.as_uri(), revision=digest_directory(directory)[0])
+    assert find_base(ModelRecipe(base=base.location, revision=base.revision)) == base
     with pytest.raises(ForgeError, match="its digest is"):
         find_base(ModelRecipe(base=str(directory), revision="another"))
     (tmp_path / "config.json").write_text("{}")
@@ -244,7 +308,7 @@ def test_rows_to_evaluate_on_are_checked_and_pinned_too(free_port: int, tmp_path
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**SMALL, "data": {"context": 64, "heldout_source": str(own)}}))
     _, source, _ = check_all(str(rows), str(recipe))
-    assert source.heldout == str(own)
+    assert source.heldout == own.as_uri()
     write_jsonl(own, [chat("a", "c")])
     assert check_all(str(rows), str(recipe))[1].digest != source.digest
     own.write_text("no json\n")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, processors
 
-from tasks.contracts import Base
 from tasks.errors import ForgeError
+from tasks.package import LocalBase
 from tasks.preprocess.chat import GENERATION, Renderer, byte_tokenizer, chat_format, load_tokenizer
 from tasks.preprocess.rows import Invalid, Row
 from tasks.preprocess.tokens import TRAINED, Encoder
@@ -240,4 +240,4 @@ def test_the_byte_tokenizer_reads_what_it_wrote() -> None:
 
 def test_a_base_without_a_tokenizer_is_named(tmp_path) -> None:
     with pytest.raises(ForgeError, match=str(tmp_path)):
-        load_tokenizer(Base(location=str(tmp_path)), 128)
+        load_tokenizer(LocalBase(str(tmp_path)), 128)

@@ -21,13 +21,14 @@ from tasks.contracts import Base, Source
 from tasks.preprocess import formats
 from tasks.preprocess.prepare import prepare
 from tasks.recipe import DataRecipe
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 
 if __name__ == "__main__":
     formats.BLOCK = 20_000
     store = DirectoryStore(Path(sys.argv[2]))
-    source = Source(uri=sys.argv[1], digest="", store=store.identity)
-    prepare(source, DataRecipe(source=sys.argv[1], context=128), Base(), store)
+    source = Source(uri=Path(sys.argv[1]).as_uri(), digest="", store=store.identity)
+    prepare(source, DataRecipe(source=sys.argv[1], context=128), Base(), store, Settings())
 """
 
 

@@ -16,6 +16,7 @@ from tasks.preprocess import demonstration, formats, worker
 from tasks.preprocess.prepare import prepare, prepare_from_shards, prepare_shard
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe, Demonstration
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore, digest_directory
 from tests.conftest import chat, write_jsonl
 from tests.preprocess.tokenizers import chatml, llama3
@@ -30,8 +31,8 @@ def source_of(recipe: DataRecipe, store: DirectoryStore) -> Source:
 
 
 def prepare_from(path: Path, store: DirectoryStore, base: Base | None = None, **options: object) -> Dataset:
-    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, **options})
-    return prepare(source_of(recipe, store), recipe, base or Base(), store)
+    recipe = DataRecipe.model_validate({"source": path.as_uri(), "context": 128, "heldout_fraction": 0.1, **options})
+    return prepare(source_of(recipe, store), recipe, base or Base(), store, Settings())
 
 
 def prepare_rows(path: Path, rows: list, store: DirectoryStore, **options: object) -> Dataset:
@@ -87,7 +88,7 @@ def test_conversations_that_begin_alike_stay_on_one_side(store: DirectoryStore, 
 
 def test_rows_of_ones_own_to_evaluate_on(store: DirectoryStore, tmp_path: Path) -> None:
     own = write_jsonl(tmp_path / "own.jsonl", [chat("mine", "m"), chat("question 5", "answer 5")])
-    dataset = prepare_rows(tmp_path / "a.jsonl", ROWS, store, heldout_source=str(own))
+    dataset = prepare_rows(tmp_path / "a.jsonl", ROWS, store, heldout_source=own.as_uri())
     assert sorted(row["messages"][0]["content"] for row in heldout(dataset, store)) == ["mine", "question 5"]
     assert dataset.train_rows == 299
     assert card_of(dataset, store)["removed"] == {"in evaluation": 1}
@@ -121,7 +122,7 @@ def test_near_duplicates_are_removed_if_asked(store: DirectoryStore, tmp_path: P
     own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
     rows = [chat(sentence(30), sentence(30)) for n in range(200)]
     near = [chat(row["messages"][0]["content"] + " Indeed.", row["messages"][1]["content"]) for row in rows[:20]]
-    options = {"context": 2048, "heldout_source": str(own)}
+    options = {"context": 2048, "heldout_source": own.as_uri()}
     kept = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options)
     thinned = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options, near_duplicates=0.8)
     assert card_of(kept, store)["removed"] == {}
@@ -143,7 +144,7 @@ def test_too_many_rejected_rows_are_an_error_that_keeps_them_all(store: Director
     message = caught.value.message
     assert "25 of 325 rows cannot be used (25 no conversation), and data.max_reject_fraction is 0.01" in message
     assert "... and 15 more, all in " in message
-    kept = Path(message.rpartition("all in ")[2])
+    kept = store.path(message.rpartition("all in ")[2])
     assert len(kept.read_text().splitlines()) == 25
     assert prepare_rows(tmp_path / "a.jsonl", [*ROWS, *["x"] * 25], store, max_reject_fraction=0.1).train_rows > 0
 
@@ -191,7 +192,7 @@ def test_the_order_of_keys_is_told_apart_and_changes_nothing(store: DirectorySto
         return {"messages": [{"role": "user", "content": "x"}, said]}
 
     rows = [*ROWS, call({"a": 1, "b": 2}), call({"b": 2, "a": 1})]
-    options = {"base": Base(location=str(tokenizer)), "context": 512}
+    options = {"base": Base(location=tokenizer.as_uri()), "context": 512}
     one, other = (prepare_rows(tmp_path / "a.jsonl", list(order), store, **options) for order in (rows, reversed(rows)))
     assert one.digest == other.digest
     assert one.train_rows + one.heldout_rows == len(rows)
@@ -216,7 +217,7 @@ def test_long_rows_are_truncated_and_counted(store: DirectoryStore, tmp_path: Pa
 def test_plain_texts_are_packed_and_split(store: DirectoryStore, tmp_path: Path) -> None:
     own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
     rows = [{"text": sentence(4)} for _ in range(20)] + [{"text": sentence(100)}]
-    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store, over_context="split", heldout_source=str(own))
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store, over_context="split", heldout_source=own.as_uri())
     card = card_of(dataset, store)
     assert card["documents"]["train"] > 25
     assert card["rejected"] == {}
@@ -240,7 +241,7 @@ def test_the_card_says_what_the_data_set_is(store: DirectoryStore, tmp_path: Pat
         )
         assert np.count_nonzero(number) == card["tokens"][side]
         assert card["packing_efficiency"][side] == round(card["tokens"][side] / number.size, 5)
-    page = Path(dataset.report).read_text()
+    page = store.path(dataset.report).read_text()
     assert "<mark>answer" in page
     assert dataset.digest in page
 
@@ -250,13 +251,14 @@ def test_many_blocks_are_read_by_many_processes_to_the_same_end(
 ) -> None:
     tokenizer = tmp_path / "tokenizer"
     llama3().save_pretrained(tokenizer)
-    base = Base(location=str(tokenizer))
+    base = Base(location=tokenizer.as_uri())
     alone = prepare_rows(tmp_path / "a.jsonl", [*ROWS, "x"], store, base=base, near_duplicates=0.9)
     monkeypatch.setattr(formats, "BLOCK", 1500)
     pids = set()
     read = worker.Worker.read
     monkeypatch.setattr(worker.Worker, "read", lambda *args: pids.add(os.getpid()) or read(*args))
-    together = prepare_rows(tmp_path / "a.jsonl", [*ROWS, "x"], store, base=base, near_duplicates=0.9)
+    other = DirectoryStore(tmp_path / "other")
+    together = prepare_rows(tmp_path / "a.jsonl", [*ROWS, "x"], other, base=base, near_duplicates=0.9)
     assert together.digest == alone.digest
     assert pids == {os.getpid()}, "this process reads the first blocks only, the others' calls are not seen here"
     assert not [child for child in psutil.Process().children() if "tasks.preprocess" in " ".join(child.cmdline())]
@@ -284,11 +286,14 @@ def test_shards_come_to_the_same_bytes(
     rows = [{**row, "slice": f"s{n % 7}"} for n, row in enumerate([*ROWS, *ROWS[:20]])] + ["x"]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     whole = prepare_from(path, store)
-    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.1, "shards": shards})
+    recipe = DataRecipe.model_validate(
+        {"source": path.as_uri(), "context": 128, "heldout_fraction": 0.1, "shards": shards}
+    )
     other = DirectoryStore(tmp_path / "other")
     source = source_of(recipe, other)
-    parts = [prepare_shard(source, recipe, Base(), other, shard) for shard in reversed(range(shards))]
-    dataset = prepare_from_shards(parts, source, recipe, Base(), other)
+    given = (source, recipe, Base(), other, Settings())
+    parts = [prepare_shard(*given, shard) for shard in reversed(range(shards))]
+    dataset = prepare_from_shards(parts, *given)
     assert dataset.digest == whole.digest
     apart = ("dataset.json", "report.html", "rejects.jsonl")  # which name the source
     assert digest_directory(other.path(dataset.uri), apart) == digest_directory(store.path(whole.uri), apart)
@@ -297,9 +302,9 @@ def test_shards_come_to_the_same_bytes(
 
 def test_rows_that_change_while_they_are_read_are_refused(store: DirectoryStore, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    source = Source(uri=str(path), digest="another", store=store.identity)
+    source = Source(uri=path.as_uri(), digest="another", store=store.identity)
     with pytest.raises(ForgeError, match="changed while they were read"):
-        prepare(source, DataRecipe(source=str(path), context=128), Base(), store)
+        prepare(source, DataRecipe(source=str(path), context=128), Base(), store, Settings())
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[:3]])

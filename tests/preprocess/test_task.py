@@ -7,11 +7,12 @@ from moto.server import ThreadedMotoServer
 
 from tasks.contracts import Base, Dataset, Source
 from tasks.preprocess.sources import digest_source, pin
-from tasks.preprocess.task import preprocess_data
+from tasks.preprocess.task import prepare_whole, preprocess_data
 from tasks.recipe import DataRecipe
 from tasks.settings import load_settings
 from tasks.storage import DirectoryStore, open_store
-from tests.conftest import chat, write_jsonl
+from tests.conftest import chat, start_task, write_jsonl
+from tests.storage.servers import KEY, SECRET, rclone
 
 
 @pytest.fixture
@@ -30,10 +31,85 @@ def run(store: DirectoryStore, **options: object) -> Dataset:
 
 def test_a_map_task_over_shards_comes_to_the_same_data_set(store: DirectoryStore, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
-    whole = run(store, source=str(path))
-    sharded = run(store, source=str(path), shards=3)
+    whole = run(store, source=path.as_uri())
+    sharded = run(store, source=path.as_uri(), shards=3)
     assert sharded.digest == whole.digest
     assert sharded.train_rows == whole.train_rows > 0
+
+
+def never(*arguments: object) -> None:
+    raise AssertionError("rows are read again")
+
+
+def broken_off(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_rows_that_are_prepared_are_not_read_again(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt ends between publishing and its last line."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.preprocess.task.show", broken_off)
+        run(store, source=path.as_uri())
+    (published,) = (store.root / "datasets").iterdir()
+    monkeypatch.setattr("tasks.preprocess.prepare.read_part", never)
+    assert run(store, source=path.as_uri()).uri == published.as_uri()
+    with pytest.raises(AssertionError, match="read again"):
+        run(store, source=path.as_uri(), heldout_fraction=0.3)
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_shards_that_are_packed_are_not_read_again(
+    removed: int, store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though packing them was broken off while it removed them."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
+    left = [removed]
+    remove = DirectoryStore.remove
+
+    def some(store: DirectoryStore, uri: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        remove(store, uri)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DirectoryStore, "remove", some)
+        run(store, source=path.as_uri(), shards=3)
+    (published,) = (store.root / "datasets").iterdir()
+    assert any((store.root / "parts").iterdir())
+    monkeypatch.setattr("tasks.preprocess.prepare.read_part", never)
+    assert run(store, source=path.as_uri(), shards=3).uri == published.as_uri()
+    assert list((store.root / "parts").iterdir()) == []
+
+
+def test_shards_that_were_read_are_not_read_again(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.preprocess.prepare.assemble", broken_off)
+        run(store, source=path.as_uri(), shards=3)
+    monkeypatch.setattr("tasks.preprocess.prepare.read_part", never)
+    assert run(store, source=path.as_uri(), shards=3).train_rows > 0
+
+
+def test_the_log_of_a_task_that_succeeded_has_no_errors(store: DirectoryStore, tmp_path: Path) -> None:
+    """As a pod runs it, with Flyte's values in a bucket: sessions are closed, and there is no deck of dependencies."""
+    data = DataRecipe.model_validate({"source": "demonstration", "demonstration": {"rows": 300}, "context": 128})
+    source = Source(uri="demonstration", digest=digest_source(data), store=store.identity)
+    (tmp_path / "server" / "flyte").mkdir(parents=True)
+    with rclone(tmp_path / "server") as url:
+        of_flyte = {"FLYTE_AWS_ENDPOINT": url, "FLYTE_AWS_ACCESS_KEY_ID": KEY, "FLYTE_AWS_SECRET_ACCESS_KEY": SECRET}
+        inputs = {"source": source, "data": data, "base": Base()}
+        process = start_task(prepare_whole, inputs, "s3://flyte/outputs", tmp_path, **of_flyte)
+        printed, _ = process.communicate(timeout=300)
+    assert (process.returncode, (tmp_path / "stderr").read_text()) == (0, ""), printed
+    outputs = tmp_path / "server" / "flyte" / "outputs"
+    assert {path.name for path in outputs.iterdir()} == {"deck.html", "outputs.pb"}
+    assert "Dependencies" not in (outputs / "deck.html").read_text()
 
 
 def test_rows_in_a_bucket(store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,4 +129,4 @@ def test_rows_in_a_bucket(store: DirectoryStore, tmp_path: Path, monkeypatch: py
         remote = run(store, source="s3://team/raw")
     finally:
         server.stop()
-    assert remote.digest == run(store, source=str(path)).digest
+    assert remote.digest == run(store, source=path.as_uri()).digest

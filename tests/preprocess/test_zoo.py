@@ -16,6 +16,7 @@ from tasks.errors import ForgeError
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe
+from tasks.settings import Settings
 from tasks.storage import DirectoryStore
 
 CHAT = b'{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%s"}]}\n'
@@ -25,8 +26,8 @@ GOOD = CHAT % (b"a", b"b")
 def prepare_file(path: Path, store: DirectoryStore, **options: object) -> Dataset:
     """Prepare a file of rows as the pipeline does."""
     recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.5, **options})
-    source = Source(uri=str(path), digest=digest_source(recipe), store=store.identity)
-    return prepare(source, recipe, Base(), store)
+    source = Source(uri=path.as_uri(), digest=digest_source(recipe), store=store.identity)
+    return prepare(source, recipe, Base(), store, Settings())
 
 
 def messages(*pairs: tuple[str, object], **more: object) -> bytes:
@@ -225,4 +226,4 @@ def test_whatever_the_bytes_the_stage_ends_in_a_card_or_a_clear_error(
         assert card["documents"] == {"train": dataset.train_rows, "heldout": dataset.heldout_rows}
         left_out = sum(card["rejected"].values()) + sum(card["removed"].values())
         assert card["rows"] == sum(card["documents"].values()) + left_out
-    assert list((directory / "store" / ".staging").iterdir()) == [], "nothing half done is left"
+    assert list((directory / "store").glob(".staging/*")) == [], "nothing half done is left"

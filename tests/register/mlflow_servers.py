@@ -48,9 +48,9 @@ def postgres() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow_server(database: str, directory: Path) -> Iterator[str]:
+def mlflow_server(database: str, directory: Path, port: int = 0) -> Iterator[str]:
     """URL of a server that keeps runs in a database, and artifacts in a directory."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     places = ["--backend-store-uri", database, "--artifacts-destination", (directory / "artifacts").as_uri()]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

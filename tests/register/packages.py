@@ -119,14 +119,22 @@ def inputs(
         card = {"source": {"uri": "s3://team/raw", "digest": "r" * 64}}
         (staged / "dataset.json").write_text(json.dumps(card))
         rows = store.publish(staged, "datasets", "d" * 64)
-    report = directory / "report.html"
-    report.write_text(f"<p>{seed!r}")
+    with store.stage() as staged:
+        (staged / "report.html").write_text(f"<p>{seed!r}")
+        evaluated = store.publish(staged, "evaluations")
     scores = {"score": 0.75, "score_base": 0.1, "exact_match": 0.75, "nll": 0.2, "nll_base": 5.0, "json_validity": None}
     return Inputs(
         recipe,
         Dataset(uri=rows, digest="d" * 64, train_rows=10, heldout_rows=2, **common),
         Model(uri=trained, digest=seed.hex(), base=Base(), **common),
         Evaluation(
-            uri="", digest="e" * 64, items=2, verdict="pass", reason="better", report=str(report), **scores, **common
+            uri=evaluated,
+            digest="e" * 64,
+            items=2,
+            verdict="pass",
+            reason="better",
+            report=f"{evaluated}/report.html",
+            **scores,
+            **common,
         ),
     )

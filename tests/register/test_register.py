@@ -46,7 +46,8 @@ def test_a_version_leads_to_everything_it_was_made_from(trained: Trained, recipe
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == trained.dataset.digest[:36]
     assert [artifact.path for artifact in client.list_artifacts(version.run_id)] == ["report.html"]
-    assert Path(trained.evaluation.report).read_text() in [p.read_text() for p in settings.home.rglob("report.html")]
+    report = trained.store.path(trained.evaluation.report)
+    assert report.read_text() in [p.read_text() for p in settings.home.rglob("report.html")]
     manifest = json.loads((trained.store.path(version.uri) / "manifest.json").read_text())
     assert manifest["dataset"] == trained.dataset.digest
     assert {file["path"] for file in manifest["files"]} >= {"config.json", "model.safetensors", "tokenizer.json"}

@@ -390,7 +390,7 @@ class Running:
         """Refuse connections."""
         self._run(self.server.__aexit__(None, None, None))
 
-    def kubeconfig(self, path: Path) -> Path:
+    def kubeconfig(self, path: Path, bearer: str = "none") -> Path:
         """Write a KUBECONFIG file that leads here."""
         named = {"name": "fake"}
         config = {
@@ -398,7 +398,7 @@ class Running:
             "kind": "Config",
             "current-context": "fake",
             "clusters": [{**named, "cluster": {"server": f"http://127.0.0.1:{self.port}"}}],
-            "users": [{**named, "user": {"token": "none"}}],
+            "users": [{**named, "user": {"token": bearer}}],
             "contexts": [{**named, "context": {"cluster": "fake", "user": "fake"}}],
         }
         path.write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""What is served is counted as vLLM allocates it, and what does not fit is refused with the arithmetic and a mend."""
+"""What is served is counted as vLLM allocates it, and what does not fit is refused with the arithmetic and a fix."""
 
 import subprocess
 import sys
@@ -170,11 +170,11 @@ def test_adapters_that_the_base_has_no_place_for_are_refused() -> None:
         message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=40)
         assert message == (
             "base cannot be served: adapter of rank 40: the base is served with serving.max_lora_rank 16; take "
-            "serving.max_lora_rank 64, which takes effect when the base is rolled out"
+            "serving.max_lora_rank 64, which vLLM is started anew for"
         )
         message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=4, adapter_rank=16)
         assert "serving.adapter_slots 2: 4 adapters are loaded at once" in message
-        assert "take 4, which takes effect" in message
+        assert "take 4, which vLLM is started anew for" in message
         assert "vLLM takes 1, 8, 16" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, max_lora_rank=24)
         assert "train with at most 512" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=1024)
 

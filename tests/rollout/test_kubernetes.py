@@ -206,7 +206,7 @@ def test_without_a_cluster_the_mend_is_told(monkeypatch: pytest.MonkeyPatch, tmp
         if content is not None:
             (tmp_path / "config").write_text(content)
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-        with pytest.raises(ForgeError, match=r"config: gives no access to a cluster \(.*\); mend it"):
+        with pytest.raises(ForgeError, match=r"config: gives no access to a cluster \(.*\); fix it"):
             open_cluster()
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(ForgeError, match="the pod's ServiceAccount: gives no access to a cluster"):
@@ -375,7 +375,7 @@ def test_an_image_that_is_not_there(fake: Place) -> None:
     pod = fake.fake.pods[0]["metadata"]["name"]
     assert told == (
         f"{WHERE}: the image vllm/vllm-openai:v0.32.0 of container vllm of pod {pod} cannot be pulled "
-        '(ImagePullBackOff: Back-off pulling image "vllm/vllm-openai:v0.32.0": not found); mend the image\'s name, or '
+        '(ImagePullBackOff: Back-off pulling image "vllm/vllm-openai:v0.32.0": not found); fix the image\'s name, or '
         "the node's access to its registry"
     )
     assert "the image forge-pipeline:0.1.0 of container middleware" in fake.fail("without_middleware", OLD)
@@ -392,7 +392,7 @@ def test_a_quota(fake: Place) -> None:
     told = fake.fail("quota")
     assert told == (
         f"{WHERE}: its pod is not admitted (pods is forbidden: exceeded quota: gpus, requested: "
-        "requests.nvidia.com/gpu=2, limited to 0); raise the namespace's quota, or mend the pod template"
+        "requests.nvidia.com/gpu=2, limited to 0); raise the namespace's quota, or fix the pod template"
     )
 
 

@@ -1,5 +1,7 @@
 """What a rollout changes, derived from the package."""
 
+from pathlib import Path
+
 import pytest
 
 from tasks.errors import ForgeError
@@ -76,6 +78,15 @@ def test_an_adapter_of_another_base_brings_its_base() -> None:
     )
 
 
+@pytest.mark.parametrize("location", ["file:///data/a%20base", "/data/a base"])  # as manifests say it, and said it
+def test_a_base_may_be_a_directory_of_this_machine(location: str) -> None:
+    manifest = {"kind": "adapter", "base": {"location": location, "revision": "e" * 64}}
+    base = plan(Serving(), version(2), manifest, ENGINE).base
+    assert base == Served(name="a base", version="", uri="file:///data/a%20base", digest="e" * 64)
+    assert base.directory == Path("/data/a base")
+    assert version(1).directory is None, "a package is fetched and verified, wherever the store is"
+
+
 def test_vllm_is_started_anew_for_an_adapter_that_its_slots_do_not_hold_if_the_recipe_grants_more() -> None:
     one, two = version(1), version(2)
     before = serving(one)
@@ -88,8 +99,22 @@ def test_vllm_is_started_anew_for_an_adapter_that_its_slots_do_not_hold_if_the_r
 def test_nobody_s_name_is_taken_away() -> None:
     base = version(1, "llama")
     before = serving(base, version(2), version(3, "times"), names={"dates": version(2), "times": version(3, "times")})
-    with pytest.raises(ForgeError, match=r"it would take away times\. .* tasks\.rollout remove NAME"):
+    ways = r"take away times\. .* serving\.replaces, .* serving\.rollout: false .* tasks\.rollout remove NAME"
+    with pytest.raises(ForgeError, match=ways):
         plan(before, version(4), WEIGHTS, ENGINE)
+
+
+def test_names_that_the_recipe_replaces_are_taken_away_where_they_would_lead_nowhere() -> None:
+    base = version(1, "llama")
+    before = serving(base, version(2), version(3, "times"))
+    four = version(4)
+    with pytest.raises(ForgeError, match="take away times") as refused:
+        plan(before, four, WEIGHTS, ENGINE, ["llama"])
+    assert "llama," not in refused.value.message
+    after = plan(before, four, WEIGHTS, ENGINE, ["llama", "times", "nobody"])
+    assert after == Serving(base=four, engine=ENGINE, names={"dates": four.versioned})
+    beside = plan(before, four, adapter_of(base), ENGINE, ["llama", "times"])
+    assert set(beside.names) == {"llama", "dates", "times"}, "what has a place stays"
 
 
 def test_what_serves_already_changes_nothing() -> None:

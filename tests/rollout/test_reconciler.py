@@ -7,7 +7,6 @@ import json
 import threading
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -15,80 +14,16 @@ import pytest
 
 from tasks.errors import ForgeError
 from tasks.rollout import reconciler as module
-from tasks.rollout.desired import Actual, Desired, Document, Engine, Failed, Served, Serving, Trial
+from tasks.rollout.desired import Actual, Desired, Document, Served, Serving, Trial
 from tasks.rollout.local import FileDocument
 from tasks.rollout.reconciler import NOTHING, Reconciler, run
 from tasks.rollout.status import Status
+from tasks.rollout.target import read_serving
 from tasks.settings import Settings
+from tests.rollout.stand import Stand
 from tests.rollout.states import serving, version
 
 ONE, TWO, THREE = version(1), version(2), version(3)
-
-
-class Stand:
-    """Answers as vLLM and its middleware do, for the names in the file; a Server for the reconciler too."""
-
-    def __init__(self, names_file: Path) -> None:
-        self.names_file = names_file
-        self.base = ""
-        self.adapters: list[str] = []
-        self.in_flight: dict[str, int] = {}
-        self.refuses: set[str] = set()
-        self.silent = False
-        self.nonsense = False
-        self.waiting = ""
-        self.ensured: list[tuple[Served, str]] = []
-        stand = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if stand.silent:
-                    self.close_connection = True
-                    return
-                file = stand.names_file
-                names = json.loads(file.read_text())["names"] if file.exists() else {}
-                versions = {name: {"in_flight": count} for name, count in stand.in_flight.items()}
-                pages = {
-                    "/v1/models": {"data": [{"id": name} for name in [stand.base, *stand.adapters]]},
-                    "/served": {"names": names, "versions": versions},
-                }
-                self._send(200, {"hello": "world"} if stand.nonsense else pages[self.path])
-
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["lora_name"]
-                if asked in stand.refuses:
-                    self._send(400, {"error": {"message": "no such rank"}})
-                    return
-                if "unload" in self.path:
-                    stand.adapters.remove(asked)
-                else:
-                    stand.adapters.append(asked)
-                self._send(200, {})
-
-            def _send(self, status: int, value: object) -> None:
-                body = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def ensure(self, base: Served, path: str, engine: Engine) -> str:
-        self.ensured.append((base, path))
-        if base.versioned in self.refuses:
-            raise Failed("it ends at once")
-        if not self.waiting and self.base != base.versioned:
-            self.base, self.adapters = base.versioned, []
-        return self.waiting
-
-    def stop(self) -> None:
-        self.base, self.adapters = "", []
 
 
 @pytest.fixture
@@ -275,19 +210,40 @@ def test_whatever_a_step_raises_is_told_once_and_tried_again(
     assert told.count(told[0]) == 1
 
 
+def test_it_says_what_it_fetches_and_afterwards_that_it_has(
+    reconciler: Reconciler, document: FileDocument, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    def fetch(one: Served) -> Path:
+        lines.append("the fetch itself")
+        assert reconciler.actual.waiting == f"fetching {one.uri}"
+        return tmp_path
+
+    reconciler.fetch, reconciler.tell = fetch, lines.append
+    declare(document, serving(ONE))
+    reconciler.step()
+    assert lines[:3] == [f"fetching {ONE.uri}", "the fetch itself", f"{ONE.uri} is fetched and verified"]
+
+
 def test_its_state_is_told_over_http(
     reconciler: Reconciler, document: FileDocument, stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     declare(document, serving(ONE, TWO))
     stand.in_flight = {TWO.versioned: 3}
-    reconciler.step()
     status = Status(reconciler, "127.0.0.1", 0)
+    place = Settings(serving_target="kubernetes", reconciler_url=f"http://127.0.0.1:{status.port}")
 
     def get(path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{status.port}{path}") as answer:
             return answer.read().decode()
 
     try:
+        with pytest.raises(ForgeError, match="/desired: answers 503: the reconciler has yet to read what"):
+            read_serving(place)
+        reconciler.step()
+        assert Desired.model_validate_json(get("/desired")) == document.read()[0]
+        assert read_serving(place) == serving(ONE, TWO)
         assert get("/healthz") == "ok"
         assert Actual.model_validate_json(get("/status")) == reconciler.actual
         metrics = get("/metrics").splitlines()
@@ -303,6 +259,18 @@ def test_its_state_is_told_over_http(
     finally:
         status.http.shutdown()
         status.http.server_close()
+    with pytest.raises(ForgeError, match=r"/desired: no answer .*; start the reconciler, or fix FORGE_RECONCILER_URL"):
+        read_serving(place)
+    with pytest.raises(ForgeError, match="set FORGE_RECONCILER_URL"):
+        read_serving(Settings(serving_target="kubernetes"))
+
+
+def test_what_serves_is_what_served_before_a_rollout_that_is_under_way(document: FileDocument, tmp_path: Path) -> None:
+    trial = Trial(id="t", name="dates", of=TWO, before=serving(ONE), champion="1", owner="me", process="h/1/1")
+    declare(document, serving(ONE, TWO), trial)
+    assert read_serving(Settings(home=tmp_path)) == serving(ONE)
+    declare(document, serving(ONE, TWO))
+    assert read_serving(Settings(home=tmp_path)) == serving(ONE, TWO)
 
 
 def test_a_document_that_has_changed_is_not_waited_for(tmp_path: Path) -> None:

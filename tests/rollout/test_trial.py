@@ -19,9 +19,11 @@ from tasks.registry import champion_version, open_registry
 from tasks.rollout import trial as trials
 from tasks.rollout.desired import Conflict, Desired, Document, Trial
 from tasks.rollout.local import FileDocument
-from tasks.rollout.trial import BROKEN_OFF, FAILED, Recovery, trying
+from tasks.rollout.trial import BROKEN_OFF, FAILED, Ended, Recovery, trying
 from tasks.settings import Settings
 from tasks.storage import DirectoryStore
+from tasks.storage import lease as leases
+from tests.rollout.place import Reader
 from tests.rollout.states import desired, serving, version
 
 BEFORE, AFTER = serving(version(1)), serving(version(1), version(2))
@@ -160,11 +162,14 @@ def test_a_rollout_whose_process_was_killed_is_undone_and_the_registry_says_so(s
     assert not recovery_of(settings)(document)
 
 
-@pytest.mark.parametrize("when", ["promoted", pytest.param("recorded", marks=pytest.mark.long)])  # a lease runs out
-def test_one_that_had_promoted_its_version_is_made_whole(settings: Settings, when: str) -> None:
+@pytest.mark.parametrize("when", ["promoted", "recorded"])
+def test_one_that_had_promoted_its_version_is_finished_by_who_may_only_read_and_lease(
+    settings: Settings, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "ABANDONED", 0.6)  # the killed process has left its claim
     crash(settings, when)
     document = FileDocument(settings)
-    assert recovery_of(settings)(document)
+    assert Recovery(lambda: Reader(settings.store_root), settings)(document)
     assert document.read()[0] == Desired(generation=4, serving=AFTER)
     assert tag(settings) is None
     assert champion_version(open_registry(settings), "dates") == "2"
@@ -180,7 +185,7 @@ def test_one_of_another_machine_is_undone_when_it_is_not_renewed(
     assert there.trial is not None
 
     def renewed(renewals: int) -> None:
-        moved = there.trial.model_copy(update={"process": "elsewhere/1/1", "renewals": renewals})
+        moved = there.trial.model_copy(update={"process": "elsewhere.1.1.1", "renewals": renewals})
         document.write(there.model_copy(update={"trial": moved}), document.read()[1])
 
     now = 0.0
@@ -240,10 +245,60 @@ def test_an_alias_that_somebody_moved_meanwhile_is_left_there(settings: Settings
     assert champion_version(client, "dates") == "3"
 
 
+def test_nothing_is_recorded_where_another_promotion_came_after_the_one_to_finish(settings: Settings) -> None:
+    crash(settings, "promoted")
+    client = open_registry(settings)
+    other = client.create_model_version("dates", source=version(3).uri)
+    promote(client, store_of(settings), "dates", str(other.version), "2", "by hand")
+    client.set_registered_model_alias("dates", "champion", "1")
+    document = FileDocument(settings)
+    assert Recovery(lambda: Reader(settings.store_root), settings)(document)
+    assert document.read()[0].serving == BEFORE
+    assert champion_version(client, "dates") == "1"
+
+
+def test_the_champion_is_not_tagged_as_failed_where_serving_it_again_is_broken_off(settings: Settings) -> None:
+    promote(open_registry(settings), store_of(settings), "dates", "2", "1", "passed")
+    crash(settings, "before")
+    assert recovery_of(settings)(FileDocument(settings))
+    assert tag(settings) is None
+
+
+def test_what_fails_once_somebody_has_ended_the_trial_is_laid_to_that(settings: Settings) -> None:
+    document, undone = FileDocument(settings), []
+
+    def saw(trial: Trial, error: BaseException) -> bool:
+        undone.append(error)
+        return True
+
+    with (
+        pytest.raises(Ended, match="somebody else has ended") as ended,
+        trying(document, version(2), "1", nobody, saw, 1),
+    ):
+        there, revision = document.read()
+        document.write(desired(BEFORE, there.generation + 1), revision)
+        raise ForgeError("the model is not there any more")
+    assert isinstance(ended.value.__cause__, ForgeError)
+    assert undone == []
+
+
+def test_a_document_that_cannot_be_read_now_is_no_end(settings: Settings) -> None:
+    document = FileDocument(settings)
+    with trying(document, version(2), "1", nobody, undo, 1) as trial:
+        text = document.path.read_text()
+        document.path.write_text("{")
+        with pytest.raises(ForgeError, match="not a description"):
+            trial.renew()
+        assert trial.gone() is None
+        trial.check()
+        document.path.write_text(text)
+        trial.finish()
+
+
 def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) -> None:
     document = FileDocument(settings)
     with (
-        pytest.raises(ForgeError, match="was ended by somebody else"),
+        pytest.raises(ForgeError, match="somebody else has ended"),
         trying(document, version(2), "1", nobody, undo, 1) as ours,
     ):
         there, revision = document.read()
@@ -283,6 +338,15 @@ def test_no_change_of_several_writers_is_lost(settings: Settings) -> None:
     for writer in writers:
         writer.join(120)
     assert FileDocument(settings).read()[0].generation == 1 + 80
+
+
+def test_a_document_of_an_older_release_is_read(settings: Settings) -> None:
+    document = FileDocument(settings)
+    base = {"name": "llama", "version": "", "uri": "/data/llama", "digest": "e" * 64}
+    document.path.write_text(json.dumps({"serving": {"base": base}}))
+    there, _ = document.read()
+    assert there.serving.base is not None
+    assert there.serving.base.uri == "file:///data/llama"
 
 
 def test_a_broken_document_is_named(settings: Settings) -> None:

@@ -51,13 +51,23 @@ def moto() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def rclone(directory: Path, certificate: tuple[Path, Path] | None = None) -> Iterator[str]:
-    """URL of rclone, which serves a directory and ignores If-None-Match; by TLS with a certificate and its key."""
+def rclone(
+    directory: Path,
+    certificate: tuple[Path, Path] | None = None,
+    users: dict[str, str] | None = None,
+    read_only: bool = False,
+) -> Iterator[str]:
+    """URL of rclone, which serves a directory and ignores If-None-Match; by TLS with a certificate and its key.
+
+    `users` are secret keys by access key.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    command = [RCLONE, "serve", "s3", str(directory), "--addr", address, "--auth-key", f"{KEY},{SECRET}"]
+    command = [RCLONE, "serve", "s3", str(directory), "--addr", address, *(["--read-only"] if read_only else [])]
+    for key, secret in (users or {KEY: SECRET}).items():
+        command += ["--auth-key", f"{key},{secret}"]
     if certificate is not None:
         command += ["--cert", str(certificate[0]), "--key", str(certificate[1])]
     environment = os.environ | {"RCLONE_CONFIG": "/dev/null"}

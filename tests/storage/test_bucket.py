@@ -13,7 +13,7 @@ from minio import Minio
 from tasks.errors import ForgeError
 from tasks.settings import Settings
 from tasks.storage import BucketStore, transfer
-from tests.storage.servers import MAKES, client_of, server_of, settings_of
+from tests.storage.servers import MAKES, client_of, rclone, server_of, settings_of
 
 
 @pytest.fixture(scope="module", params=MAKES)
@@ -161,7 +161,7 @@ def test_what_is_removed_is_gone(place: Place) -> None:
     store = place.store()
     uri = publish(store)
     store.remove(uri)
-    assert place.names() == {"a/prefix/identity"}
+    assert place.names() == set()
     with pytest.raises(ForgeError, match="is gone"):
         store.path(uri)
     store.remove(uri)
@@ -212,4 +212,26 @@ def test_processes_share_a_copy(place: Place) -> None:
 def test_a_bucket_that_is_not_there_is_named(server: str, tmp_path: Path) -> None:
     settings = settings_of(server, home=tmp_path, store="s3://nowhere-at-all/x")
     with pytest.raises(ForgeError, match=r"store s3://nowhere-at-all/x: .*NoSuchBucket.*check the bucket's name"):
-        BucketStore(settings.store, settings)
+        _ = BucketStore(settings.store, settings).identity
+
+
+def test_who_only_reads_needs_no_right_to_write(tmp_path: Path) -> None:
+    """As the user of what serves, which may list and get."""
+    (tmp_path / "server" / "bucket").mkdir(parents=True)
+    given = {"store": "s3://bucket/forge", "copies_gb": 1}
+    with rclone(tmp_path / "server") as url:
+        settings = settings_of(url, home=tmp_path / "writer", **given)
+        writer = BucketStore(settings.store, settings)
+        uri = publish(writer)
+        writer.put("serving/desired.json", b"{}")
+    with rclone(tmp_path / "server", read_only=True) as url:
+        settings = settings_of(url, home=tmp_path / "reader", **given)
+        reader = BucketStore(settings.store, settings)
+        assert contents(reader.path(uri)) == FILES
+        assert reader.manifest(uri)["kind"] == "model"
+        assert (reader.part(uri, "config.json"), reader.read("serving/desired.json")) == (b"{}", b"{}")
+        assert reader.names("serving") == ["desired.json"]
+        assert reader.exists(uri.removeprefix(f"{reader.root}/"))
+        assert [found.uri for found in reader.artifacts("models")] == [uri]
+        with pytest.raises(ForgeError, match=r"store s3://bucket/forge: .*cannot be read"):
+            _ = reader.identity

@@ -27,10 +27,9 @@ def once(fault: str, method: str, part: str = "") -> Choice:
     return choose
 
 
-@pytest.mark.parametrize("name", ["identity", "manifest.json"])
-def test_a_small_object_that_is_cut_is_read_again(place: Place, name: str) -> None:
+def test_a_small_object_that_is_cut_is_read_again(place: Place) -> None:
     uri = place.publish(package(1), "here")
-    with harmful(place.server, once("cut", "GET", name)) as proxy:
+    with harmful(place.server, once("cut", "GET", "manifest.json")) as proxy:
         assert place.digests(uri, "there", proxy.url) == digests(package(1))
     assert proxy.met == ["cut"]
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import ForgeError
+from tasks.processes import this_process
 from tasks.storage import DirectoryStore, digest_directory, digest_json
 
 
@@ -56,7 +57,30 @@ def test_what_a_killed_process_left_in_staging_is_swept(store: DirectoryStore) -
     with store.stage():
         DirectoryStore(store.root)
         (left,) = (store.root / ".staging").iterdir()
-        assert left.name.startswith(f"{os.getpid()}-")
+        assert left.name.startswith(this_process())
+
+
+def test_what_another_container_stages_stays_while_it_may_live(store: DirectoryStore) -> None:
+    """Its processes have numbers of their own, which say nothing here."""
+    with store.stage():
+        staging = store.root / ".staging"
+    theirs = [staging / f"another-boot.4026531836.{os.getpid()}.1-{name}" for name in ("new", "old")]
+    for directory in theirs:
+        directory.mkdir()
+    os.utime(theirs[1], (0, 0))
+    DirectoryStore(store.root)
+    assert list(staging.iterdir()) == theirs[:1]
+
+
+def test_reading_writes_nothing(store: DirectoryStore) -> None:
+    opened = DirectoryStore(store.root)
+    assert opened.read("key") is None
+    assert (opened.names("leases"), opened.artifacts("models")) == ([], [])
+    assert not opened.exists("models")
+    with pytest.raises(ForgeError, match="is gone"):
+        opened.path(opened.uri("models/x"))
+    assert not store.root.exists()
+    assert opened.identity == DirectoryStore(store.root).identity, "made when somebody asks for it"
 
 
 def test_of_many_who_put_if_absent_one_wins(store: DirectoryStore) -> None:
@@ -85,7 +109,7 @@ def test_what_is_gone_is_named(store: DirectoryStore) -> None:
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ForgeError, match="cannot be written"):
-        DirectoryStore(tmp_path / "file" / "store")
+        _ = DirectoryStore(tmp_path / "file" / "store").identity
 
 
 def test_digest_of_a_directory_depends_on_names_and_contents_alone(tmp_path: Path) -> None:

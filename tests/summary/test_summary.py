@@ -4,11 +4,21 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from tasks.contracts import Dataset, Deployment, Evaluation, Result
+from tasks.contracts import Dataset, Deployment, Evaluation, Result, Version
 from tasks.settings import Settings
-from tasks.summary.summary import facts_of, released, show, show_held_back, write_facts
+from tasks.summary.summary import (
+    Place,
+    facts_of,
+    registered,
+    released,
+    show,
+    show_challenger,
+    show_refused,
+    write_facts,
+)
 
 DATASET = Dataset(uri="file:///d", digest="d", store="s", train_rows=950, heldout_rows=50)
 EVALUATION = Evaluation(
@@ -26,7 +36,7 @@ EVALUATION = Evaluation(
     champion="2",
     verdict="pass",
     reason="passed: score 91.2% against 90.0%",
-    report="/somewhere/report.html",
+    report="file:///somewhere/report.html",
 )
 DEPLOYMENT = Deployment(
     endpoint="http://127.0.0.1:8000/v1",
@@ -44,7 +54,10 @@ DEPLOYMENT = Deployment(
     seconds=30,
 )
 STAGES: dict[str, Result] = {"train_model": Result(started=50, seconds=70.04), "roll_out": DEPLOYMENT}
-FACTS = facts_of(DATASET, EVALUATION, STAGES, started=100) | released(DEPLOYMENT)
+VERSION = Version(uri="file:///v", digest="abc", store="s", name="dates", version="3", run_id="r7")
+FACTS = facts_of(DATASET, EVALUATION, STAGES, started=100) | released(DEPLOYMENT, VERSION)
+HERE = Place(Settings(), cluster=False)
+CLUSTER = Place(Settings(mlflow_uri="http://mlflow.ml-platform:5000"), cluster=True)
 
 
 def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
@@ -60,7 +73,7 @@ def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
 
 def test_the_terminal_shows_them() -> None:
     output = io.StringIO()
-    show(FACTS, STAGES, 100, Console(file=output, width=40))
+    show(FACTS, STAGES, 100, HERE, Console(file=output, width=40))
     text = output.getvalue()
     for part in (
         "0.0% → 91.2% on 500",
@@ -74,11 +87,39 @@ def test_the_terminal_shows_them() -> None:
         assert part in text
 
 
-def test_the_terminal_shows_why_a_model_was_held_back() -> None:
+def test_the_terminal_shows_why_a_model_was_refused() -> None:
     output = io.StringIO()
     refused = EVALUATION.model_copy(update={"verdict": "refuse", "reason": "refused by slice [/b]: 3.0%", "nll": None})
-    show_held_back(facts_of(DATASET, refused, STAGES, started=100), STAGES, 100, Console(file=output, width=40))
+    facts = facts_of(DATASET, refused, STAGES, started=100)
+    show_refused(facts, STAGES, 100, HERE, Console(file=output, width=40))
     text = output.getvalue()
     for part in ("refused by slice [/b]: 3.0%", "version 2 stays the champion", "/somewhere/report.html", "5.5000 → –"):
         assert part in text
+    assert "serves at" not in text
+
+
+def test_on_a_cluster_it_names_what_can_be_reached_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, value in {"ID": "f0123", "PROJECT": "homelab", "DOMAIN": "production"}.items():
+        monkeypatch.setenv(f"FLYTE_INTERNAL_EXECUTION_{part}", value)
+    facts = FACTS | {"endpoint": "http://vllm.ml-inference:8000/v1", "report": "s3://models/forge/e/report.html"}
+    output = io.StringIO()
+    show(facts, STAGES, 100, CLUSTER, Console(file=output, width=400))
+    text = output.getvalue()
+    for part in (
+        "curl http://vllm.ml-inference:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\":",
+        "http://mlflow.ml-platform:5000/#/models/dates/versions/3 (run r7)",
+        "flytectl get execution -p homelab -d production f0123",
+        "s3://models/forge/e/report.html",
+    ):
+        assert part in text
+    assert "make " not in text
+
+
+def test_what_is_only_registered_is_a_challenger() -> None:
+    output = io.StringIO()
+    facts = facts_of(DATASET, EVALUATION, STAGES, started=100) | registered(VERSION)
+    show_challenger(facts, STAGES, 100, CLUSTER, Console(file=output, width=400))
+    text = output.getvalue()
+    assert "dates version 3, challenger, sha256 abc" in text
+    assert "rolled out   no: serving.rollout or FORGE_ROLLOUT is false" in text
     assert "serves at" not in text
