@@ -22,6 +22,7 @@ from tasks.evaluate.ask import ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tasks.finetune.processes import Rank
 from tasks.finetune.run import train
+from tasks.package import LocalBase
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import EvaluationRecipe, load_recipe
@@ -53,10 +54,11 @@ def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
     recipe = load_recipe("tiny-cpu")
     store = DirectoryStore(home / "store")
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
-    dataset = prepare(source, recipe.data, Base(), store)
+    settings = Settings(home=home)
+    dataset = prepare(source, recipe.data, Base(), store, settings)
     training = recipe.training.model_copy(update={"epochs": 0.33, "processes": 1})
     rank = Rank(0, 1, torch.device("cpu"))
-    model = train(rank, dataset, Base(), recipe.model, training, store, Settings(home=home))
+    model = train(rank, dataset, Base(), recipe.model, training, store, settings)
     if model is None:
         raise RuntimeError("the first rank returns a model")
     items, _ = read_items(store.path(dataset.uri) / "heldout.jsonl", prompts, None)
@@ -66,7 +68,7 @@ def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
 def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
     """Seconds of each way to answer all prompts, in turn, several times."""
     recipe = EvaluationRecipe.model_validate({"max_new_tokens": 48})
-    base = Base(location=str(directory))
+    base = LocalBase(str(directory))
     mine = Answerer(base, recipe, "cpu")
     prompts = [ask(mine.tokenizer, item).prompt for item in items]
     generator: Any = pipeline("text-generation", model=mine.model, tokenizer=mine.tokenizer)

@@ -16,6 +16,7 @@ def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
     from tasks.preprocess.prepare import prepare
     from tasks.preprocess.sources import digest_source
     from tasks.recipe import DataRecipe
+    from tasks.settings import load_settings
     from tasks.storage import DirectoryStore
 
     # Conversations with one exchange longer than the context are left out, for every side alike.
@@ -23,8 +24,8 @@ def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
         source=str(rows), context=context, heldout_fraction=0.1, over_context="split", max_reject_fraction=0.2
     )
     opened = DirectoryStore(store)
-    source = Source(uri=str(rows), digest=digest_source(recipe), store=opened.identity)
-    dataset = prepare(source, recipe, Base(location=str(base)), opened)
+    source = Source(uri=rows.absolute().as_uri(), digest=digest_source(recipe), store=opened.identity)
+    dataset = prepare(source, recipe, Base(location=base.absolute().as_uri()), opened, load_settings())
     return opened.path(dataset.uri)
 
 

@@ -15,6 +15,7 @@ from tasks.contracts import Base, Source
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
 from tasks.recipe import DataRecipe
+from tasks.settings import load_settings
 from tasks.storage import DirectoryStore
 
 
@@ -22,9 +23,10 @@ def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folde
     """Prepare the rows into a store under the folder; seconds, counts, and what was dropped."""
     recipe = DataRecipe(source=rows, context=context, heldout_fraction=heldout_fraction, over_context="split")
     store = DirectoryStore(Path(folder, "store"))
-    source = Source(uri=rows, digest=digest_source(recipe), store=store.identity)
+    source = Source(uri=Path(rows).absolute().as_uri(), digest=digest_source(recipe), store=store.identity)
+    base = Base(location=Path(tokenizer).absolute().as_uri())
     started = time.perf_counter()
-    dataset = prepare(source, recipe, Base(location=tokenizer, revision=""), store)
+    dataset = prepare(source, recipe, base, store, load_settings())
     seconds = time.perf_counter() - started
     card = json.loads((store.path(dataset.uri) / "dataset.json").read_text())
     if card["rejected"] or card["removed"]:

@@ -183,6 +183,11 @@ def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRe
     settings = load_settings()
     with joined(failure_file(os.getppid()), settings.gpus) as rank:
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank.stop.is_set():
+        # Told to stop after the last step. The launcher takes no result any more, and this process would wait for it
+        # to do so until it is killed, in ten minutes. The next attempt finds what is published.
+        end_by(signal.SIGTERM)
     end_soon()
     # Flyte takes the first rank's value; the others have none, and any will do.
     return trained or Model(uri="", digest="", store="", base=Base())

@@ -1,6 +1,7 @@
 """What is said where the pipeline has failed."""
 
 import os
+import textwrap
 
 from tasks.settings import Settings
 
@@ -14,12 +15,18 @@ def describe(stage: str, message: str, inputs: dict[str, str], settings: Setting
     return "\n".join(
         [
             f"training_pipeline failed in {stage or 'a stage that Flyte does not name'}, given {given}:",
-            *(f"  {line}" for line in message.strip().splitlines()),
+            *(f"  {line}" for line in without_trace(message).splitlines()),
             f"logs: kubectl -n {project}-{domain} logs -l execution-id={name} --all-containers --prefix --tail=-1",
             f"checkpoints: {settings.checkpoint_copies or settings.checkpoints}",
             f"go on from what is done: flytectl create execution -p {project} -d {domain} --recover {name}",
         ]
     )
+
+
+def without_trace(message: str) -> str:
+    """What went wrong, of an error's message as flytekit writes it, which begins with a stack trace."""
+    _, _, said = message.rpartition("\nMessage:\n")
+    return textwrap.dedent(said.strip("\n")).strip().removeprefix("ForgeError: ")
 
 
 def describe_here(inputs: dict[str, str], settings: Settings) -> str:

@@ -106,7 +106,7 @@ def story(cluster: Cluster) -> Cluster:
     here, serving = cluster, cluster.services.serving
     here.pipeline("first", recipe())
     here.pipeline("again", recipe())
-    here.pipeline("adapter", adapter(1), interrupt={"train_on_1x2": Interrupt("train: step ", signal.SIGTERM)})
+    here.pipeline("adapter", adapter(1), interrupt={"train_on_1x2": Interrupt("processes on cpu", signal.SIGTERM)})
     here.pipeline("refused", recipe(training={"epochs": 0.05}))
     check = {"data_path": "", "recipe": recipe()}
     here.run("check", lambda: here.flyte.run("workflows.champion_check.champion_check", check))

@@ -12,8 +12,9 @@ from flyteidl.core.literals_pb2 import Literal, LiteralCollection, Primitive, Sc
 from flyteidl.core.tasks_pb2 import TaskTemplate
 from minio import Minio
 
-from tests.apart.flyte import Flyte, cache_key, is_named, turned
+from tests.apart.flyte import Flyte, is_named
 from tests.apart.images import Image
+from tests.apart.literals import cache_key, turned
 from tests.apart.manifests import Manifests
 from tests.apart.package import make_package
 from tests.apart.pods import Interrupt, Pods

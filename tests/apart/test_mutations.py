@@ -27,7 +27,7 @@ CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {
         ],
         "evaluate_model",
         "register_model",
-        "report.html is gone",
+        "report.html is not in s3://models/forge",
     ),
     "a report read from the wrong pod": (
         [

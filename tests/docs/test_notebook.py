@@ -81,7 +81,8 @@ def test_it_shows_what_is_registered_and_how_it_was_judged(tmp_path: Path, recip
     settings = Settings(home=tmp_path / "home")
     made = inputs(tmp_path, settings, recipe)
     made.register(settings)
-    record_evaluation(settings, "dates", made.evaluation, {}, {})
+    report = open_store(settings).path(made.evaluation.report)
+    record_evaluation(settings, "dates", made.evaluation, {}, {}, report)
     shown = run("project", "stage", "report", "registry", "evaluation")
     assert "Registered models: 1" in shown["registry"]
     assert "challenger" in shown["registry"]

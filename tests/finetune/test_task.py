@@ -177,6 +177,31 @@ def test_a_run_that_was_told_to_stop_goes_on_and_then_is_done(trained: Trained, 
         (outputs / "outputs.pb").unlink()
 
 
+TOLD_LATE = """
+import os, signal, time
+from tasks.finetune import run
+from tasks.finetune.task import train
+
+def published(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    print("published", flush=True)
+
+run.train = published
+train(None, None, None, None)
+print("went on", flush=True)
+"""
+
+
+def test_a_rank_that_is_told_to_stop_after_its_last_step_ends_by_the_signal(tmp_path: Path) -> None:
+    """Its launcher takes no result any more, and would wait for it to end until it kills it."""
+    environment = os.environ | {"FORGE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_LATE], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()) == (-signal.SIGTERM, ["published"]), done.stderr
+
+
 def test_gpus_that_are_not_there_end_a_training(trained: Trained, recipe: Recipe, tmp_path: Path) -> None:
     inputs = {
         "dataset": trained.dataset,

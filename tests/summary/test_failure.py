@@ -45,6 +45,14 @@ def test_on_the_cluster_it_says_where_why_and_how_to_go_on(recipe_file: str, cap
 
 
 @pytest.mark.usefixtures("execution")
+def test_the_stack_trace_is_left_to_the_log(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
+    trace = "Trace:\n\n    Traceback (most recent call last):\n      File x\n\n"
+    trace += "Message:\n\n    ForgeError: rows are wrong\n    a.jsonl:7"
+    fail(recipe_file, message=trace)
+    assert f"recipe '{recipe_file}':\n  rows are wrong\n  a.jsonl:7\nlogs:" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("execution")
 def test_a_recipe_given_as_yaml_is_not_repeated(capfd: pytest.CaptureFixture) -> None:
     fail("name: dates\ndata: {}\n", stage="preflight", message="data.context is missing; add it")
     assert "failed in preflight, given data_path 's3://datasets/x', recipe as YAML:" in capfd.readouterr().out
