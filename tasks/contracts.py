@@ -9,9 +9,10 @@ one that is still there.
 import datetime
 import hashlib
 import json
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 # Chat templates that tell the date tell this one (Llama 3.1's own), in training and in evaluation: so the same rows
 # are the same data set tomorrow, and a model is asked what it was trained on.
@@ -85,6 +86,12 @@ class Base(Contract):
 
     location: str = ""
     revision: str = ""
+
+    @field_validator("location", mode="before")
+    @classmethod
+    def _as_uri(cls, location: str) -> str:
+        """A directory's URI also where manifests of earlier releases have its path."""
+        return Path(location).as_uri() if location.startswith("/") else location
 
 
 class Dataset(Artifact):

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tasks.contracts import Base
 from tasks.errors import ForgeError
-from tasks.package import fetch, local_base, portable_name
+from tasks.package import LocalBase, fetch, local_base, portable_name
 from tasks.registry import open_registry
 from tasks.settings import Settings
 from tasks.signature import check_keys
@@ -112,10 +112,16 @@ def test_a_base_is_opened_where_it_is(settings: Settings, tmp_path: Path) -> Non
     assert (Path(found.location) / "model.safetensors").read_bytes() == b"1" * 100_000
     assert found.revision == "", "no digest is taken for a revision of the hub"
     assert portable_name(package) == f"models/dates/sha256-{digest}"
-    for location, name in (("meta/llama", "meta/llama"), (str(tmp_path), ""), ("", "")):
+    for location, opened, name in (
+        ("meta/llama", LocalBase("meta/llama", "abc"), "meta/llama"),
+        (tmp_path.as_uri(), LocalBase(str(tmp_path)), ""),
+        (str(tmp_path), LocalBase(str(tmp_path)), ""),  # as older manifests have it
+        ("", LocalBase("", "abc"), ""),
+    ):
         other = Base(location=location, revision="abc")
-        assert local_base(other, settings, store) == other
+        assert local_base(other, settings, store) == opened
         assert portable_name(other) == name
+    assert Base(location="/home/me/a base").location == "file:///home/me/a%20base"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +133,10 @@ class Pods:
         error = "" if in_time else f"task execution timeout [{min(seconds, LONGEST):g}s] expired"
         if written := image.written():
             error = f"PermissionError: user 1000 may not write {', '.join(written)}, which the image has"
+        for root in roots:  # a pod's disk goes with it: nobody else ever reads a file there
+            for part in root.iterdir():
+                if part.is_dir():
+                    shutil.rmtree(part)
         return Ended(next((code for code in codes if code), 0), read_logs(roots), error)
 
     def image(self, reference: str) -> Image:

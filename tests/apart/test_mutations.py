@@ -138,7 +138,7 @@ def test_a_write_under_the_readers_policy_is_caught(writes: bool, story: Cluster
         (f"{place}/vllm-base/desired.yaml", '"hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4",', f'"{package}",'),
     ]
     if writes:
-        body = "self.settings = root, settings\n"
+        body = "self.bucket, self.prefix = s3.split(root)\n"
         changes.append(("tasks/storage/bucket.py", body, f"{body}        self.put('opened', b'')\n"))
     copy, _ = story.changed(f"reader-{writes}", *changes)
     before = len(story.services.denied)

@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 from tasks.evaluate.record import record_evaluation
 from tasks.recipe import Recipe
 from tasks.settings import Settings
+from tasks.storage import open_store
 from tests.register.packages import inputs
 from workflows.launch_plans import ROWS, nightly_fine_tune
 

@@ -46,6 +46,6 @@ def test_a_model_is_trained_and_served_from_a_bucket(home: Home) -> None:
     status, output = home.run()
     assert status == 0, output
     facts = home.facts()
-    assert facts["cached"] == "preprocess_data, train_model"
+    assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
     assert (facts["version"], facts["digest"]) == (first["version"], first["digest"])
     assert home.served() == server, "the same process serves"

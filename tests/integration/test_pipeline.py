@@ -58,7 +58,7 @@ def test_again_runs_nothing_again(home: Home) -> None:
     status, output = home.run()
     assert status == 0, output
     facts = home.facts()
-    assert facts["cached"] == "preprocess_data, train_model"
+    assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
     assert (facts["version"], facts["digest"], versions(home)) == (before["version"], before["digest"], ["1"])
     assert home.served() == server, "the same process serves"
 

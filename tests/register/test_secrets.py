@@ -58,7 +58,7 @@ def test_no_secret_is_written_anywhere(
         print(lineage_tree(lineage("models:/dates@champion", settings, store)), settings)
         monkeypatch.setenv("FORGE_S3_SECRET_KEY", f"wrong-{SECRET}")
         with pytest.raises(ForgeError) as refused:
-            open_store(load_settings())
+            open_store(load_settings()).read("identity")
     written = {
         path: path.read_bytes()
         for place in ("home", "server")
