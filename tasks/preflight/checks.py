@@ -69,7 +69,10 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
         base = attempt(lambda: find_base(wanted.model, settings, store))
         if gpus is not None and base is not None and settings is not None and store is not None:
             here, start, kept = gpus, base, store
-            opened = attempt(lambda: local_base(start, places, kept))
+            if is_registered(start.location):
+                opened: LocalBase | None = LocalBase(str(kept.path(start.location)))  # verified a moment ago
+            else:
+                opened = attempt(lambda: local_base(start, places, kept))
             if opened is not None:
                 config = attempt(lambda: config_of(wanted, opened))
                 if config is not None:

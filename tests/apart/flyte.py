@@ -230,7 +230,7 @@ class Walk:
                 template = self.workflows.get(name) or self.flyte.package.workflows[name]
                 ran.outputs = self.workflow(template, inputs, path)
             else:
-                raise NotImplementedError(f"{path}: {target}")
+                raise AssertionError(f"{path}: nodes of kind {target} are in no package of ours")
         except Failed as failure:
             failure.node = node.id
             ran.phase, ran.error = "FAILED", str(failure)
