@@ -40,16 +40,16 @@ run: setup ## Preprocess, train, evaluate, register and serve: the whole pipelin
 	@exec $(BIN)/pyflyte run workflows/training_pipeline.py training_pipeline $(ARGS)
 
 ask: ## Ask the served model one question: make ask Q="NL: 20 juni 1969"
-	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout ask "$$Q"
+	@$(NEEDS_SETUP) && $(BIN)/python -m forge.serving ask "$$Q"
 
 ui: setup ## Open MLflow's UI on the embedded registry
 	@exec $(BIN)/python -m tasks.register ui
 
 start: ## Serve again what `make stop`, or a reboot, has stopped
-	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout start
+	@$(NEEDS_SETUP) && $(BIN)/python -m forge.serving start
 
 stop: ## Stop the server that `make run` left serving
-	@$(NEEDS_SETUP) && $(BIN)/python -m tasks.rollout stop
+	@$(NEEDS_SETUP) && $(BIN)/python -m forge.serving stop
 
 images: ## Build the images and push them: make images REGISTRY=registry.example.org/team
 	@images/build "$(REGISTRY)" "$(TAG)"
@@ -120,5 +120,5 @@ lock: setup ## Resolve the requirements under images/ and benchmarks/ again
 	done
 
 clean: ## Stop serving and remove what runs and set-up left (environments, models, registry)
-	@[ ! -f .venv/.installed ] || $(BIN)/python -m tasks.rollout stop
+	@[ ! -f .venv/.installed ] || $(BIN)/python -m forge.serving stop
 	rm -rf .forge .venv .venv-serving .venv-trl .venv-harness .pytest_cache .mypy_cache .ruff_cache

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from transformers import pipeline
 
-from tasks.contracts import Base, Source
+from forge.core.contracts import Base, Source
+from forge.core.recipe import EvaluationRecipe
+from forge.core.settings import Settings
+from forge.registry.packages import LocalBase
+from forge.storage import DirectoryStore
+from forge.storage.recipes import load_recipe
 from tasks.evaluate.answer import Answerer, answer_all, batches
 from tasks.evaluate.ask import ask, ask_all
 from tasks.evaluate.items import Item, read_items
-from tasks.finetune.processes import Rank
+from tasks.finetune.process_group import Rank
 from tasks.finetune.run import train
-from tasks.package import LocalBase
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import EvaluationRecipe, load_recipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
 
 BATCH = 32  # the peer's
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import say
-from tasks.rollout.local import LocalTarget
-from tasks.rollout.server import LocalServer
-from tasks.settings import PROJECT, Settings
+from forge.core.settings import PROJECT, Settings
+from forge.serving.local_target import LocalTarget
+from forge.serving.vllm_process import LocalServer
 
 PYFLYTE = str(Path(sys.executable).with_name("pyflyte"))
 RUN = [PYFLYTE, "run", "workflows/training_pipeline.py", "training_pipeline"]

@@ -13,15 +13,15 @@ import torch
 from flytekit import FlyteContextManager
 from flytekit.core.type_engine import TypeEngine
 
-from tasks.contracts import Base, Champion, Dataset, Evaluation, Model, Source
+from forge.core.contracts import Base, Champion, Dataset, Evaluation, Model, Source
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
 from tasks.evaluate.evaluate import evaluate
-from tasks.finetune.processes import Rank
+from tasks.finetune.process_group import Rank
 from tasks.finetune.run import train
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import Recipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
 
 PROJECT = Path(__file__).parent.parent
 SMALL = {

@@ -1,20 +1,38 @@
-"""The rules of the house that keep it easy to live in."""
+"""The rules that keep the house easy to live in: which folder may import which, and that names say one thing."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).parent.parent
-STAGES = ("preprocess", "finetune", "evaluate", "register", "rollout")
+STAGES = ("preflight", "preprocess", "finetune", "evaluate", "register", "rollout", "summary")
+# The rooms of forge/, from the ground up: a room imports itself and those before it.
+ROOMS = ("core", "cluster", "storage", "registry", "capacity", "models", "serving")
+# What each package has one of.
+EVERYWHERE = {"__init__", "__main__", "task"}
 
 
-def imports(path: Path) -> set[str]:
-    """Names of the modules that a file imports, anywhere in it."""
+def modules() -> dict[str, Path]:
+    """The modules of the project, by their dotted names."""
+    found = {}
+    for package in ("forge", "tasks", "workflows"):
+        for path in (PROJECT / package).rglob("*.py"):
+            parts = path.relative_to(PROJECT).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports(path: Path, within_functions: bool = True) -> set[str]:
+    """Dotted names that a file imports, anywhere in it or when it is itself imported."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if within_functions else iter(tree.body)
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -22,33 +40,85 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def room(name: str) -> str:
+    """The folder of a module, such as forge.core or tasks.evaluate."""
+    return ".".join(name.split(".")[:2])
+
+
+MODULES = modules()
+
+
+def test_what_stages_share_knows_neither_flytekit_nor_a_stage() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("forge"):
+            roots = {imported.split(".")[0] for imported in imports(path)}
+            assert not roots & {"flytekit", "flytekitplugins", "tasks", "workflows"}, name
+
+
+@pytest.mark.parametrize("at", range(len(ROOMS)), ids=ROOMS)
+def test_rooms_rest_on_those_below(at: int) -> None:
+    above = {f"forge.{one}" for one in ROOMS[at + 1 :]}
+    for name, path in MODULES.items():
+        if room(name) == f"forge.{ROOMS[at]}":
+            assert not {room(imported) for imported in imports(path)} & above, name
+
+
+def test_every_room_has_its_place() -> None:
+    assert {path.name for path in (PROJECT / "forge").iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
+    assert {path.name for path in (PROJECT / "tasks").iterdir() if (path / "__init__.py").exists()} == set(STAGES)
+
+
 def test_only_doors_import_flytekit() -> None:
-    # Nor does anything but doors import tasks.pods, which says what their pods are.
-    files = [path for path in (PROJECT / "tasks").rglob("*.py") if path.name != "task.py" and path.stem != "pods"]
-    assert len(files) > 20
-    offenders = [
-        path
-        for path in files
-        if any(name.split(".")[0].startswith("flytekit") or name == "tasks.pods" for name in imports(path))
-    ]
-    assert offenders == []
+    # Nor does anything else import what says which pods tasks run in.
+    doors = {f"tasks.{stage}.task" for stage in STAGES} | {"tasks.task_pods"}
+    for name, path in MODULES.items():
+        if name.startswith("tasks.") and name not in doors:
+            bad = {one for one in imports(path) if one.startswith("flytekit") or one == "tasks.task_pods"}
+            assert bad == set(), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_never_import_one_another(stage: str) -> None:
-    others = {f"tasks.{other}" for other in (*STAGES, "preflight", "summary") if other != stage}
-    for path in (PROJECT / "tasks" / stage).rglob("*.py"):
-        crossing = {name for name in imports(path) if ".".join(name.split(".")[:2]) in others}
-        assert crossing == set(), path
+    # Preflight alone knows the others, since it checks what they need.
+    others = {f"tasks.{other}" for other in STAGES if other != stage}
+    for name, path in MODULES.items():
+        if room(name) == f"tasks.{stage}" and stage != "preflight":
+            assert {room(one) for one in imports(path)} & others == set(), name
 
 
-def test_workflows_import_doors_only() -> None:
-    for path in (PROJECT / "workflows").glob("*.py"):
-        names = {name for name in imports(path) if name.startswith("tasks.") and name.count(".") == 2}
-        rooms = {
-            name for name in names if name.split(".")[1] not in ("contracts", "recipe", "settings")
-        }  # what doors take and give
-        assert all(name.endswith(".task") for name in rooms), path
+def test_workflows_import_doors_and_what_they_take() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("workflows"):
+            for imported in imports(path) & set(MODULES):
+                assert imported.endswith(".task") or imported.startswith(("workflows", "forge")), (name, imported)
+
+
+def test_no_import_cycle() -> None:
+    graph = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}
+    # A package's __init__ that gathers its modules is no cycle with them: they name their siblings.
+    for name in graph:
+        graph[name] -= {".".join(name.split(".")[:count]) for count in range(1, name.count(".") + 1)}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_module_names_do_not_collide() -> None:
+    stems = Counter(path.stem for path in MODULES.values() if path.stem not in EVERYWHERE)
+    assert {stem: count for stem, count in stems.items() if count > 1} == {}
+
+
+def test_public_names_do_not_collide() -> None:
+    """A class or function that other modules import means one thing in the whole project."""
+    places: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, set()).add(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_files_are_short() -> None:
+    long = {name: count for name, path in MODULES.items() if (count := len(path.read_text().splitlines())) > 400}
+    assert long == {}
 
 
 def test_neither_doors_nor_workflows_import_torch() -> None:

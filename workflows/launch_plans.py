@@ -1,8 +1,8 @@
 """What runs on a cluster by schedule, and, for each shipped recipe, when somebody starts it.
 
-Cron is in UTC, three hours ahead of the cluster's time zone (tasks.nodes.TIME_ZONE) all year. Each plan runs once at a
-time: what is due meanwhile is skipped. FORGE_NOTIFY and FORGE_STORE, when plans are registered, say who is told of
-failures, and where Flyte's own values go.
+Cron is in UTC, three hours ahead of the cluster's time zone (forge.cluster.nodes.TIME_ZONE) all year. Each plan runs
+once at a time: what is due meanwhile is skipped. FORGE_NOTIFY and FORGE_STORE, when plans are registered, say who is
+told of failures, and where Flyte's own values go.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from flytekit.models.common import Labels, RawOutputDataConfig
 from flytekit.models.concurrency import ConcurrencyLimitBehavior
 from flytekit.models.core.execution import WorkflowExecutionPhase
 
-from tasks.recipe import RECIPES
-from tasks.settings import load_settings
+from forge.core.settings import load_settings
+from forge.storage.recipes import RECIPES
 from workflows.champion_check import champion_check
 from workflows.registry import retention
 from workflows.training_pipeline import training_pipeline

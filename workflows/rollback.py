@@ -2,7 +2,7 @@
 
 from flytekit import workflow
 
-from tasks.contracts import Deployment
+from forge.core.contracts import Deployment
 from tasks.rollout.task import roll_back
 
 

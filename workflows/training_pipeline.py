@@ -2,12 +2,12 @@
 
 from flytekit import conditional, workflow
 
-from tasks.contracts import Base, Dataset, Evaluation, Model, Version
+from forge.core.contracts import Base, Dataset, Evaluation, Model, Version
+from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.evaluate.task import current_champion, evaluate_model
 from tasks.finetune.task import train_on_1x1, train_on_1x2, train_on_2x2
 from tasks.preflight.task import preflight
 from tasks.preprocess.task import preprocess_data
-from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.register.task import register_model
 from tasks.rollout.task import roll_out
 from tasks.summary.task import announce_challenger, hold_back, summarise, tell_failure

@@ -12,12 +12,12 @@ ORDER_SEED = 20
 
 def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
     """Have Forge prepare the rows; the directory of the data set."""
-    from tasks.contracts import Base, Source
+    from forge.core.contracts import Base, Source
+    from forge.core.recipe import DataRecipe
+    from forge.core.settings import load_settings
+    from forge.storage import DirectoryStore
     from tasks.preprocess.prepare import prepare
     from tasks.preprocess.sources import digest_source
-    from tasks.recipe import DataRecipe
-    from tasks.settings import load_settings
-    from tasks.storage import DirectoryStore
 
     # Conversations with one exchange longer than the context are left out, for every side alike.
     recipe = DataRecipe(

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Base, Source
+from forge.core.contracts import Base, Source
+from forge.core.recipe import DataRecipe
+from forge.core.settings import load_settings
+from forge.storage import DirectoryStore
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import DataRecipe
-from tasks.settings import load_settings
-from tasks.storage import DirectoryStore
 
 
 def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folder: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 from minio import Minio
 from pydantic import SecretStr
 
-from tasks.package import fetch
-from tasks.register.package import build_package
-from tasks.settings import Settings
-from tasks.storage import open_store
+from forge.core.settings import Settings
+from forge.registry.packages import fetch
+from forge.storage import open_store
+from tasks.register.publish import build_package
 
 CHUNK = 1 << 20  # bytes
 FACTS = {

@@ -18,13 +18,14 @@ import urllib3
 
 from benchmarks.measure import say
 from benchmarks.rollout.names import cost
-from tasks.endpoint import client_of
-from tasks.rollout.desired import Desired, Engine, Served, Serving
-from tasks.rollout.local import LocalTarget
-from tasks.rollout.server import LocalServer
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
-from tests.rollout.models import publish, write_adapter, write_base
+from forge.core.contracts import Engine
+from forge.core.settings import Settings
+from forge.serving.client import client_of
+from forge.serving.desired import Desired, Served, Serving
+from forge.serving.local_target import LocalTarget
+from forge.serving.vllm_process import LocalServer
+from forge.storage import DirectoryStore
+from tests.serving.models import publish, write_adapter, write_base
 
 HIDDEN, LAYERS, RANK = 512, 4, 64  # an adapter of about 10 MB in fp32
 NAME, CLIENTS, TOKENS = "bench", 8, 48

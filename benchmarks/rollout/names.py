@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tasks.rollout.names import App, Message, PublicNames, Receive, Scope, Send
+from forge.serving.aliases import App, Message, PublicNames, Receive, Scope, Send
 
 TURN = "On which date did the council meet, and who was there? "
 BODY = json.dumps(

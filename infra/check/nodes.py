@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import yaml
 
+from forge.cluster.nodes import Node
 from infra.check.placement import RESERVED_CORES, RESERVED_MEMORY, nodes_of_tree
 from infra.check.tree import Tree
-from tasks.nodes import Node
 
 CONTROL_PLANE = "node-role.kubernetes.io/control-plane=true:NoSchedule"
 

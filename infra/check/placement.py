@@ -8,13 +8,13 @@ from decimal import Decimal
 
 from kubernetes.utils import parse_quantity
 
+from forge.cluster.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
 from infra.check.tree import Object, Pod, Tree
-from tasks.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
 
 GIB = 1024**3
 GPU = "nvidia.com/gpu"
-# What the kubelet keeps of a node for itself and the system (infra/k3s). Tasks leave more (tasks.nodes.KEPT_CORES), for
-# what runs on every node.
+# What the kubelet keeps of a node for itself and the system (infra/k3s). Tasks leave more, for what runs on
+# every node (forge.cluster.nodes.KEPT_CORES).
 RESERVED_CORES, RESERVED_MEMORY = 2, 8
 WAITS = "forge-notebooks"  # the priority of what may wait for a GPU
 OS = {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "nvidia.com/gpu.present": "true"}
@@ -105,7 +105,7 @@ def hours(window: dict[str, str]) -> set[int]:
 
 
 def place(nodes: list[Node], pods: list[Pod], trainings: list[Shape]) -> tuple[list[Room], list[str]]:
-    """Put all pods, and trainings as tasks/pods.py asks for them, on nodes: what is left, and what found no node.
+    """Put all pods, and trainings as tasks/task_pods.py asks for them, on nodes: what is left, and what found no node.
 
     What asks for most is put first, on the node that has least left of what takes it, as a scheduler that packs would.
     """
@@ -182,4 +182,4 @@ def _windows(tree: Tree) -> Iterator[str]:
                 for pod in tree.pods
             )
             if both and on_training:
-                yield f"{where}: runs at {both[0]}:00 in {TIME_ZONE}, when its nodes train (tasks/nodes.py)"
+                yield f"{where}: runs at {both[0]}:00 in {TIME_ZONE}, when its nodes train (forge/cluster/nodes.py)"

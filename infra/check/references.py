@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from forge.serving.kubernetes_target import CALLS
 from infra.check.tree import BUILTIN, WORKLOADS, Object, Pod, Tree, at, key, matches, name_of
-from tasks.rollout.kubernetes import CALLS
 
 LOCAL_STORAGE = {"local-path"}  # that k3s brings
 
@@ -102,7 +102,7 @@ def _accounts(tree: Tree) -> Iterator[str]:
         for rule in one["rules"] for resource in rule["resources"] for verb in rule["verbs"]
     }  # fmt: skip
     for verb, resource in sorted(set(CALLS) - granted):
-        yield f"infra/apps/ml-inference/vllm: no Role grants {verb} {resource}, which tasks/rollout/kubernetes.py asks"
+        yield f"infra/apps/ml-inference/vllm: no Role grants {verb} {resource} (forge/serving/kubernetes_target.py)"
 
 
 def _made(tree: Tree) -> set[str]:

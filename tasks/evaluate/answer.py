@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import EvaluationRecipe
+from forge.registry.packages import LocalBase
 from tasks.evaluate.ask import Asked, load_tokenizer
-from tasks.package import LocalBase
-from tasks.recipe import EvaluationRecipe
 
 SEED = 0
 LOGITS_BYTES = 2**30  # held at once for the likelihood

@@ -7,10 +7,10 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from tasks.contracts import TODAY
-from tasks.errors import ForgeError
+from forge.core.contracts import TODAY
+from forge.core.errors import ForgeError
+from forge.registry.packages import LocalBase
 from tasks.evaluate.items import Item
-from tasks.package import LocalBase
 
 
 @dataclass(frozen=True)

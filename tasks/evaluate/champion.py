@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Base, Champion, Model
-from tasks.errors import ForgeError
-from tasks.package import ADAPTER, LocalBase, directory_of, is_registered, local_base, open_package
-from tasks.registry import EVALUATION, MODEL_DIGEST, find_champion, open_registry, telling
-from tasks.settings import Settings
-from tasks.storage import Store, digest_directory, digest_json
-from tasks.storage.copies import Copies
-from tasks.storage.manifest import MANIFEST, read_manifest, verify, write_manifest
+from forge.core.contracts import Base, Champion, Model
+from forge.core.digest import digest_directory, digest_json
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import EVALUATION, MODEL_DIGEST, find_champion, open_registry, telling
+from forge.registry.packages import ADAPTER, LocalBase, directory_of, is_registered, local_base, open_package
+from forge.storage import Store
+from forge.storage.local_copies import Copies
+from forge.storage.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 MEND = "put it back, or take the alias champion from the version in MLflow, to start without one"
 
@@ -101,7 +102,7 @@ def merged(package: Path, manifest: dict[str, Any], settings: Settings, store: S
     def make(staged: Path) -> None:
         import torch  # preflight has no need of these
 
-        from tasks.weights import merge
+        from forge.models.weights import merge
 
         if folder is None:
             local = local_base(Base(location=location, revision=revision), settings, store)

@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from openai import OpenAIError
 
-from tasks.contracts import Dataset
-from tasks.endpoint import ask, client_of
-from tasks.errors import ForgeError
+from forge.core.contracts import Dataset
+from forge.core.errors import ForgeError
+from forge.core.recipe import EvaluationRecipe, GateRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import find_champion, open_registry
+from forge.serving.client import ask, client_of
+from forge.storage import Store
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record
 from tasks.evaluate.score import judge
 from tasks.evaluate.statistics import score_interval
-from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.registry import find_champion, open_registry
-from tasks.settings import Settings
-from tasks.storage import Store
 
 AT_ONCE = 16  # requests
 ITEMS = "forge.items"  # the tag with the digest of what was asked

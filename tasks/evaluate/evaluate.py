@@ -12,23 +12,24 @@ import pyarrow as pa
 from pyarrow import parquet
 from rich.progress import Progress
 
-from tasks.cluster import check_gpus_seen
-from tasks.contracts import Champion, Dataset, Evaluation, Model
-from tasks.errors import ForgeError
+from forge.cluster.gpus import check_gpus_seen
+from forge.core.contracts import Champion, Dataset, Evaluation, Model
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError
+from forge.core.recipe import EvaluationRecipe, GateRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import MODEL_DIGEST
+from forge.registry.packages import LocalBase, is_registered, local_base
+from forge.storage import Store
+from forge.storage.completed import find_done, record_done
+from tasks.evaluate.answer_cache import answers_of, chosen_engine
 from tasks.evaluate.ask import ask_all, tells_date
-from tasks.evaluate.cache import answers_of, chosen_engine
 from tasks.evaluate.champion import champion_model
+from tasks.evaluate.evaluation_report import Page, render_report
 from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
-from tasks.evaluate.report import Page, render_report
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
-from tasks.package import LocalBase, is_registered, local_base
-from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.registry import MODEL_DIGEST
-from tasks.settings import Settings
-from tasks.storage import Store, digest_directory
-from tasks.storage.done import find_done, record_done
 
 STAGE = "evaluate"
 CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"

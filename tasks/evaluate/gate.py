@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from forge.core.recipe import GateRecipe
 from tasks.evaluate.score import Judged
 from tasks.evaluate.statistics import (
     CONFIDENCE,
@@ -20,7 +21,6 @@ from tasks.evaluate.statistics import (
     resampled_means,
     score_interval,
 )
-from tasks.recipe import GateRecipe
 
 Outcome = Literal["pass", "refuse", "inconclusive"]
 WORSE = 0.01  # chance at which two equally good models are told apart; for all slices together, the same again

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from tasks.errors import ForgeError, Problems
-from tasks.settings import Settings
+from forge.core.errors import ForgeError, Problems
+from forge.core.settings import Settings
 
 SEED = 0
 LINES = 3  # of its log that a message ends with

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.recipe import Check
-from tasks.storage import digest_json
+from forge.core.digest import digest_json
+from forge.core.recipe import Check
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.contracts import Evaluation
-from tasks.registry import artifact_root, open_registry, telling
-from tasks.settings import Settings
+from forge.core.contracts import Evaluation
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import artifact_root, open_registry, telling
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

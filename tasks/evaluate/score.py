@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
+from forge.core.recipe import Check
 from tasks.evaluate.items import Item, is_json, parse_json
-from tasks.recipe import Check
 
 if TYPE_CHECKING:
     from tasks.evaluate.answer import Answer

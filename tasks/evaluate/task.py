@@ -4,13 +4,13 @@ from typing import Annotated, NamedTuple
 
 from flytekit import Cache, Deck, HashMethod, task
 
-from tasks.contracts import Champion, Dataset, Evaluation, Model, cache_key, value_key
-from tasks.nodes import Shape
-from tasks.pods import light, on_gpus
-from tasks.recipe import EvaluationRecipe, GateRecipe
-from tasks.settings import load_settings
-from tasks.storage import open_store
-from tasks.version import code_version
+from forge.cluster.nodes import Shape
+from forge.core.code_version import code_version
+from forge.core.contracts import Champion, Dataset, Evaluation, Model, cache_key, value_key
+from forge.core.recipe import EvaluationRecipe, GateRecipe
+from forge.core.settings import load_settings
+from forge.storage import open_store
+from tasks.task_pods import light, on_gpus
 
 
 class Judged(NamedTuple):
@@ -32,7 +32,7 @@ def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(
 @task(
     enable_deck=True,
     deck_fields=(),  # the report alone: Flyte's own decks ask for a pip that the images lack
-    cache=Cache(version=code_version("evaluate"), serialize=True),
+    cache=Cache(version=code_version("tasks.evaluate"), serialize=True),
     **on_gpus(Shape(1, 2), hours=6),
 )
 def evaluate_model(

@@ -7,16 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from tasks.contracts import Base
-from tasks.errors import ForgeError
+from forge.core.contracts import Base
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings, load_settings, path_of
+from forge.registry.packages import LocalBase, is_registered, local_base, registered_base
+from forge.storage import open_store
+from forge.storage.recipes import load_recipe
 from tasks.finetune.export import export
-from tasks.finetune.processes import Rank, joined
+from tasks.finetune.process_group import Rank, joined
 from tasks.finetune.run import copies_of, job_key, telemetry_of
 from tasks.finetune.train import Job, Trainer
-from tasks.package import LocalBase, is_registered, local_base, registered_base
-from tasks.recipe import load_recipe
-from tasks.settings import Settings, load_settings, path_of
-from tasks.storage import open_store
 
 
 def main() -> int:

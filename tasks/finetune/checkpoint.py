@@ -14,9 +14,9 @@ from torch import distributed
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from tasks.errors import ForgeError
-from tasks.finetune.bucket import FACTS, Bucket
-from tasks.finetune.processes import Rank
+from forge.core.errors import ForgeError
+from tasks.finetune.checkpoint_mirror import FACTS, Bucket
+from tasks.finetune.process_group import Rank
 
 READ_OR_WRITTEN = datetime.timedelta(hours=1)  # at most, by the rank that takes longest
 # One process needs no group to save.

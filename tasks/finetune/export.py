@@ -11,14 +11,14 @@ import torch
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tasks.contracts import Base
+from forge.core.code_version import code_version
+from forge.core.contracts import Base
+from forge.core.digest import digest_directory
+from forge.models.weights import merge, save
+from forge.registry.packages import portable_name
+from forge.storage.lease import whoami
 from tasks.finetune.model import DTYPES, build_model
 from tasks.finetune.train import Trainer
-from tasks.package import portable_name
-from tasks.storage.digest import digest_directory
-from tasks.storage.lease import whoami
-from tasks.version import code_version
-from tasks.weights import merge, save
 
 CARD = "training.json"
 
@@ -81,7 +81,7 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
         "seconds_to_first_step": round(trainer.seconds_to_first_step, 2),
         "made_by": whoami(),
         "versions": {
-            "forge": code_version("finetune"),
+            "forge": code_version("tasks.finetune"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": importlib.metadata.version("peft"),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
 from tasks.finetune.data import IGNORED, Batch
 
 CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits are held at once

@@ -11,11 +11,11 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import Lora, ModelRecipe
+from forge.models.weights import load_causal
+from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import reason
-from tasks.package import LocalBase
-from tasks.recipe import Lora, ModelRecipe
-from tasks.weights import load_causal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAPTER = "default"  # peft's name for the only one

@@ -8,10 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks.cluster import Parallelism
+from forge.capacity.training_memory import Parallelism
+from forge.core.recipe import TrainingRecipe
 from tasks.finetune.loss import TrainedTokenLoss
-from tasks.finetune.processes import Rank
-from tasks.recipe import TrainingRecipe
+from tasks.finetune.process_group import Rank
 
 
 def parallelize(loss: TrainedTokenLoss, recipe: TrainingRecipe, rank: Rank, how: Parallelism) -> nn.Module:

@@ -5,19 +5,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tasks.contracts import Base, Dataset, Model
-from tasks.finetune.bucket import Bucket
+from forge.core.contracts import Base, Dataset, Model
+from forge.core.digest import digest_directory, digest_json
+from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.core.settings import Settings
+from forge.registry.packages import local_base
+from forge.storage import Store
+from forge.storage.completed import find_done, record_done
 from tasks.finetune.checkpoint import Checkpoints
+from tasks.finetune.checkpoint_mirror import Bucket
 from tasks.finetune.export import export
-from tasks.finetune.processes import Rank
+from tasks.finetune.process_group import Rank
 from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train import Job, Trainer
-from tasks.package import local_base
-from tasks.recipe import ModelRecipe, TrainingRecipe
-from tasks.settings import Settings
-from tasks.storage import Store, digest_directory
-from tasks.storage.digest import digest_json
-from tasks.storage.done import find_done, record_done
 
 STAGE = "finetune"
 # What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.

@@ -20,15 +20,15 @@ from flytekitplugins.kfpytorch import CleanPodPolicy, Elastic, RunPolicy
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from rich.console import Console
 
-from tasks.contracts import Base, Dataset, Model, cache_key
-from tasks.errors import ForgeError
-from tasks.nodes import SHAPES, Shape
-from tasks.pods import on_gpus
-from tasks.processes import end_by, end_soon
-from tasks.recipe import ModelRecipe, TrainingRecipe
-from tasks.settings import load_settings
-from tasks.storage import open_store
-from tasks.version import code_version
+from forge.cluster.nodes import SHAPES, Shape
+from forge.core.code_version import code_version
+from forge.core.contracts import Base, Dataset, Model, cache_key
+from forge.core.errors import ForgeError
+from forge.core.processes import end_by, end_soon
+from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.core.settings import load_settings
+from forge.storage import open_store
+from tasks.task_pods import on_gpus
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,7 +93,7 @@ class TrainingTask(PytorchElasticFunctionTask):
                 raise KeyboardInterrupt from None
             end_by(signal.SIGTERM)
         except FlyteUserRuntimeException as error:
-            from tasks.finetune.processes import describe_failure, read_failure
+            from tasks.finetune.process_group import describe_failure, read_failure
 
             found = read_failure(failure)
             if found and found["stopped"] and not local:
@@ -112,7 +112,7 @@ def describe_exit(error: "ChildFailedError", failure: Path) -> str:
     rank, failed = error.get_first_failure()
     if failed.exitcode > 0:  # it raised before it had joined the others
         return f"training failed on rank {rank}: {failed.message}"
-    from tasks.finetune.processes import describe_stacks
+    from tasks.finetune.process_group import describe_stacks
 
     how = signal.Signals(-failed.exitcode).name
     return (
@@ -142,7 +142,7 @@ def shaped(shape: Shape) -> dict[str, Any]:
             rdzv_configs={"timeout": waiting, "join_timeout": waiting, "read_timeout": waiting},
             run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.ALL, ttl_seconds_after_finished=24 * 3600),
         ),
-        "cache": Cache(version=code_version("finetune"), serialize=True),
+        "cache": Cache(version=code_version("tasks.finetune"), serialize=True),
         "retries": RETRIES,
         **on_gpus(shape, hours=HOURS),
     }
@@ -178,7 +178,7 @@ def train_on_2x2(
 def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe) -> Model:
     """What each process of a training does."""
     from tasks.finetune import run
-    from tasks.finetune.processes import joined
+    from tasks.finetune.process_group import joined
 
     settings = load_settings()
     with joined(failure_file(os.getppid()), settings.gpus) as rank:

@@ -16,9 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from tasks.finetune.gpu import read_gpu
-from tasks.registry import artifact_root, open_registry, tracking_uri
-from tasks.settings import Settings
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import artifact_root, open_registry, tracking_uri
+from tasks.finetune.gpu_monitor import read_gpu
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

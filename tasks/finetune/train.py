@@ -15,16 +15,19 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tasks.cluster import find_gpus, resolve_parallelism
-from tasks.contracts import Base
-from tasks.errors import ForgeError
-from tasks.finetune.bucket import Bucket
+from forge.capacity.model_size import architecture_config, measure_model
+from forge.capacity.training_memory import resolve_parallelism
+from forge.cluster.gpus import find_gpus
+from forge.core.contracts import Base
+from forge.core.errors import ForgeError
+from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import Checkpoints
+from tasks.finetune.checkpoint_mirror import Bucket
 from tasks.finetune.data import Order, PackedRows
 from tasks.finetune.flops import flops_per_token, peak_flops
-from tasks.finetune.gpu import CoolDown, gpu_temperature
+from tasks.finetune.gpu_monitor import CoolDown, gpu_temperature
 from tasks.finetune.loss import TrainedTokenLoss
-from tasks.finetune.memory import explained
 from tasks.finetune.model import (
     DTYPES,
     add_adapter,
@@ -34,14 +37,12 @@ from tasks.finetune.model import (
     load_config,
     load_sharded,
 )
+from tasks.finetune.oom import explained
 from tasks.finetune.parallel import parallelize, sync_gradients
-from tasks.finetune.processes import Rank, Stopped
-from tasks.finetune.progress import TrainingProgress
+from tasks.finetune.process_group import Rank, Stopped
+from tasks.finetune.progress_bar import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
-from tasks.model_size import architecture_config, measure_model
-from tasks.package import LocalBase
-from tasks.recipe import ModelRecipe, TrainingRecipe
 
 transformers_logging.disable_progress_bar()
 POINTS = 100  # of the loss curve

@@ -5,26 +5,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.cluster import GPU, check_fit, on_cluster, training_gpus
-from tasks.contracts import Base, Source
-from tasks.errors import ForgeError, Problems
+from forge.capacity.model_size import architecture_config, measure_model
+from forge.capacity.training_memory import check_fit
+from forge.cluster.gpus import GPU, on_cluster, training_gpus
+from forge.cluster.nodes import check_cluster_has, find_shape
+from forge.core.contracts import Base, Source
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
+from forge.core.settings import Settings, load_settings, path_of
+from forge.registry.mlflow_registry import find_champion, open_registry
+from forge.registry.packages import LocalBase, directory_of, is_registered, local_base, registered_base
+from forge.registry.signature import check_keys
+from forge.serving.rollout_check import check_rollout
+from forge.serving.targets import read_serving
+from forge.serving.vllm_environment import NO_VLLM, vllm_release
+from forge.serving.vllm_process import LocalServer, port_is_free
+from forge.storage import Store, open_store
+from forge.storage.recipes import load_recipe
+from forge.storage.s3 import connect, split
 from tasks.evaluate.champion import find_package
 from tasks.evaluate.harness import check_harness
-from tasks.model_size import architecture_config, measure_model
-from tasks.nodes import check_cluster_has, find_shape
-from tasks.package import LocalBase, directory_of, is_registered, local_base, registered_base
 from tasks.preprocess.sample import check_source
 from tasks.preprocess.sources import DEMONSTRATION, digest_source, pin
-from tasks.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe, load_recipe
-from tasks.registry import find_champion, open_registry
-from tasks.rollout.foresee import check_rollout
-from tasks.rollout.server import LocalServer, port_is_free
-from tasks.rollout.target import read_serving
-from tasks.settings import Settings, load_settings, path_of
-from tasks.signature import check_keys
-from tasks.storage import Store, digest_directory, open_store
-from tasks.storage.s3 import connect, split
-from tasks.vllm_environment import NO_VLLM, vllm_release
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

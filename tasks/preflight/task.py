@@ -5,11 +5,11 @@ from typing import Annotated, NamedTuple
 
 from flytekit import HashMethod, task
 
-from tasks.contracts import Base, Source, cache_key, value_key
-from tasks.interrupts import keep_interrupts
-from tasks.nodes import Shape
-from tasks.pods import TRAINER_IMAGE, light
-from tasks.recipe import DataRecipe, EvaluationRecipe, GateRecipe, ModelRecipe, Recipe, TrainingRecipe
+from forge.cluster.nodes import Shape
+from forge.core.contracts import Base, Source, cache_key, value_key
+from forge.core.recipe import DataRecipe, EvaluationRecipe, GateRecipe, ModelRecipe, Recipe, TrainingRecipe
+from forge.core.signals import keep_interrupts
+from tasks.task_pods import TRAINER_IMAGE, light
 
 
 class Plan(NamedTuple):

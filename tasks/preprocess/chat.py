@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 # templates see plain JSON only, which rows are. The lock pins the version, and the tests cover both.
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from tasks.contracts import TODAY
-from tasks.errors import ForgeError
-from tasks.package import LocalBase
+from forge.core.contracts import TODAY
+from forge.core.errors import ForgeError
+from forge.registry.packages import LocalBase
 from tasks.preprocess.rows import Invalid, Row
 from tasks.preprocess.tokens import Span
 

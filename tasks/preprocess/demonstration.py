@@ -11,9 +11,9 @@ from typing import Any
 import babel
 from babel.dates import format_date
 
-from tasks.errors import ForgeError
-from tasks.recipe import Demonstration
-from tasks.storage import digest_json
+from forge.core.digest import digest_json
+from forge.core.errors import ForgeError
+from forge.core.recipe import Demonstration
 
 FIRST, DAYS = datetime.date(1950, 1, 1), 36_525  # 1950 to 2049
 FORMATS = ("full", "long", "medium")

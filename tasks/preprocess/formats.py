@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
 from tasks.preprocess.rows import EXAMPLE, Invalid, parse
 
 BLOCK = 4 << 20  # bytes of text in a block, about

@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from tasks.contracts import Artifact, Base, Dataset, Source
-from tasks.errors import ForgeError, Problems
-from tasks.package import LocalBase, local_base
+from forge.core.contracts import Artifact, Base, Dataset, Source
+from forge.core.digest import digest_directory, digest_json
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import DataRecipe
+from forge.core.settings import Settings
+from forge.registry.packages import LocalBase, local_base
+from forge.storage import Store
+from forge.storage.completed import find_done, record_done
 from tasks.preprocess.chat import ChatFormat, chat_format, load_tokenizer
+from tasks.preprocess.dataset_report import render_report
 from tasks.preprocess.pack import write_packed
 from tasks.preprocess.read import REJECTS, Part, check_slices, read_part, start_workers_early
-from tasks.preprocess.report import render_report
 from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import DataRecipe
-from tasks.settings import Settings
-from tasks.storage import Store, digest_directory, digest_json
-from tasks.storage.done import find_done, record_done
 
 CARD = "dataset.json"
 REPORT = "report.html"

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import DataRecipe
+from forge.storage.remote_files import is_remote
 from tasks.preprocess import worker
 from tasks.preprocess.chat import ChatFormat, Renderer
 from tasks.preprocess.formats import BLOCK, Block
@@ -26,8 +28,6 @@ from tasks.preprocess.sample import two_shapes
 from tasks.preprocess.shapes import Shape, find_shape
 from tasks.preprocess.sources import DEMONSTRATION, blocks_of, find_files
 from tasks.preprocess.worker import DOCUMENT, Found, Job, Side, Worker
-from tasks.recipe import DataRecipe
-from tasks.storage.remote import is_remote
 
 FEW = 6  # blocks that one process reads sooner than others could
 ALONE = 1  # blocks that it reads anyway while the others start

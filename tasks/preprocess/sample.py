@@ -3,15 +3,15 @@
 from collections import Counter
 from itertools import islice
 
-from tasks.errors import ForgeError, Problems
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import DataRecipe
+from forge.storage.remote_files import is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.formats import Block, RawFile, read_blocks
 from tasks.preprocess.rows import Invalid, digests
 from tasks.preprocess.secrets import refuse_secret
 from tasks.preprocess.shapes import detect, find_shape, to_row, unknown_shape
 from tasks.preprocess.sources import DEMONSTRATION, find_files
-from tasks.recipe import DataRecipe
-from tasks.storage.remote import is_remote
 
 SAMPLE = 1000  # rows of each file; preprocessing reads them all
 SHOWN = 10  # findings printed; all are counted

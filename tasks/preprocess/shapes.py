@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from forge.core.recipe import DataRecipe
 from tasks.preprocess.formats import Block
 from tasks.preprocess.rows import (
     EXAMPLE,
@@ -19,7 +20,6 @@ from tasks.preprocess.rows import (
     parse,
     printable,
 )
-from tasks.recipe import DataRecipe
 
 LOOKED_AT = 6  # blocks, in search of a row that is of any shape
 SPEAKERS = {

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.errors import ForgeError
+from forge.core.digest import digest_file, digest_json
+from forge.core.errors import ForgeError
+from forge.core.recipe import DataRecipe
+from forge.core.settings import load_settings, path_of
+from forge.storage.remote_files import fetch, identify, is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
-from tasks.recipe import DataRecipe
-from tasks.settings import load_settings, path_of
-from tasks.storage import digest_file, digest_json
-from tasks.storage.remote import fetch, identify, is_remote
 
 DEMONSTRATION = "demonstration"
 READABLE = "JSONL, JSON, CSV, TSV (also as .gz or .zst) or Parquet"

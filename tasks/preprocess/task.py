@@ -5,12 +5,12 @@ from typing import Annotated
 
 from flytekit import Cache, Deck, HashMethod, dynamic, map_task, task
 
-from tasks.contracts import Artifact, Base, Dataset, Source, cache_key
-from tasks.pods import light
-from tasks.recipe import DataRecipe
-from tasks.settings import Settings, load_settings
-from tasks.storage import Store, open_store
-from tasks.version import code_version
+from forge.core.code_version import code_version
+from forge.core.contracts import Artifact, Base, Dataset, Source, cache_key
+from forge.core.recipe import DataRecipe
+from forge.core.settings import Settings, load_settings
+from forge.storage import Store, open_store
+from tasks.task_pods import light
 
 READER = light(cores=16, memory=64, hours=6)
 DECK = {"enable_deck": True, "deck_fields": ()}  # the report alone: Flyte's own decks ask for a pip that images lack
@@ -46,7 +46,7 @@ def pack_shards(
     return dataset
 
 
-@dynamic(cache=Cache(version=code_version("preprocess"), serialize=True), **light(hours=8))
+@dynamic(cache=Cache(version=code_version("tasks.preprocess"), serialize=True), **light(hours=8))
 def preprocess_data(source: Source, data: DataRecipe, base: Base) -> Annotated[Dataset, HashMethod(cache_key)]:
     """Raw rows to a packed data set in the store; in shards side by side, where the recipe asks for more than one."""
     from tasks.preprocess.prepare import find_prepared

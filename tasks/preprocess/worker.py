@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from forge.core.recipe import DataRecipe
 from tasks.preprocess.chat import ChatFormat, Renderer
 from tasks.preprocess.formats import Block
 from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
@@ -21,7 +22,6 @@ from tasks.preprocess.secrets import refuse_secret
 from tasks.preprocess.shapes import Shape, detect, shape_named, to_row, unknown_shape
 from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
 from tasks.preprocess.words import SHINGLE, signatures
-from tasks.recipe import DataRecipe
 
 Side = Literal["both", "train", "heldout"]
 SPILLS = ("tokens", "words", "rows", "signatures")

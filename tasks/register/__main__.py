@@ -5,10 +5,10 @@ import sys
 
 import click
 
-from tasks.package import fetch as fetch_package
-from tasks.registry import artifact_root, open_registry, tracking_uri
-from tasks.settings import load_settings
-from tasks.storage import open_store
+from forge.core.settings import load_settings
+from forge.registry.mlflow_registry import artifact_root, open_registry, tracking_uri
+from forge.registry.packages import fetch as fetch_package
+from forge.storage import open_store
 
 
 @click.group()

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from tasks.errors import ForgeError
-from tasks.package import find_version, resolve, version_named
-from tasks.promotion import Promotion, promotions
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import PACKAGE_DIGEST, open_registry, telling
+from forge.registry.packages import find_version, resolve, version_named
+from forge.registry.promotion import Promotion, promotions
+from forge.storage import Store
 from tasks.register.register import EVALUATION
-from tasks.registry import PACKAGE_DIGEST, open_registry, telling
-from tasks.settings import Settings
-from tasks.storage import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

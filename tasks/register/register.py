@@ -7,12 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tasks.contracts import Base, Dataset, Evaluation, Model, Version
-from tasks.errors import ForgeError
-from tasks.package import ADAPTER, is_registered, open_package, portable_name
-from tasks.recipe import Recipe
-from tasks.register.package import build_package, ensure_signed
-from tasks.registry import (
+from forge.core.contracts import Base, Dataset, Evaluation, Model, Version
+from forge.core.digest import digest_directory, digest_json
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import (
     CHALLENGER,
     EVALUATION,
     MODEL_DIGEST,
@@ -23,9 +23,10 @@ from tasks.registry import (
     open_registry,
     telling,
 )
-from tasks.settings import Settings
-from tasks.storage import Store, digest_directory, digest_json
-from tasks.storage.lease import lease, whoami
+from forge.registry.packages import ADAPTER, is_registered, open_package, portable_name
+from forge.storage import Store
+from forge.storage.lease import lease, whoami
+from tasks.register.publish import build_package, ensure_signed
 
 
 def register(

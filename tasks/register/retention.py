@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 
-from tasks.errors import ForgeError
-from tasks.package import ADAPTER, DIGEST
-from tasks.promotion import promotions
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry, telling
+from forge.registry.packages import ADAPTER, DIGEST
+from forge.registry.promotion import promotions
+from forge.storage import Store
+from forge.storage.artifacts import Found
+from forge.storage.lease import lease
 from tasks.register.history import aliases_of, names_of, versions_of
-from tasks.registry import open_registry, telling
-from tasks.settings import Settings
-from tasks.storage import Store
-from tasks.storage.artifacts import Found
-from tasks.storage.lease import lease
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -3,14 +3,14 @@
 from flytekit import task
 from rich.console import Console
 
-from tasks.contracts import Dataset, Evaluation, Model, Version
-from tasks.pods import light
-from tasks.recipe import Recipe
+from forge.core.contracts import Dataset, Evaluation, Model, Version
+from forge.core.recipe import Recipe
+from forge.core.settings import load_settings
+from forge.storage import open_store
 from tasks.register import history as past
 from tasks.register.register import register
 from tasks.register.retention import retain, retention_table
-from tasks.settings import load_settings
-from tasks.storage import open_store
+from tasks.task_pods import light
 
 
 @task(**light(cores=8, memory=32, hours=3, signs=True))

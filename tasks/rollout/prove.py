@@ -8,10 +8,10 @@ from typing import Any
 from openai import OpenAIError
 from pyarrow import parquet
 
-from tasks.endpoint import ask, client_of
-from tasks.errors import ForgeError
-from tasks.recipe import ServingRecipe
-from tasks.rollout.vllm_api import UNREACHABLE, VLLM
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.serving.client import ask, client_of
+from forge.serving.vllm_client import UNREACHABLE, VLLM
 
 COLUMNS = ["messages", "tools", "candidate_answer", "candidate_nll", "prompt_tokens", "whole_tokens", "scored"]
 HELLO = [{"role": "user", "content": "Hello"}]

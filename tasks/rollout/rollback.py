@@ -4,18 +4,18 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from tasks.contracts import Deployment
-from tasks.errors import ForgeError
-from tasks.package import find_version, open_package, resolve
-from tasks.promotion import promotions
-from tasks.recipe import ServingRecipe
-from tasks.registry import EVALUATION, find_champion, open_registry, telling
-from tasks.rollout.desired import Served
+from forge.core.contracts import Deployment
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import EVALUATION, find_champion, open_registry, telling
+from forge.registry.packages import find_version, open_package, resolve
+from forge.registry.promotion import promotions
+from forge.serving.desired import Served
+from forge.serving.trial import FAILED
+from forge.storage import Store
+from forge.storage.lease import whoami
 from tasks.rollout.rollout import Candidate, serve
-from tasks.rollout.trial import FAILED
-from tasks.settings import Settings
-from tasks.storage import Store
-from tasks.storage.lease import whoami
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

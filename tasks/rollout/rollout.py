@@ -11,22 +11,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tasks.contracts import Deployment, Evaluation, Version
-from tasks.errors import ForgeError
-from tasks.package import ADAPTER, open_package
-from tasks.promotion import not_the_champion, promote
-from tasks.recipe import ServingRecipe
-from tasks.registry import find_champion, open_registry, telling
-from tasks.rollout.desired import Actual, Desired, Served, Serving, Trial
-from tasks.rollout.foresee import foresee
-from tasks.rollout.packages import describe
-from tasks.rollout.plan import loading
+from forge.core.contracts import Deployment, Evaluation, Version
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import find_champion, open_registry, telling
+from forge.registry.packages import ADAPTER, open_package
+from forge.registry.promotion import not_the_champion, promote
+from forge.serving.desired import Actual, Desired, Served, Serving, Trial
+from forge.serving.plan import loading
+from forge.serving.rollout_check import foresee
+from forge.serving.served_files import describe
+from forge.serving.targets import Target, open_target
+from forge.serving.trial import BROKEN_OFF, Ended, Recovery, Trying, is_promoted, tag_failed, trying
+from forge.storage import Store
 from tasks.rollout.prove import prove, read_replay
-from tasks.rollout.target import Target, open_target
-from tasks.rollout.trial import BROKEN_OFF, Ended, Recovery, Trying, is_promoted, tag_failed, trying
 from tasks.rollout.watch import Measured, Watch
-from tasks.settings import Settings
-from tasks.storage import Store
 
 POLL = 0.1  # seconds
 

@@ -3,18 +3,18 @@
 from flytekit import task
 from rich.console import Console
 
-from tasks.contracts import Deployment, Evaluation, Version
-from tasks.pods import light
-from tasks.recipe import ServingRecipe
-from tasks.settings import load_settings
-from tasks.storage import open_store
+from forge.core.contracts import Deployment, Evaluation, Version
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import load_settings
+from forge.storage import open_store
+from tasks.task_pods import light
 
 
 @task(**light(cores=8, memory=32, hours=3, rolls_out=True))
 def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -> Deployment:
     """Serve a version, prove it over its API, and make it the champion."""
     from tasks.rollout import rollout
-    from tasks.rollout.report import table
+    from tasks.rollout.rollout_report import table
 
     settings = load_settings()
     deployment = rollout.roll_out(version, evaluation, serving, settings, open_store(settings))
@@ -26,7 +26,7 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
 def roll_back(name: str, to: str) -> Deployment:
     """Serve an earlier version again, and make it the champion again."""
     from tasks.rollout import rollback
-    from tasks.rollout.report import table
+    from tasks.rollout.rollout_report import table
 
     settings = load_settings()
     deployment = rollback.roll_back(name, to, None, settings, open_store(settings))

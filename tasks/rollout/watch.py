@@ -7,11 +7,11 @@ from typing import Any
 
 from openai import OpenAI, OpenAIError
 
-from tasks.endpoint import client_of
-from tasks.errors import ForgeError
-from tasks.recipe import ServingRecipe
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.serving.client import client_of
+from forge.serving.vllm_client import UNREACHABLE, VLLM
 from tasks.rollout.prove import HELLO
-from tasks.rollout.vllm_api import UNREACHABLE, VLLM
 
 PROBES = 4  # prompts that are asked in turn, and before the swap all at once
 PAUSE = 0.5  # seconds between them

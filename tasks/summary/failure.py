@@ -3,7 +3,7 @@
 import os
 import textwrap
 
-from tasks.settings import Settings
+from forge.core.settings import Settings
 
 
 def describe(stage: str, message: str, inputs: dict[str, str], settings: Settings) -> str:

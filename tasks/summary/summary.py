@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tasks.contracts import Dataset, Deployment, Evaluation, Result, Version
-from tasks.settings import Settings, path_of
-from tasks.storage import write_atomically
+from forge.core.contracts import Dataset, Deployment, Evaluation, Result, Version
+from forge.core.settings import Settings, path_of
+from forge.storage import write_atomically
 
 
 def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, float | None]:

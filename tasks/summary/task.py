@@ -7,12 +7,11 @@ from flytekit import task
 from flytekit.types.error.error import FlyteError
 from rich.console import Console
 
-from tasks.cluster import on_cluster
-from tasks.contracts import Dataset, Deployment, Evaluation, Model, Result, Version
-from tasks.errors import ForgeError
-from tasks.pods import light
-from tasks.processes import end_soon
-from tasks.settings import load_settings
+from forge.cluster.gpus import on_cluster
+from forge.core.contracts import Dataset, Deployment, Evaluation, Model, Result, Version
+from forge.core.errors import ForgeError
+from forge.core.processes import end_soon
+from forge.core.settings import load_settings
 from tasks.summary.failure import describe, describe_here
 from tasks.summary.summary import (
     Place,
@@ -24,6 +23,7 @@ from tasks.summary.summary import (
     show_refused,
     write_facts,
 )
+from tasks.task_pods import light
 
 
 @task(**light())

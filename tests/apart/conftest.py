@@ -69,7 +69,7 @@ class Cluster:
     def changed(self, name: str, *changes: tuple[str, str, str]) -> tuple[Path, Flyte]:
         """A copy of the project in which a file's text is another, and Flyte with its package, on the same services."""
         copy = self.folder / name
-        for part in ("tasks", "workflows", "recipes", "images", "infra"):
+        for part in ("forge", "tasks", "workflows", "recipes", "images", "infra"):
             shutil.copytree(self.project / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for file, old, new in changes:
             text = (copy / file).read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minio import Minio
 
-from tasks.settings import Settings
+from forge.core.settings import Settings
 from tests.apart.manifests import Manifests, Object
 from tests.apart.s3 import S3, serve
 from tests.apart.serving import Serving, quiet_port

@@ -23,14 +23,15 @@ from typing import Any
 
 from kmock import KubernetesError
 
-from tasks.rollout.desired import Engine, Failed
-from tasks.rollout.engine import on_cpu
-from tasks.rollout.vllm_api import VLLM
-from tasks.vllm_environment import ENVIRONMENT
+from forge.core.contracts import Engine
+from forge.serving.desired import Failed
+from forge.serving.engine import on_cpu
+from forge.serving.vllm_client import VLLM
+from forge.serving.vllm_environment import ENVIRONMENT
 from tests.apart.images import HOME, Image
 from tests.apart.manifests import Manifests, Object
 from tests.register.mlflow_servers import answers, wait_until
-from tests.rollout.fake_cluster import CONFIGMAPS, DEPLOYMENTS, NAMESPACE, PODS, VERBS, FakeCluster, Running
+from tests.serving.fake_cluster import CONFIGMAPS, DEPLOYMENTS, NAMESPACE, PODS, VERBS, FakeCluster, Running
 
 CPU = {"VLLM_CPU_KVCACHE_SPACE": ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]}  # what vLLM needs besides, on a CPU
 STEP = 0.05  # seconds between the controllers' steps

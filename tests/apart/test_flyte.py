@@ -251,7 +251,7 @@ def small(project: Path) -> Path:
     project.mkdir()
     for name in ("images", "infra", "recipes"):
         (project / name).symlink_to(FORGE / name)
-    for name in ("tasks", "workflows"):
+    for name in ("forge", "tasks", "workflows"):
         (project / name).mkdir()
         (project / name / "__init__.py").touch()
     (project / "workflows" / "small.py").write_text(SMALL)

@@ -22,7 +22,7 @@ CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {
     "a local path in a contract": (
         [
             ANOTHER_REPORT,
-            ("tasks/contracts.py", 'isinstance(value, str) and value.startswith("/")', "False"),
+            ("forge/core/contracts.py", 'isinstance(value, str) and value.startswith("/")', "False"),
             ("tasks/evaluate/evaluate.py", 'report=f"{uri}/{REPORT}"', "report=str(store.path(uri) / REPORT)"),
         ],
         "evaluate_model",
@@ -139,7 +139,7 @@ def test_a_write_under_the_readers_policy_is_caught(writes: bool, story: Cluster
     ]
     if writes:
         body = "self.bucket, self.prefix = s3.split(root)\n"
-        changes.append(("tasks/storage/bucket.py", body, f"{body}        self.put('opened', b'')\n"))
+        changes.append(("forge/storage/bucket_store.py", body, f"{body}        self.put('opened', b'')\n"))
     copy, _ = story.changed(f"reader-{writes}", *changes)
     before = len(story.services.denied)
     manifests = Manifests(copy)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from openai import OpenAI
 
-from tasks.registry import CHALLENGER, open_registry, version_of
-from tasks.settings import Settings
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import CHALLENGER, open_registry, version_of
 from tests.apart.conftest import FIRST_SERVED, PIPELINE, Cluster, recipe
 from tests.apart.flyte import Flyte
 from tests.apart.pods import Pods

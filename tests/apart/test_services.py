@@ -15,17 +15,17 @@ from minio.deleteobjects import DeleteObject
 from minio.error import MinioException
 from pydantic import SecretStr
 
-from tasks.errors import ForgeError
-from tasks.rollout.desired import Failed
-from tasks.rollout.kubernetes import ConfigMapDocument, KubernetesServer, open_cluster
-from tasks.settings import PROJECT, Settings
-from tasks.storage import open_store
+from forge.core.errors import ForgeError
+from forge.core.settings import PROJECT, Settings
+from forge.serving.desired import Failed
+from forge.serving.kubernetes_target import ConfigMapDocument, KubernetesServer, open_cluster
+from forge.storage import open_store
 from tests.apart.manifests import Manifests
 from tests.apart.s3 import BUCKETS, S3, Policy, serve
 from tests.apart.services import services
 from tests.apart.serving import Serving
-from tests.rollout.fake_cluster import DOCUMENT, ENGINE, NAMESPACE, NEW, wanted, write_package
-from tests.rollout.models import publish, write_base
+from tests.serving.fake_cluster import DOCUMENT, ENGINE, NAMESPACE, NEW, wanted, write_package
+from tests.serving.models import publish, write_base
 
 MANIFESTS = Manifests(PROJECT)
 USERS = {"pipeline", "reader", "flyte", "mlflow"}

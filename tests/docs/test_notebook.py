@@ -19,10 +19,10 @@ from flytekit.models.task import TaskSpec
 from flytekit.tools.translator import get_serializable
 from nbclient import NotebookClient
 
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.storage import open_store
 from tasks.evaluate.record import record_evaluation
-from tasks.recipe import Recipe
-from tasks.settings import Settings
-from tasks.storage import open_store
 from tests.register.packages import inputs
 from workflows.launch_plans import ROWS, nightly_fine_tune
 

@@ -11,7 +11,7 @@ import yaml
 from flytekit.clis.sdk_in_container.run import run
 from flytekit.constants import CopyFileDetection
 
-from tasks.recipe import load_recipe
+from forge.storage.recipes import load_recipe
 
 PROJECT = Path(__file__).parents[2]
 PAGE = (PROJECT / "docs" / "operate.md").read_text()

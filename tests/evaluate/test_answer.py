@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import Check, EvaluationRecipe
+from forge.registry.packages import LocalBase
 from tasks.evaluate.answer import Answer, Answerer, answer_all, batches
 from tasks.evaluate.ask import Asked, ask, ask_all, render
 from tasks.evaluate.items import Item, digest_items, read_items
-from tasks.package import LocalBase
-from tasks.recipe import Check, EvaluationRecipe
 from tests.conftest import Trained, chat, write_jsonl
 
 EXACT = Check(kind="exact")

@@ -10,17 +10,17 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from tasks.contracts import Champion, Evaluation, Model
-from tasks.errors import ForgeError
-from tasks.evaluate import cache
+from forge.core.contracts import Champion, Evaluation, Model
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError
+from forge.core.recipe import GateRecipe, Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import find_champion, open_registry
+from forge.registry.promotion import promote
+from tasks.evaluate import answer_cache
 from tasks.evaluate.evaluate import evaluate
 from tasks.evaluate.record import EXPERIMENT, record_evaluation
-from tasks.promotion import promote
-from tasks.recipe import GateRecipe, Recipe
 from tasks.register.register import register
-from tasks.registry import find_champion, open_registry
-from tasks.settings import Settings
-from tasks.storage import digest_directory
 from tests.conftest import Trained
 
 ANY = GateRecipe(measure="nll", json_validity=0, ended=0)
@@ -83,7 +83,7 @@ def test_no_model_answers_the_same_twice(
     def never(*arguments: object) -> None:
         raise AssertionError("it answered again")
 
-    monkeypatch.setattr(cache, "answer_all", never)
+    monkeypatch.setattr(answer_cache, "answer_all", never)
     other = judge(trained, recipe, settings, gate=GateRecipe(min_items=33))  # another gate is no other question
     assert (other.score, other.nll) == (first.score, first.nll)
     with pytest.raises(AssertionError, match="answered again"):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from forge.core.recipe import GateRecipe
 from tasks.evaluate.answer import Answer
 from tasks.evaluate.gate import Reference, Verdict, decide
 from tasks.evaluate.score import Judged
-from tasks.recipe import GateRecipe
 
 ITEMS, TRIALS = 500, 2000
 GATE = GateRecipe()

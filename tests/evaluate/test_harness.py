@@ -9,9 +9,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.errors import ForgeError, Problems
+from forge.core.errors import ForgeError, Problems
+from forge.core.settings import Settings
 from tasks.evaluate.harness import check_harness, read_results, run_harness
-from tasks.settings import Settings
 from tests.conftest import Trained
 
 INSTALLED = Settings().harness_python.exists()

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from forge.core.recipe import Check
 from tasks.evaluate.answer import Answer
 from tasks.evaluate.items import Item, is_json
 from tasks.evaluate.score import judge, judge_all, last_number, normalise, places_by_slice, summarise
-from tasks.recipe import Check
 
 EXACT = Check(kind="exact")
 

@@ -12,11 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.finetune.processes import Rank
+from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.core.settings import Settings
+from forge.registry.packages import LocalBase
+from tasks.finetune.process_group import Rank
 from tasks.finetune.train import Job, Trainer
-from tasks.package import LocalBase
-from tasks.recipe import ModelRecipe, TrainingRecipe
-from tasks.settings import Settings
 from tests.finetune.job import PROJECT, SMALL, VOCABULARY, curve, run, write_base, write_data, write_recipe
 
 ROWS, LENGTH = 3, 24
@@ -30,12 +30,12 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from tasks.package import LocalBase
+from forge.registry.packages import LocalBase
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
-from tasks.finetune.processes import joined
+from tasks.finetune.process_group import joined
 from tasks.finetune.train import Job, Trainer
-from tasks.recipe import Lora, ModelRecipe, TrainingRecipe
+from forge.core.recipe import Lora, ModelRecipe, TrainingRecipe
 
 here, rows, length = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 recipe = TrainingRecipe(
@@ -144,10 +144,10 @@ def test_vllm_gives_the_probabilities_that_sharded_training_had(place: Path, tmp
 STOPPED = """
 import contextlib, json, sys
 from pathlib import Path
-from tasks.package import LocalBase
-from tasks.finetune.processes import Stopped, joined
+from forge.registry.packages import LocalBase
+from tasks.finetune.process_group import Stopped, joined
 from tasks.finetune.train import Job, Trainer
-from tasks.recipe import ModelRecipe, TrainingRecipe
+from forge.core.recipe import ModelRecipe, TrainingRecipe
 
 here, checkpoints, recipe = Path(sys.argv[1]), Path(sys.argv[2]), TrainingRecipe(**json.loads(sys.argv[3]))
 base = str(here / "base")

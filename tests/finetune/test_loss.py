@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import Lora, ModelRecipe
+from forge.registry.packages import LocalBase
 from tasks.finetune.data import PackedRows
 from tasks.finetune.loss import LinearCrossEntropy, TrainedTokenLoss
 from tasks.finetune.model import add_adapter, build_model
-from tasks.package import LocalBase
-from tasks.recipe import Lora, ModelRecipe
 from tests.finetune.job import CONFIGS, CONTEXT, write_base, write_data
 
 

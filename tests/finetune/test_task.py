@@ -17,12 +17,12 @@ from flytekit import task
 from flytekit.exceptions.user import FlyteRecoverableException
 from torch import distributed
 
-from tasks.contracts import Base
-from tasks.errors import ForgeError
-from tasks.finetune import processes
-from tasks.finetune.processes import Stopped, joined
+from forge.core.contracts import Base
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe, TrainingRecipe
+from tasks.finetune import process_group
+from tasks.finetune.process_group import Stopped, joined
 from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_on_1x1
-from tasks.recipe import Recipe, TrainingRecipe
 from tests.conftest import Trained, start_task
 from tests.finetune.job import PROJECT
 
@@ -35,7 +35,7 @@ def fails(training: TrainingRecipe, how: str) -> str:
     if how == "early" and os.environ["RANK"] == "1":
         raise ValueError("not even joined")
     if how == "hang":
-        processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
+        process_group.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     with joined(failure_file(os.getppid())) as rank:
         rank.alive()
         distributed.barrier()
@@ -137,7 +137,7 @@ def test_a_container_s_first_process_ends_too() -> None:
     command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody make a PID namespace")
-    code = "import os; from tasks.processes import end_by; assert os.getpid() == 1; end_by(15)"
+    code = "import os; from forge.core.processes import end_by; assert os.getpid() == 1; end_by(15)"
     ended = subprocess.run([*command, sys.executable, "-c", code], cwd=PROJECT)
     assert ended.returncode == 128 + signal.SIGTERM
 
@@ -223,7 +223,7 @@ NODE = """
 import os, sys
 from pathlib import Path
 from torch import distributed
-from tasks.finetune.processes import joined
+from tasks.finetune.process_group import joined
 
 with joined(Path(sys.argv[1]) / f"failure-{os.getppid()}.json") as rank:
     if rank.rank == 1:
@@ -254,9 +254,9 @@ import os, sys
 from flytekit import task
 from flytekit.core.base_task import IgnoreOutputs
 from flytekit.core.context_manager import ExecutionState, FlyteContextManager
-from tasks.contracts import Base, Model
+from forge.core.contracts import Base, Model
 from tasks.finetune.task import Processes
-from tasks.recipe import TrainingRecipe
+from forge.core.recipe import TrainingRecipe
 
 @task(task_config=Processes(nnodes=2, increase_shared_mem=False))
 def trains(training: TrainingRecipe) -> Model:

@@ -16,12 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tasks.finetune import gpu, telemetry
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry
+from tasks.finetune import gpu_monitor, telemetry
 from tasks.finetune.flops import flops_per_token, peak_flops
-from tasks.finetune.gpu import CoolDown, gpu_temperature, read_gpu
+from tasks.finetune.gpu_monitor import CoolDown, gpu_temperature, read_gpu
 from tasks.finetune.telemetry import EXPERIMENT, TRAINING, Telemetry
-from tasks.registry import open_registry
-from tasks.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -265,15 +265,15 @@ def test_a_gpu_tells_its_figures(settings: Settings) -> None:
 def test_a_hot_gpu_slows_training_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "PAUSE", 0.001)
-    monkeypatch.setattr(gpu, "LONGEST_PAUSE", 0.002)
+    monkeypatch.setattr(gpu_monitor, "PAUSE", 0.001)
+    monkeypatch.setattr(gpu_monitor, "LONGEST_PAUSE", 0.002)
     sensor = SimpleNamespace(degrees=[])
     cool_down = CoolDown(lambda: sensor.degrees.pop(0), limit=85, rank=1)
 
     def slept(*degrees: float | None) -> tuple[float, int]:
         """Stretches slept, and warnings told, while the sensor shows these degrees."""
         sensor.degrees = list(degrees)
-        pauses = cool_down() / gpu.PAUSE
+        pauses = cool_down() / gpu_monitor.PAUSE
         assert sensor.degrees == []
         return pauses, capfd.readouterr().out.count("the GPU of rank 1 has 90 °C")
 

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.contracts import Base, Model
-from tasks.errors import ForgeError
+from forge.core.contracts import Base, Model
+from forge.core.errors import ForgeError
+from forge.core.recipe import ModelRecipe, Recipe
+from forge.core.settings import Settings
+from forge.registry.packages import LocalBase
+from forge.storage import DirectoryStore
 from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.data import PackedRows
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.model import build_model
-from tasks.finetune.processes import Rank
+from tasks.finetune.process_group import Rank
 from tasks.finetune.run import train
 from tasks.finetune.schedule import share
-from tasks.package import LocalBase
-from tasks.recipe import ModelRecipe, Recipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
 from tests.conftest import Trained
 
 ONE = Rank(0, 1, torch.device("cpu"))
@@ -141,12 +141,12 @@ def test_two_processes_train_as_one_does(
 _TWO = """
 import json, sys
 from pathlib import Path
-from tasks.contracts import Base, Dataset
-from tasks.finetune.processes import joined
+from forge.core.contracts import Base, Dataset
+from tasks.finetune.process_group import joined
 from tasks.finetune.run import train
-from tasks.recipe import ModelRecipe, TrainingRecipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
+from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
 
 here = Path(sys.argv[1])
 job = json.loads((here / "job.json").read_text())

@@ -16,15 +16,15 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import Lora, ModelRecipe, TrainingRecipe
+from forge.registry.packages import LocalBase
 from tasks.finetune.data import Batch
 from tasks.finetune.export import export
 from tasks.finetune.model import build_quantised
-from tasks.finetune.processes import Rank, Stopped
+from tasks.finetune.process_group import Rank, Stopped
 from tasks.finetune.schedule import share
 from tasks.finetune.train import Job, Trainer
-from tasks.package import LocalBase
-from tasks.recipe import Lora, ModelRecipe, TrainingRecipe
 from tests.finetune.job import CONFIGS, SMALL, write_base, write_data
 
 STEPS = 12  # of the recipe below on the rows below

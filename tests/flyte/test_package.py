@@ -19,10 +19,19 @@ from flyteidl.admin.workflow_pb2 import WorkflowSpec
 from flytekit import HashMethod
 from google.protobuf.json_format import MessageToDict
 
-from tasks.cluster import GPUS
+from forge.cluster.gpus import GPUS
+from forge.cluster.nodes import (
+    KEPT_CORES,
+    KEPT_MEMORY,
+    SHAPES,
+    TIME_ZONE,
+    TRAINING,
+    TRAINING_HOURS,
+    all_nodes,
+    nodes_of,
+)
+from forge.storage.recipes import RECIPES
 from tasks.finetune.task import ENVIRONMENT
-from tasks.nodes import KEPT_CORES, KEPT_MEMORY, SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, all_nodes, nodes_of
-from tasks.recipe import RECIPES
 
 PROJECT = Path(__file__).parents[2]
 SECRETS = {

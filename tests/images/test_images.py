@@ -62,7 +62,7 @@ def test_the_base_is_pinned_by_digest_and_the_trainer_stands_on_the_pipeline() -
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_they_run_as_the_pods_expect(image: str) -> None:
-    from tasks.pods import HOME, USER
+    from tasks.task_pods import HOME, USER
 
     assert values(image, "USER")[-1] == str(USER)
     if image == "pipeline":
@@ -80,7 +80,7 @@ def test_tasks_start_in_an_empty_directory_of_their_own_before_code_that_nobody_
     assert re.search(rf"install -d -o forge -g forge .*{work}(\s|$)", made)
     targets = [copy.split()[-1] for copy in values("pipeline", "COPY") if "--" not in copy]
     assert [one for one in targets if not one.startswith("/tmp/")] == [  # noqa: S108
-        f"{CODE}/{source}" for source in ("infra/nodes.yaml", "recipes", "tasks", "workflows")
+        f"{CODE}/{source}" for source in ("forge", "infra/nodes.yaml", "recipes", "tasks", "workflows")
     ]
     assert not [
         line for line in (*values("pipeline", "RUN"), *values("pipeline", "COPY")) if CODE in line and "chown" in line
@@ -124,7 +124,7 @@ def test_what_is_sent_is_what_runs_and_small() -> None:
     assert {"infra/nodes.yaml", "recipes/tiny-cpu.yaml", "workflows/training_pipeline.py"} <= sent
     assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tasks").rglob("*.py")} <= sent
     assert {name.partition("/")[0] for name in sent} == {
-        ".dockerignore", "images", "infra", "recipes", "tasks", "workflows"
+        ".dockerignore", "forge", "images", "infra", "recipes", "tasks", "workflows"
     }  # fmt: skip
     assert sum((PROJECT / name).stat().st_size for name in sent) < 3_000_000
 

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
+from forge.core.settings import PROJECT
 from infra.check.__main__ import KUBECTL
 from infra.check.tree import Tree, read_tree
-from tasks.settings import PROJECT
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forge.core.settings import PROJECT
 from infra.check.__main__ import findings
 from infra.check.tree import Tree
-from tasks.settings import PROJECT
 
 INFRA = PROJECT / "infra"
 

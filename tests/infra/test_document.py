@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from forge.core.settings import PROJECT
 from infra.check.network import EXPORTED
 from infra.check.placement import nodes_of_tree
 from infra.check.tree import Tree, at, key
-from tasks.settings import PROJECT
 
 ROWS = yaml.safe_load((PROJECT / "infra" / "check" / "document.yaml").read_text())["document"]
 METRICS = PROJECT / "infra" / "check" / "metrics.yaml"

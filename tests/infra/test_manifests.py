@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.rollout.engine import MODULE, NAMES, VARIABLES
-from tasks.rollout.kubernetes import CALLS, LISTEN
-from tasks.settings import load_settings
-from tests.rollout.fake_cluster import (
+from forge.core.settings import load_settings
+from forge.serving.engine import MODULE, NAMES, VARIABLES
+from forge.serving.kubernetes_target import CALLS, LISTEN
+from tests.serving.fake_cluster import (
     MANIFESTS,
     NAMESPACE,
     NEW,

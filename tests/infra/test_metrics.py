@@ -14,11 +14,11 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
+from forge.core.settings import PROJECT, Settings
+from forge.serving.desired import Actual
+from forge.serving.reconciler_status import Status
+from forge.serving.vllm_client import Names
 from tasks.finetune.telemetry import GPU_GAUGES, TRAINING_GAUGES, Telemetry
-from tasks.rollout.desired import Actual
-from tasks.rollout.status import Status
-from tasks.rollout.vllm_api import Names
-from tasks.settings import PROJECT, Settings
 
 MONITORING = PROJECT / "infra" / "apps" / "monitoring"
 EXPORTERS = {

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 
+from forge.core.settings import PROJECT
 from infra.check.__main__ import findings
 from infra.check.tree import Tree, read_tree
-from tasks.settings import PROJECT
 
 INFRA = PROJECT / "infra"
 VLLM = "apps/ml-inference/vllm"

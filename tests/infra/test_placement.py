@@ -4,14 +4,14 @@ import copy
 
 import pytest
 
+from forge.capacity.serving_memory import check_serving
+from forge.cluster.gpus import gpus_of
+from forge.cluster.nodes import SERVING, TRAINING_HOURS, Shape
+from forge.core.errors import ForgeError
+from forge.serving.desired import read_document
 from infra.check.placement import check_placement, hours, nodes_of_tree, place, pods_at
 from infra.check.tree import Pod, Tree
-from tasks.cluster import SERVING_NODE
-from tasks.errors import ForgeError
-from tasks.nodes import TRAINING_HOURS, Shape
-from tasks.rollout.desired import read_document
-from tasks.rollout.fit import check_serving
-from tests.rollout.test_fit import LLAMA_70B, LLAMA_70B_AWQ, WEIGHTS_70B, WEIGHTS_70B_AWQ
+from tests.capacity.test_serving_memory import LLAMA_70B, LLAMA_70B_AWQ, WEIGHTS_70B, WEIGHTS_70B_AWQ
 
 
 def with_gpu(pod: Pod, gpus: int) -> Pod:
@@ -51,10 +51,10 @@ def test_what_serves_at_first_fits_in_4_bits_and_not_in_bf16(tree: Tree) -> None
     public = "meta-llama/Meta-Llama-3.1-70B-Instruct"
     assert serving.base is not None
     assert serving.find(public) == serving.base
-    fit = check_serving(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, serving.engine, SERVING_NODE, public, concurrency=20)
+    fit = check_serving(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, serving.engine, gpus_of(SERVING), public, concurrency=20)
     assert (fit.gpus, fit.served) == (2, 4096)
     with pytest.raises(ForgeError, match="or with 4-bit AWQ weights"):
-        check_serving(LLAMA_70B, WEIGHTS_70B, serving.engine, SERVING_NODE, public)
+        check_serving(LLAMA_70B, WEIGHTS_70B, serving.engine, gpus_of(SERVING), public)
 
 
 def test_the_windows_of_training_and_of_the_night_do_not_meet(tree: Tree) -> None:

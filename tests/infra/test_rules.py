@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tasks.nodes import all_nodes
-from tasks.settings import PROJECT
+from forge.cluster.nodes import all_nodes
+from forge.core.settings import PROJECT
 
 RULES = PROJECT / "infra" / "apps" / "monitoring" / "rules"
 RUNBOOKS = PROJECT / "docs" / "runbooks.md"

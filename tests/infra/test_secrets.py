@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from forge.core.settings import PROJECT
 from infra.check.secrets import make_secrets
 from infra.check.tree import Tree, key, read_lists
-from tasks.settings import PROJECT
 
 
 def by_name() -> dict[str, dict[str, str]]:

@@ -8,11 +8,11 @@ from flytekit.core.python_auto_container import PythonAutoContainerTask
 from kubernetes.utils import parse_quantity
 
 import workflows.launch_plans  # noqa: F401  all tasks that there are
+from forge.cluster.nodes import SHAPES
+from forge.core.settings import Settings, load_settings
 from infra.check.network import connects
 from infra.check.tree import Pod, Tree, at, key
-from tasks.nodes import SHAPES
-from tasks.pods import CHECKPOINTS, METRICS, PRIORITY, ROLLOUT, SECRETS, SETTINGS, VARIABLES
-from tasks.settings import Settings, load_settings
+from tasks.task_pods import CHECKPOINTS, METRICS, PRIORITY, ROLLOUT, SECRETS, SETTINGS, VARIABLES
 
 DOMAINS = ("development", "staging", "production")
 TASKS = [

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tasks.rollout.desired import Desired
-from tasks.rollout.local import LocalTarget
-from tasks.rollout.server import LocalServer, Running
-from tasks.settings import Settings
+from forge.core.settings import Settings
+from forge.serving.desired import Desired
+from forge.serving.local_target import LocalTarget
+from forge.serving.vllm_process import LocalServer, Running
 
 PROJECT = Path(__file__).parents[2]
 RECIPE = {

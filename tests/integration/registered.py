@@ -10,26 +10,26 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from tasks.package import open_package
-from tasks.promotion import promotions
-from tasks.recipe import ServingRecipe
-from tasks.registry import PACKAGE_DIGEST, champion_version, open_registry
-from tasks.rollout.desired import Served
-from tasks.rollout.local import LocalTarget
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import PACKAGE_DIGEST, champion_version, open_registry
+from forge.registry.packages import open_package
+from forge.registry.promotion import promotions
+from forge.serving.desired import Served
+from forge.serving.local_target import LocalTarget
+from forge.serving.vllm_process import LocalServer
+from forge.storage import DirectoryStore
 from tasks.rollout.rollout import Candidate, serve
-from tasks.rollout.server import LocalServer
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
 from tests.integration.harness import PROJECT
-from tests.rollout.models import publish, write_adapter, write_base
+from tests.serving.models import publish, write_adapter, write_base
 
 SWAP = """
 import sys
 from pathlib import Path
-from tasks.recipe import ServingRecipe
+from forge.core.recipe import ServingRecipe
 from tasks.rollout.rollback import roll_back
-from tasks.settings import load_settings
-from tasks.storage import open_store
+from forge.core.settings import load_settings
+from forge.storage import open_store
 settings = load_settings()
 recipe = ServingRecipe(watch_seconds=float(sys.argv[2]), startup_timeout=180)
 roll_back("dates", sys.argv[1], recipe, settings, open_store(settings))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.registry import open_registry
+from forge.registry.mlflow_registry import open_registry
 from tests.integration.harness import Home, gone
 from tests.storage.servers import KEY, SECRET, client_of, rclone
 

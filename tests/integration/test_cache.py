@@ -9,12 +9,12 @@ import pytest
 from flytekit import HashMethod, task, workflow
 from flytekit.core.local_cache import LocalTaskCache
 
-from tasks.contracts import Base, Dataset, Source, cache_key
+from forge.core.contracts import Base, Dataset, Source, cache_key
+from forge.core.recipe import DataRecipe, Recipe
+from forge.core.settings import load_settings
+from forge.storage import open_store
 from tasks.preprocess.sources import digest_source
 from tasks.preprocess.task import preprocess_data
-from tasks.recipe import DataRecipe, Recipe
-from tasks.settings import load_settings
-from tasks.storage import open_store
 from tests.conftest import chat, write_jsonl
 
 

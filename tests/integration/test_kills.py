@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAIError
 
-from tasks.rollout.server import LocalServer
+from forge.serving.vllm_process import LocalServer
 from tests.integration.registered import Server
 
 pytestmark = pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from tasks.registry import champion_version, open_registry
+from forge.registry.mlflow_registry import champion_version, open_registry
 from tests.conftest import chat, write_jsonl
 from tests.integration.harness import Home, ended_at_last
 

@@ -14,18 +14,18 @@ from openai import OpenAI
 from safetensors.torch import save_file
 
 from benchmarks.rollout.__main__ import declare, measure, packages
-from tasks.errors import ForgeError
-from tasks.package import open_package
-from tasks.recipe import ServingRecipe
-from tasks.registry import open_registry
-from tasks.rollout.desired import Desired, Served
-from tasks.rollout.local import LocalTarget
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.packages import open_package
+from forge.serving.desired import Desired, Served
+from forge.serving.local_target import LocalTarget
+from forge.serving.vllm_client import VLLM
+from forge.serving.vllm_process import LocalServer
 from tasks.rollout.rollout import Candidate, serve
-from tasks.rollout.server import LocalServer
-from tasks.rollout.vllm_api import VLLM
 from tests.integration.harness import PROJECT
 from tests.integration.registered import Server
-from tests.rollout.models import publish, write_adapter
+from tests.serving.models import publish, write_adapter
 
 pytestmark = pytest.mark.long
 
@@ -87,7 +87,7 @@ def test_public_names_are_listed_and_the_base_answers_by_its_own(server: Server)
 
 
 def test_how_likely_prompts_are_can_be_asked_of_an_adapter_several_at_once(server: Server) -> None:
-    """vLLM's engine ends there, on a CPU, where its output layer takes adapters: see tasks/rollout/engine.py."""
+    """vLLM's engine ends there, on a CPU, where its output layer takes adapters: see forge/serving/engine.py."""
     swapped(server, "2")
     version, vllm = server.versions["2"].versioned, VLLM(server.target.endpoint.removesuffix("/v1"))
     prompts = [vllm.tokens(version, [{"role": "user", "content": "Hello" * n}], None) for n in (1, 2, 3)]
@@ -215,13 +215,13 @@ def test_weights_that_vllm_cannot_load_are_told_and_undone(server: Server) -> No
 
 
 def by_hand(server: Server, *command: str) -> subprocess.CompletedProcess:
-    """`python -m tasks.rollout ...`"""
+    """`python -m forge.serving ...`"""
     environment = os.environ | {
         "FORGE_HOME": str(server.settings.home),
         "FORGE_SERVING_PORT": str(server.settings.serving_port),
     }
     return subprocess.run(
-        [sys.executable, "-m", "tasks.rollout", *command], cwd=PROJECT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "forge.serving", *command], cwd=PROJECT, env=environment, capture_output=True, text=True
     )
 
 

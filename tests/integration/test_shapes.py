@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.nodes import SHAPES, Shape
+from forge.cluster.nodes import SHAPES, Shape
 from tests.integration.harness import Home, ended_at_last
 
 pytestmark = pytest.mark.long

@@ -14,15 +14,15 @@ import pytest
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
-from tasks.contracts import Evaluation, Version
-from tasks.errors import ForgeError
-from tasks.package import fetch
-from tasks.promotion import promotions
-from tasks.recipe import ServingRecipe
-from tasks.registry import champion_version, open_registry
-from tasks.rollout.local import LocalTarget
+from forge.core.contracts import Evaluation, Version
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.registry.mlflow_registry import champion_version, open_registry
+from forge.registry.packages import fetch
+from forge.registry.promotion import promotions
+from forge.serving.local_target import LocalTarget
+from forge.storage import open_store
 from tasks.rollout.rollout import roll_out
-from tasks.storage import open_store
 from tests.integration.harness import Home, ended_at_last, wait_for
 
 pytestmark = pytest.mark.long

@@ -10,10 +10,19 @@ import huggingface_hub
 import pytest
 import yaml
 
-from tasks import cluster, nodes
-from tasks.contracts import Base
-from tasks.errors import ForgeError, Problems
-from tasks.package import LocalBase
+from forge.cluster import gpus, nodes
+from forge.core.contracts import Base
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
+from forge.core.settings import Settings, load_settings
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.packages import LocalBase
+from forge.registry.promotion import promote
+from forge.serving.desired import Serving
+from forge.serving.rollout_check import check_rollout
+from forge.serving.vllm_environment import vllm_release
+from forge.storage import open_store
 from tasks.preflight.checks import (
     base_config,
     check_all,
@@ -25,14 +34,6 @@ from tasks.preflight.checks import (
     find_base,
 )
 from tasks.preprocess import sample
-from tasks.promotion import promote
-from tasks.recipe import ModelRecipe, Recipe, TrainingRecipe
-from tasks.registry import open_registry
-from tasks.rollout.desired import Serving
-from tasks.rollout.foresee import check_rollout
-from tasks.settings import Settings, load_settings
-from tasks.storage import digest_directory, open_store
-from tasks.vllm_environment import vllm_release
 from tests.conftest import SMALL, Trained, chat, write_jsonl
 
 
@@ -118,19 +119,19 @@ def test_adapters_are_trained_where_there_is_no_gpu() -> None:
 
 def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     two = TrainingRecipe.model_validate({**SMALL["training"], "processes": 2})
-    monkeypatch.setattr(cluster, "find_gpus", lambda: [cluster.GPUS["A100-40GB"]])
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [gpus.GPUS["A100-40GB"]])
     with pytest.raises(ForgeError, match=r"processes 2: each process takes a GPU, and there are 1; lower them"):
         check_training(two)
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
-    assert check_training(two) == cluster.TRAINING_NODE
+    assert check_training(two) == gpus.gpus_of(nodes.TRAINING)
 
 
 def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
     four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
-    monkeypatch.setattr(cluster, "find_gpus", lambda: [])
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [])
     assert check_training(four) == [], "here, four processes train side by side"
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
-    assert check_training(four) == cluster.TRAINING_NODE
+    assert check_training(four) == gpus.gpus_of(nodes.TRAINING)
     one = [node for node in nodes.all_nodes() if node.pool != "secondary"]
     monkeypatch.setattr(nodes, "all_nodes", lambda: one)
     with pytest.raises(ForgeError, match=r"nodes 2 with training.processes 2: 1 of the cluster's nodes of role train"):
@@ -158,8 +159,8 @@ def test_the_quota_of_the_namespace_is_asked_before_pods_are(monkeypatch: pytest
     four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
     with pytest.raises(ForgeError, match=r"needs 4 GPUs, and the quota of this namespace allows 2 .*Lower training"):
         check_training(four, Settings(gpu_quota=2))
-    assert check_training(four, Settings(gpu_quota=4)) == cluster.TRAINING_NODE
-    assert check_training(four, Settings()) == cluster.TRAINING_NODE
+    assert check_training(four, Settings(gpu_quota=4)) == gpus.gpus_of(nodes.TRAINING)
+    assert check_training(four, Settings()) == gpus.gpus_of(nodes.TRAINING)
 
 
 def test_on_the_cluster_nothing_is_named_by_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,16 +210,16 @@ def test_a_domain_that_rolls_nothing_out_asks_nothing_of_a_server_and_names_its_
 
 
 def test_a_base_model_must_fit(tmp_path: Path) -> None:
-    def check(gpus: list[cluster.GPU], **changes: int) -> None:
+    def check(found: list[gpus.GPU], **changes: int) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**large, **changes}))
         recipe = Recipe.model_validate({**SMALL, "model": {"base": str(tmp_path)}})
-        check_memory(recipe, config_of(recipe, LocalBase(str(tmp_path))), gpus)
+        check_memory(recipe, config_of(recipe, LocalBase(str(tmp_path))), found)
 
     large = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     }  # fmt: skip
-    small, great = cluster.GPUS["A100-40GB"], cluster.GPUS["H200-141GB"]
+    small, great = gpus.GPUS["A100-40GB"], gpus.GPUS["H200-141GB"]
     check([great], num_hidden_layers=16)
     with pytest.raises(ForgeError, match=r"A100-40GB has 38\.0 GiB"):
         check([great, small], num_hidden_layers=16)

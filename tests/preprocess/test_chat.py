@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, processors
 
-from tasks.errors import ForgeError
-from tasks.package import LocalBase
+from forge.core.errors import ForgeError
+from forge.registry.packages import LocalBase
 from tasks.preprocess.chat import GENERATION, Renderer, byte_tokenizer, chat_format, load_tokenizer
 from tasks.preprocess.rows import Invalid, Row
 from tasks.preprocess.tokens import TRAINED, Encoder

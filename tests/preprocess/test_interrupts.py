@@ -10,19 +10,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.storage import DirectoryStore
+from forge.storage import DirectoryStore
 from tests.conftest import chat
 from tests.integration.harness import PROJECT, gone
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from tasks.contracts import Base, Source
+from forge.core.contracts import Base, Source
 from tasks.preprocess import formats
 from tasks.preprocess.prepare import prepare
-from tasks.recipe import DataRecipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
+from forge.core.recipe import DataRecipe
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
 
 if __name__ == "__main__":
     formats.BLOCK = 20_000

@@ -10,14 +10,15 @@ import numpy as np
 import psutil
 import pytest
 
-from tasks.contracts import Base, Dataset, Source
-from tasks.errors import ForgeError, Problems
+from forge.core.contracts import Base, Dataset, Source
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import DataRecipe, Demonstration
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
 from tasks.preprocess import demonstration, formats, worker
 from tasks.preprocess.prepare import prepare, prepare_from_shards, prepare_shard
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import DataRecipe, Demonstration
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore, digest_directory
 from tests.conftest import chat, write_jsonl
 from tests.preprocess.tokenizers import chatml, llama3
 

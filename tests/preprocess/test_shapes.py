@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.errors import ForgeError
+from forge.core.errors import ForgeError
+from forge.core.recipe import DataRecipe
+from forge.storage import DirectoryStore
 from tasks.preprocess.formats import RawFile, read_blocks
 from tasks.preprocess.rows import Invalid, digests
 from tasks.preprocess.shapes import SHAPES, detect, shape_named, to_row
 from tasks.preprocess.sources import find_files
 from tasks.preprocess.worker import heldout_row, split_row
-from tasks.recipe import DataRecipe
-from tasks.storage import DirectoryStore
 from tests.conftest import chat, write_jsonl
 from tests.preprocess.test_zoo import prepare_file
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tasks.contracts import Base, Dataset, Source
+from forge.core.contracts import Base, Dataset, Source
+from forge.core.recipe import DataRecipe
+from forge.core.settings import load_settings
+from forge.storage import DirectoryStore, open_store
 from tasks.preprocess.sources import digest_source, pin
 from tasks.preprocess.task import prepare_whole, preprocess_data
-from tasks.recipe import DataRecipe
-from tasks.settings import load_settings
-from tasks.storage import DirectoryStore, open_store
 from tests.conftest import chat, start_task, write_jsonl
 from tests.storage.servers import KEY, SECRET, rclone
 

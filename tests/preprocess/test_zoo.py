@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.contracts import Base, Dataset, Source
-from tasks.errors import ForgeError
+from forge.core.contracts import Base, Dataset, Source
+from forge.core.errors import ForgeError
+from forge.core.recipe import DataRecipe
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
-from tasks.recipe import DataRecipe
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
 
 CHAT = b'{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%s"}]}\n'
 GOOD = CHAT % (b"a", b"b")

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tasks.contracts import Base, Dataset, Evaluation, Model, Version
-from tasks.recipe import Lora, Recipe
-from tasks.register.package import build_package
+from forge.core.contracts import Base, Dataset, Evaluation, Model, Version
+from forge.core.recipe import Lora, Recipe
+from forge.core.settings import Settings
+from forge.storage import Store, open_store
+from tasks.register.publish import build_package
 from tasks.register.register import register
-from tasks.settings import Settings
-from tasks.storage import Store, open_store
 from tests.storage.servers import MAKES, client_of, server_of, settings_of
 
 KINDS = ("directory", *MAKES)

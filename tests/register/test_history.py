@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tasks.errors import ForgeError
-from tasks.promotion import promote
-from tasks.recipe import Recipe
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import champion_version, open_registry
+from forge.registry.promotion import promote
+from forge.storage import open_store
 from tasks.register import retention as module
 from tasks.register.history import history, history_table, lineage, lineage_tree
 from tasks.register.retention import retain, retention_table
-from tasks.registry import champion_version, open_registry
-from tasks.settings import Settings
-from tasks.storage import open_store
 from tests.register.packages import Inputs, inputs, settings
 from tests.storage.servers import client_of
 

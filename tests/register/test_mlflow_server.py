@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import ForgeError
-from tasks.package import fetch
-from tasks.promotion import promote
-from tasks.recipe import Recipe
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import champion_version, open_registry
+from forge.registry.packages import fetch
+from forge.registry.promotion import promote
+from forge.storage import open_store
 from tasks.register.history import history, lineage
 from tasks.register.retention import retain
-from tasks.registry import champion_version, open_registry
-from tasks.settings import Settings
-from tasks.storage import open_store
 from tests.register.mlflow_servers import POSTGRES, mlflow_server, postgres
 from tests.register.packages import inputs, machine
 

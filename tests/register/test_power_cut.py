@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.recipe import Recipe
-from tasks.registry import open_registry
-from tasks.settings import Settings
-from tasks.storage import lease, open_store, transfer
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry
+from forge.storage import lease, open_store, transfer
 from tests.register.packages import KINDS, Inputs, inputs, machine
 from tests.storage.servers import client_of
 

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tasks.contracts import Version
-from tasks.errors import ForgeError
-from tasks.package import fetch
-from tasks.recipe import Recipe
+from forge.core.contracts import Version
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.packages import fetch
+from forge.storage import DirectoryStore, open_store
+from forge.storage.manifest import verify
 from tasks.register import register as module
 from tasks.register.register import register
-from tasks.registry import open_registry
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore, open_store
-from tasks.storage.manifest import verify
 from tests.conftest import Trained
 from tests.register.packages import inputs
-from tests.test_package import keys
+from tests.registry.test_packages import keys
 
 
 @pytest.fixture

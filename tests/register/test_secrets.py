@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import ForgeError
-from tasks.package import fetch
-from tasks.promotion import promote
-from tasks.recipe import Recipe
+from forge.core.errors import ForgeError
+from forge.core.recipe import Recipe
+from forge.core.settings import load_settings
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.packages import fetch
+from forge.registry.promotion import promote
+from forge.storage import open_store
 from tasks.register.history import lineage, lineage_tree
-from tasks.registry import open_registry
-from tasks.settings import load_settings
-from tasks.storage import open_store
 from tests.register.packages import inputs
+from tests.registry.test_packages import keys
 from tests.storage.servers import KEY, SECRET, client_of, rclone
-from tests.test_package import keys
 
 CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-aws",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.promotion import promote
-from tasks.recipe import Recipe
-from tasks.registry import open_registry
-from tasks.settings import load_settings
-from tasks.storage import open_store
+from forge.core.recipe import Recipe
+from forge.core.settings import load_settings
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.promotion import promote
+from forge.storage import open_store
 from tests.register.packages import inputs
 from workflows.launch_plans import registry_retention
 from workflows.registry import history, lineage, retention

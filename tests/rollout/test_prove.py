@@ -8,9 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tasks.recipe import ServingRecipe
+from forge.core.recipe import ServingRecipe
 from tasks.rollout.prove import prove
-from tests.rollout.stand import Stand
+from tests.serving.stand import Stand
 
 
 @pytest.fixture

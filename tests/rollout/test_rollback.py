@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tasks.recipe import ServingRecipe
-from tasks.registry import open_registry
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry
 from tasks.rollout.rollback import recipe_of
-from tasks.settings import Settings
 
 
 def test_a_version_is_served_as_its_own_recipe_said(tmp_path: Path) -> None:

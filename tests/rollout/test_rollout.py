@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from tasks.contracts import Evaluation, Version
-from tasks.errors import ForgeError
-from tasks.promotion import promotions
-from tasks.recipe import ServingRecipe
-from tasks.registry import open_registry
-from tasks.rollout import trial as trials
-from tasks.rollout.desired import Conflict, Engine
+from forge.core.contracts import Engine, Evaluation, Version
+from forge.core.errors import ForgeError
+from forge.core.recipe import ServingRecipe
+from forge.core.settings import Settings
+from forge.registry.mlflow_registry import open_registry
+from forge.registry.promotion import promotions
+from forge.serving import trial as trials
+from forge.serving.desired import Conflict
+from forge.serving.trial import BROKEN_OFF, Ended, trying
 from tasks.rollout.rollout import roll_out
-from tasks.rollout.trial import BROKEN_OFF, Ended, trying
-from tasks.settings import Settings
-from tests.rollout.place import QUICK, Place, rollout_place
+from tests.serving.place import QUICK, Place, rollout_place
 
 LONG = QUICK.model_copy(update={"watch_seconds": 20})  # forty questions
 
@@ -61,10 +61,11 @@ def test_a_version_becomes_the_champion_and_rolling_it_out_again_changes_nothing
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tasks.rollout import rollout, trial
-from tasks.settings import Settings
-from tasks.storage import DirectoryStore
-from tests.rollout.place import QUICK, Candidate, Served
+from forge.serving import trial
+from tasks.rollout import rollout
+from forge.core.settings import Settings
+from forge.storage import DirectoryStore
+from tests.serving.place import QUICK, Candidate, Served
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)

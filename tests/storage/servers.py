@@ -14,7 +14,7 @@ from minio import Minio
 from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 
-from tasks.settings import Settings
+from forge.core.settings import Settings
 
 # Another server that the same tests run against, such as a MinIO; they make buckets there, and leave them.
 GIVEN = os.environ.get("FORGE_TEST_S3_ENDPOINT", "")

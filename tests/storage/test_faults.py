@@ -12,8 +12,8 @@ from typing import TypeVar
 import pytest
 from minio import Minio
 
-from tasks.errors import ForgeError
-from tasks.storage import BucketStore, s3, transfer
+from forge.core.errors import ForgeError
+from forge.storage import BucketStore, s3, transfer
 from tests.storage.faults import FAULTS, Request, at_random, harmful
 from tests.storage.servers import MAKES, client_of, server_of, settings_of
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from minio.error import S3Error
 
-from tasks.errors import ForgeError
-from tasks.storage import s3, transfer
+from forge.core.errors import ForgeError
+from forge.storage import s3, transfer
 from tests.storage.faults import Choice, Request, harmful
 from tests.storage.test_faults import Place, _impatient, digests, package, place, server
 

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import SecretStr
 
-from tasks.errors import ForgeError
-from tasks.settings import Settings
-from tasks.storage import s3
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.storage import s3
 from tests.storage.servers import KEY, SECRET, client_of, rclone, settings_of
 
 BUCKET, NAME = "rows", "raw/ü ~.txt"

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.errors import ForgeError
-from tasks.processes import this_process
-from tasks.storage import DirectoryStore, digest_directory, digest_json
+from forge.core.digest import digest_directory, digest_json
+from forge.core.errors import ForgeError
+from forge.core.processes import this_process
+from forge.storage import DirectoryStore
 
 
 def test_identity_is_kept_and_is_the_store_s_own(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_an_error_while_staging_leaves_nothing(store: DirectoryStore) -> None:
 
 def test_what_a_killed_process_left_in_staging_is_swept(store: DirectoryStore) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom tasks.storage import DirectoryStore\n"
+        "import os, sys\nfrom pathlib import Path\nfrom forge.storage import DirectoryStore\n"
         "with DirectoryStore(Path(sys.argv[1])).stage() as staged:\n"
         "    (staged / 'half').write_text('x')\n    os.kill(os.getpid(), 9)\n"
     )

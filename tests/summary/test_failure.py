@@ -6,7 +6,7 @@ import pytest
 import yaml
 from flytekit.types.error.error import FlyteError
 
-from tasks.settings import load_settings
+from forge.core.settings import load_settings
 from tasks.summary.task import tell_failure
 from tests.conftest import SMALL
 

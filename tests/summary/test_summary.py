@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tasks.contracts import Dataset, Deployment, Evaluation, Result, Version
-from tasks.settings import Settings
+from forge.core.contracts import Dataset, Deployment, Evaluation, Result, Version
+from forge.core.settings import Settings
 from tasks.summary.summary import (
     Place,
     facts_of,

@@ -1,0 +1,1 @@
+"""Settings, recipes, contracts and errors: what everything else builds on."""

@@ -1,0 +1,1 @@
+"""Weights, tokens and the hub."""

@@ -1,0 +1,1 @@
+"""MLflow, promotions and packages."""

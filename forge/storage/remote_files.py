@@ -1,0 +1,165 @@
+"""Raw rows kept elsewhere: in S3, or in a data set on the Hugging Face Hub. Identified where they are, then downloaded.
+
+The clients are imported when they are needed: the doors that import this module seldom meet a remote source.
+"""
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge.core.digest import digest_json
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.storage.s3 import S3, connect, split
+from forge.storage.transfer import File, download
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HfUri
+    from minio import Minio
+
+HUB = "hf://"
+FORM = "hf://datasets/OWNER/NAME[@revision][/path]"
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is a URI of S3 or of the Hub, rather than a local path."""
+    return source.startswith((S3, HUB))
+
+
+def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tuple[str, str]:
+    """The source's URI, pinned to a commit on the Hub, and the digest of what it holds; nothing is downloaded.
+
+    `suffixes` are the endings of data files' names, in lower case. The digest of an S3 source is that of its objects'
+    etags and sizes, not of their keys. ForgeError where it cannot be reached or holds no data file.
+    """
+    if source.startswith(S3):
+        with connect(f"data {source}", settings) as client:
+            files = _objects(client, source, suffixes)
+            return source, digest_json(sorted((file.etag, file.size) for file in files))
+    with _hub(source) as (api, uri):
+        _repository_files(api, uri, source, suffixes)
+        return uri.to_uri(), digest_json([uri.revision, uri.path_in_repo])
+
+
+def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Download a source's data files; returns each one's URI and local path, sorted by URI.
+
+    Files are whole or not there, and none lies outside the directory. ForgeError where a file changes meanwhile or
+    arrives damaged, where the disk is too small, and as in `identify`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if source.startswith(S3):
+        with connect(f"data {source}", settings) as client:
+            files = _objects(client, source, suffixes)
+            _check_room(source, files, directory)
+            bucket, _ = split(source)
+            # Keys may hold anything, .. and names too long for a file included: only the ending is kept.
+            paths = [directory / f"{number:06}{_suffix(file, suffixes)}" for number, file in enumerate(files)]
+            download(client, bucket, list(zip(files, paths, strict=True)), lambda done: None)
+        return [(f"{S3}{bucket}/{file.name}", path) for file, path in zip(files, paths, strict=True)]
+    with _hub(source) as (api, uri):
+        files = _repository_files(api, uri, source, suffixes)
+        _check_room(source, files, directory)
+        api.snapshot_download(
+            uri.id,
+            repo_type="dataset",
+            revision=uri.revision,
+            local_dir=directory,
+            allow_patterns=_patterns(uri.path_in_repo, suffixes),
+        )
+        for file in files:
+            if (size := (directory / file.name).stat().st_size) != file.size:
+                raise ForgeError(
+                    f"data {source}: {file.name} arrived with {size} bytes instead of {file.size}; run again"
+                )
+        return [(replace(uri, path_in_repo=file.name).to_uri(), directory / file.name) for file in files]
+
+
+def _objects(client: "Minio", source: str, suffixes: tuple[str, ...]) -> list[File]:
+    bucket, key = split(source)
+    objects = client.list_objects(bucket, prefix=key, recursive=True)
+    files = (File(item.object_name or "", item.size or 0, item.etag or "") for item in objects)
+    return _select(source, files, key, suffixes)
+
+
+@contextlib.contextmanager
+def _hub(source: str) -> Iterator[tuple["HfApi", "HfUri"]]:
+    """A client of the Hub and the source pinned to a commit; what the client raises becomes a ForgeError."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfUriError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import parse_hf_uri
+
+    mends = (
+        (HfUriError, f"not the URI of a data set; write it as {FORM}"),
+        (GatedRepoError, "its owner grants access to it; ask for that on the Hub, and set HF_TOKEN"),
+        (RepositoryNotFoundError, "no such data set, or a private one; check its name, or set HF_TOKEN"),
+        (RevisionNotFoundError, "no such revision; give a branch, a tag or a commit after the @, or leave it out"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE keeps it from being read; unset that, or copy the rows here"),
+    )
+    try:
+        uri = parse_hf_uri(source.rstrip("/"))
+        if uri.type != "dataset":
+            raise HfUriError(source, FORM)
+        # The client reads HF_ENDPOINT when it is imported; a setting counts when it is used.
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        commit = api.dataset_info(uri.id, revision=uri.revision, timeout=10).sha
+        yield api, replace(uri, revision=commit)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        other = f"cannot be read ({first}); check the network, HF_ENDPOINT, HF_TOKEN and the free space"
+        mend = next((mend for kind, mend in mends if isinstance(error, kind)), other)
+        raise ForgeError(f"data {source}: {mend}") from None
+
+
+def _repository_files(api: "HfApi", uri: "HfUri", source: str, suffixes: tuple[str, ...]) -> list[File]:
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(uri.id, recursive=True, revision=uri.revision, repo_type="dataset")
+    files = (File(entry.path, entry.size) for entry in entries if isinstance(entry, RepoFile))
+    return _select(source, files, uri.path_in_repo, suffixes)
+
+
+def _patterns(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Globs of what `_select` selects."""
+    endings = ("".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in suffixes)
+    folder = glob.escape(f"{path}/" if path else "")
+    return [glob.escape(path), *(f"{folder}*{ending}" for ending in endings)]
+
+
+def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, ...]) -> list[File]:
+    """The data files at a path, itself a file or a directory, sorted; ForgeError if there are none."""
+    inside = path.rstrip("/") + "/" if path else ""
+    selected = sorted(
+        file
+        for file in files
+        if (file.name == path or file.name.startswith(inside)) and file.name.lower().endswith(suffixes)
+    )
+    if not selected:
+        known = ", ".join(suffixes)
+        raise ForgeError(f"data {source}: holds no data file (known are {known}); check the path, or put rows there")
+    return selected
+
+
+def _suffix(file: File, suffixes: tuple[str, ...]) -> str:
+    return max((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), key=len)
+
+
+def _check_room(source: str, files: list[File], directory: Path) -> None:
+    needed, free = sum(file.size for file in files), shutil.disk_usage(directory).free
+    if needed > free:
+        raise ForgeError(
+            f"data {source}: {needed:,} bytes, but {directory} has room for {free:,}; free space, or set FORGE_HOME"
+        )

@@ -1,0 +1,237 @@
+"""What is served is counted as vLLM allocates it, and what does not fit is refused with the arithmetic and a fix."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forge.capacity.serving_memory import RANKS, Fit, check_serving, read_shape
+from forge.cluster.gpus import GIB, GPU, GPUS, gpus_of
+from forge.cluster.nodes import SERVING
+from forge.core.contracts import Engine
+from forge.core.errors import ForgeError, Problems
+
+A100 = GPUS["A100-40GB"]
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+}  # fmt: skip
+LLAMA_70B = {
+    **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
+}  # fmt: skip
+LLAMA_70B_AWQ = {
+    **LLAMA_70B, "torch_dtype": "float16",
+    "quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True},
+}  # fmt: skip
+WEIGHTS_8B, WEIGHTS_70B = 2 * 8_030_261_248, 2 * 70_553_706_496  # bytes
+WEIGHTS_70B_AWQ = 39_770_000_000
+SMALL = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def engine(**changes: Any) -> Engine:
+    return Engine.model_validate({"max_model_len": 4096, **changes})
+
+
+def check(config: dict[str, Any], size: int, gpus: int, **changes: Any) -> Fit:
+    """On so many A100s with 40 GB, all of which tensor parallelism uses; names of Engine's fields are changes of it."""
+    fields = {name: changes.pop(name) for name in list(changes) if name in Engine.model_fields}
+    of = engine(**{"tensor_parallel": max(1, gpus), **fields})
+    return check_serving(config, size, of, [A100] * gpus, "base", **changes)
+
+
+def refusal(*arguments: Any, **changes: Any) -> str:
+    with pytest.raises(ForgeError) as caught:
+        check(*arguments, **changes)
+    return caught.value.message
+
+
+def test_70b_in_bf16_does_not_fit_the_inference_node() -> None:
+    both = engine(tensor_parallel=2)
+    with pytest.raises(ForgeError) as caught:
+        check_serving(LLAMA_70B, WEIGHTS_70B, both, gpus_of(SERVING), "meta-llama/Llama-3.1-70B", concurrency=8)
+    message = caught.value.message
+    assert message.startswith(
+        "meta-llama/Llama-3.1-70B cannot be served: each of 2 x A100-40GB needs 73.8 GiB (weights "
+    )
+    assert "weights 65.7 of 131.4, adapters 0.5 in 2 slots of rank 16" in message
+    assert "KV cache 5.0 for 8 sequences of 4096 tokens, 160 KiB a token)" in message
+    assert "vLLM takes 36.2 of its 39.4; it fits with tensor parallelism over 8 x A100-40GB, or with 4-bit" in message
+    assert "hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4): 37.0 GiB, 18.5 a GPU, with room for 23" in message
+    assert "\n" not in message
+
+
+def test_what_is_said_of_awq_is_what_awq_comes_to() -> None:
+    assert "37.0 GiB, 18.5 a GPU" in refusal(LLAMA_70B, WEIGHTS_70B, 2)
+    for slots in (0, 2):
+        fit = check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, adapter_slots=slots, concurrency=22)
+        assert 22 <= fit.sequences <= 25
+        assert fit.weights / GIB == pytest.approx(18.5, abs=0.05)
+        assert fit.token * 80 == 160 * 2**10
+    assert "4-bit" not in refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 1)
+
+
+def test_awq_is_proposed_with_the_context_that_then_fits() -> None:
+    message = refusal(LLAMA_70B, WEIGHTS_70B, 2, max_model_len=None, concurrency=8)
+    assert message.endswith("4-bit AWQ weights and serving.context 12016: 37.0 GiB, 18.5 a GPU, with room for 8 "
+                            "sequences of 12016 tokens")  # fmt: skip
+    check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_model_len=12016, concurrency=8)
+
+
+def test_8b_fits_one_gpu_and_two() -> None:
+    one, two = (check(LLAMA_8B, WEIGHTS_8B, gpus, concurrency=8) for gpus in (1, 2))
+    assert str(one) == (
+        "of each of 1 x A100-40GB vLLM takes 36.2 GiB: weights 15.0, adapters 0.2 in 2 slots of rank 16, activations "
+        "and CUDA graphs 2.4, KV cache 18.7 (128 KiB a token: 37 sequences of 4096 tokens at once)"
+    )
+    assert one.weights == 2 * two.weights
+    assert one.token == 2 * two.token
+    assert two.sequences > 2 * one.sequences  # all that the weights leave is the cache's
+
+
+def test_the_nearest_changes_are_named_and_fit() -> None:
+    message = refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, concurrency=40)
+    assert message.endswith(
+        "it fits with serving.concurrency 23, or with serving.context 2400, or with tensor parallelism over 4 x "
+        "A100-40GB"
+    )
+    check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, concurrency=23)
+    check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_model_len=2400, concurrency=40)
+    check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 4, concurrency=40)
+    assert "serving.concurrency 24" in refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, adapter_slots=0, concurrency=25)
+    wide = {"adapter_slots": 8, "max_lora_rank": 512}
+    message = refusal(LLAMA_8B, WEIGHTS_8B, 1, **wide, concurrency=8, adapters=4, adapter_rank=64)
+    assert "it fits with serving.adapter_slots 4, or with serving.max_lora_rank 64, or with" in message
+    check(LLAMA_8B, WEIGHTS_8B, 1, adapter_slots=8, max_lora_rank=64, concurrency=8)
+    assert "serving.context 19104" in refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=None, concurrency=8)
+
+
+def test_what_nothing_helps_is_said() -> None:
+    assert refusal(LLAMA_70B, 100 * WEIGHTS_70B, 2).endswith("; nothing helps, so take a smaller base model")
+
+
+def test_slots_are_as_vllm_allocates_them() -> None:
+    """Totals are what vLLM 0.32 itself allocated of these shapes on one device and on two, in three slots of rank 8."""
+    rank, shape = 8, read_shape(SMALL, "small")
+    inputs = 3 * 128 + 128 + 2 * 128 + 352  # A of q, k, v; o; gate, up; down
+    outputs = 128 + 2 * 64 + 128 + 2 * 352 + 128  # B of the same
+    ends = 512 + 128 + 128 + 512  # A and B of embeddings and of logits
+    assert 3 * shape.slot(rank, 1) == 3 * 4 * rank * (3 * (inputs + outputs) + ends) == 795_648
+    inputs = 3 * 128 + 128 // 2 + 2 * 128 + 352 // 2  # of two GPUs: o and down have half of A
+    outputs = 128 // 2 + 2 * 32 + 128 + 2 * 352 // 2 + 128  # and all others half of B
+    assert 3 * shape.slot(rank, 2) == 3 * 4 * rank * (3 * (inputs + outputs) + ends) == 588_288
+    inputs = 3 * 128 + 128 // 4 + 2 * 128 + 352 // 4
+    outputs = 128 // 4 + 2 * 32 + 128 + 2 * 352 // 4 + 128  # two heads of keys are replicated over four GPUs
+    assert shape.slot(rank, 4) == 4 * rank * (3 * (inputs + outputs) + ends)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    assert 3 * read_shape({**SMALL, **experts}, "experts").slot(rank, 1) == 1_193_088
+
+
+def test_slots_take_memory_from_the_cache() -> None:
+    none, two, four = (check(LLAMA_8B, WEIGHTS_8B, 1, adapter_slots=slots) for slots in (0, 2, 4))
+    assert none.adapters == 0
+    assert four.adapters == 2 * two.adapters == none.room - four.room
+    # An adapter of rank 16 beside all linear layers is 41,943,040 weights, and the ends are few.
+    assert two.adapters / 2 == pytest.approx(2 * 41_943_040, rel=0.11)
+
+
+def test_few_kv_heads_are_replicated() -> None:
+    config = {**LLAMA_8B, "num_key_value_heads": 2}
+    tokens = [check(config, WEIGHTS_8B, gpus).token for gpus in (1, 2, 4, 8)]
+    assert tokens == [2 * 2 * 128 * 2, 2 * 128 * 2, 2 * 128 * 2, 2 * 128 * 2]
+
+
+def test_windows_bound_the_cache() -> None:
+    kinds = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(32)]
+    text = {**LLAMA_8B, "layer_types": kinds, "sliding_window": 1024}
+    fit = check({"text_config": text, "torch_dtype": "bfloat16"}, WEIGHTS_8B, 1, max_model_len=65_536)
+    assert fit.sequence(65_536) == fit.token * (5 * 65_536 + 27 * (1024 + 2048))
+
+
+def test_heads_that_cannot_be_divided_are_refused() -> None:
+    message = refusal(LLAMA_8B, WEIGHTS_8B, 3)
+    assert "over 3 GPUs: its 32 attention heads, 8 heads of keys and values" in message
+    assert "divided by 1, 2, 4, 8, 16; take as many" in message
+    assert "over 2 GPUs: there are 1" in refusal(LLAMA_8B, WEIGHTS_8B, 1, tensor_parallel=2)
+
+
+def test_adapters_that_the_base_has_no_place_for_are_refused() -> None:
+    for gpus in (0, 1):
+        message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=40)
+        assert message == (
+            "base cannot be served: adapter of rank 40: the base is served with serving.max_lora_rank 16; take "
+            "serving.max_lora_rank 64, which vLLM is started anew for"
+        )
+        message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=4, adapter_rank=16)
+        assert "serving.adapter_slots 2: 4 adapters are loaded at once" in message
+        assert "take 4, which vLLM is started anew for" in message
+        assert "vLLM takes 1, 8, 16" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, max_lora_rank=24)
+        assert "train with at most 512" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=1024)
+
+
+def test_a_context_over_the_model_s_is_refused() -> None:
+    message = refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=131_073)
+    assert "serving.context 131073: its config.json ends at 131072; take no more" in message
+    assert "serving.context 8192: it serves 4096 tokens" in refusal(LLAMA_8B, WEIGHTS_8B, 1, context=8192)
+    stretched = {**LLAMA_8B, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    check(stretched, WEIGHTS_8B, 0, max_model_len=262_144)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(Problems) as caught:
+        check(LLAMA_8B, WEIGHTS_8B, 3, adapters=4, adapter_rank=64, max_model_len=200_000)
+    assert len(caught.value.problems) == 4
+
+
+def test_a_cpu_is_not_checked_for_memory() -> None:
+    fit = check(LLAMA_70B, WEIGHTS_70B, 0, concurrency=1000, adapters=2, adapter_rank=16)
+    assert str(fit) == "no GPU, so its memory is not checked"
+
+
+def test_a_config_without_numbers_is_refused() -> None:
+    with pytest.raises(ForgeError, match=r"base: its config.json has no hidden_size; take a base model whose"):
+        check({"model_type": "llama"}, WEIGHTS_8B, 1)
+
+
+def test_one_sequence_as_it_is_served_must_fit_too() -> None:
+    message = refusal(LLAMA_8B, WEIGHTS_8B + 4 * GIB, 1, max_model_len=None, context=4096, concurrency=4)
+    assert "KV cache 16.0 for 1 sequence of 131072 tokens" in message
+    assert "serving.context 120" in message
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    memory=st.integers(8, 200), gpus=st.sampled_from([1, 2, 4, 8]), slots=st.integers(0, 8),
+    rank=st.sampled_from(RANKS), context=st.integers(1, 131_072), concurrency=st.integers(1, 64),
+    size=st.integers(GIB, 64 * GIB),
+)  # fmt: skip
+def test_less_to_serve_never_needs_more(
+    memory: int, gpus: int, slots: int, rank: int, context: int, concurrency: int, size: int
+) -> None:
+    fit = Fit(
+        read_shape(LLAMA_8B, "8B"), size, slots, rank, GPU("A100", memory * GIB), gpus, context, context, concurrency
+    )
+    lesser = [
+        replace(fit, weight_bytes=size // 2), replace(fit, slots=slots // 2), replace(fit, gpus=2 * gpus),
+        replace(fit, concurrency=max(1, concurrency // 2)), fit.shorten(max(1, context // 2)),
+        replace(fit, rank=RANKS[max(0, RANKS.index(rank) - 1)]),
+    ]  # fmt: skip
+    assert all(one.room - one.cache >= fit.room - fit.cache for one in lesser)
+    assert (fit.sequences >= concurrency) == (fit.cache <= fit.room)
+
+
+def test_it_is_light() -> None:
+    code = "import sys, forge.capacity.serving_memory; print({'torch', 'transformers'} & sys.modules.keys() or [])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

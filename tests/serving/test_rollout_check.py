@@ -1,0 +1,121 @@
+"""What a rollout would refuse at its end, refused before anything is trained, in the same words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from forge.core.contracts import Base, Engine
+from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import Recipe, ServingRecipe
+from forge.core.settings import PROJECT, Settings
+from forge.serving.desired import Served, Serving, read_document
+from forge.serving.rollout_check import check_rollout, foresee
+from forge.storage.recipes import load_recipe
+from tests.capacity.test_serving_memory import LLAMA_8B, LLAMA_70B, WEIGHTS_8B
+from tests.conftest import SMALL
+from tests.serving.states import adapter_of, serving, version
+
+CLUSTER = Settings(
+    serving_target="kubernetes", serving_url="http://vllm.serving:8000", reconciler_url="http://reconciler.serving:8001"
+)
+HUB = Base(location="meta-llama/Llama-3.1-8B-Instruct", revision="0e9e39f249a1")
+SERVED_8B = Served(name="Llama-3.1-8B-Instruct", version="", uri=HUB.location, digest=HUB.revision)
+OTHER = serving(version(1, "chat"))  # another base, under another public name
+
+
+def recipe(method: str = "lora", precision: str = "bf16", rank: int = 16, **more: Any) -> Recipe:
+    """Trains whole weights, or an adapter, under the name dates."""
+    training = {**SMALL["training"], "precision": precision, "method": method}
+    if method != "full":
+        training["lora"] = {"rank": rank}
+    model = {"base": HUB.location} if method != "full" else SMALL["model"]
+    serving = {"context": 4096, **more}
+    return Recipe.model_validate({**SMALL, "model": model, "training": training, "serving": serving})
+
+
+def refusal(of: Recipe, now: Serving, base: Base = HUB, config: dict[str, Any] = LLAMA_8B) -> str:
+    with pytest.raises(ForgeError) as refused:
+        check_rollout(of, base, config, now, CLUSTER)
+    assert refused.value.message.startswith("the rollout of dates would be refused: ")
+    return refused.value.message
+
+
+def beside(*adapters: Served, slots: int = 2) -> Serving:
+    return serving(SERVED_8B, *adapters).model_copy(update={"engine": Engine(adapter_slots=slots, max_model_len=4096)})
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_goes_beside_its_base_or_brings_it(method: str) -> None:
+    for now in (beside(), beside(version(2)), Serving()):
+        check_rollout(recipe(method), HUB, LLAMA_8B, now, CLUSTER)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_nobody_s_name_is_taken_away_unless_the_recipe_says_so(method: str) -> None:
+    said = refusal(recipe(method), OTHER)
+    assert "would take away chat. List these names in serving.replaces, or set serving.rollout: false" in said
+    assert "000000" not in said, "what is to be trained has no digest yet"
+    check_rollout(recipe(method, replaces=["chat"]), HUB, LLAMA_8B, OTHER, CLUSTER)
+
+
+def test_a_third_adapter_is_refused_before_it_is_trained_where_there_are_two_slots() -> None:
+    two = beside(version(2, "times"), version(3, "places"))
+    assert "adapter_slots 2: 3 adapters are loaded at once" in refusal(recipe(), two)
+    check_rollout(recipe(adapter_slots=3), HUB, LLAMA_8B, two, CLUSTER)
+    check_rollout(recipe(), HUB, LLAMA_8B, beside(*two.adapters, slots=3), CLUSTER)
+
+
+def test_an_adapter_of_a_higher_rank_than_the_base_takes_is_refused() -> None:
+    assert "adapter of rank 64: the base is served with" in refusal(recipe(rank=64), beside())
+    check_rollout(recipe(rank=64, max_lora_rank=64), HUB, LLAMA_8B, beside(), CLUSTER)
+
+
+def test_what_does_not_fit_the_cluster_s_gpus_is_refused() -> None:
+    assert "each of 2 x A100-40GB needs" in refusal(recipe(), Serving(), config=LLAMA_70B)
+    tied = {**LLAMA_8B, "num_hidden_layers": 64}
+    check_rollout(recipe("full"), Base(), tied, Serving(), CLUSTER)
+    assert "each of 2 x A100-40GB needs" in refusal(recipe("full", "fp32"), Serving(), Base(), tied)
+
+
+def test_all_that_would_be_refused_is_said_at_once() -> None:
+    with pytest.raises(Problems) as refused:
+        check_rollout(recipe(rank=64, context=200_000), HUB, LLAMA_8B, Serving(), CLUSTER)
+    assert len(refused.value.problems) == 2
+
+
+def test_a_directory_of_this_machine_is_no_base_for_the_cluster(tmp_path: Path) -> None:
+    here = Base(location=tmp_path.as_uri(), revision="e" * 64)
+    said = refusal(recipe(), Serving(), here)
+    assert f"base model {tmp_path}: the cluster's vLLM has no such directory; train on a model of the hub" in said
+    check_rollout(recipe(), here, LLAMA_8B, Serving(), Settings())
+
+
+def test_a_rollout_comes_to_what_was_foreseen() -> None:
+    """Of the real package, there is its digest, and the bytes of its base; the rest is the same code."""
+    served, manifest = version(4), {**adapter_of(SERVED_8B), "rank": 64}
+    plain, wide = ServingRecipe(context=4096), ServingRecipe(context=4096, max_lora_rank=64)
+    with pytest.raises(ForgeError) as late:
+        foresee(beside(), served, manifest, plain, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+    assert refusal(recipe(rank=64), beside()).endswith(late.value.message)
+    after, fit = foresee(beside(), served, manifest, wide, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+    assert (after.base, after.adapters, after.engine.tensor_parallel) == (SERVED_8B, (served,), 2)
+    assert fit.startswith("of each of 2 x A100-40GB vLLM takes")
+
+
+def test_the_nightly_run_has_a_place_on_the_documented_cluster_the_first_night_and_the_second() -> None:
+    (shipped,) = yaml.safe_load_all((PROJECT / "infra/apps/ml-inference/vllm-base/desired.yaml").read_text())
+    first = read_document(shipped["data"]["desired.json"], "desired.yaml").serving
+    nightly = load_recipe("llama-3.1-8b-lora")
+    base = Base(location=nightly.model.base or "", revision=nightly.model.revision or "")
+    check_rollout(nightly, base, LLAMA_8B, first, CLUSTER)
+    bare = nightly.serving.model_copy(update={"replaces": []})
+    assert "would take away meta-llama/Meta-Llama-3.1-70B-Instruct" in refusal(
+        nightly.model_copy(update={"serving": bare, "name": "dates"}), first, base
+    )
+    manifest = {"kind": "adapter", "base": base.model_dump(), "rank": 16}
+    second, _ = foresee(
+        first, version(1, nightly.name), manifest, nightly.serving, CLUSTER, lambda _: (LLAMA_8B, WEIGHTS_8B)
+    )
+    check_rollout(nightly, base, LLAMA_8B, second, CLUSTER)

@@ -1,0 +1,44 @@
+"""Where what is to be served is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from forge.core.digest import digest_directory
+from forge.core.errors import ForgeError
+from forge.core.settings import Settings
+from forge.serving.desired import Served
+from forge.serving.served_files import describe, fetch
+from forge.storage import DirectoryStore
+from tests.serving.place import CONFIG, publish
+
+
+def test_a_directory_of_this_machine_is_served_as_long_as_it_is_what_it_was(
+    tmp_path: Path, store: DirectoryStore
+) -> None:
+    directory = tmp_path / "a base"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "model.safetensors").write_bytes(b"1234")
+    digest, _ = digest_directory(directory)
+    for uri in (directory.as_uri(), str(directory)):  # as documents say it, and said it
+        base = Served(name="a base", version="", uri=uri, digest=digest)
+        assert fetch(base, Settings(), store) == directory
+        assert describe(base, store) == (CONFIG, 4)
+    (directory / "model.safetensors").write_bytes(b"12345")
+    with pytest.raises(ForgeError, match="was changed since its adapter was trained on it"):
+        fetch(base, Settings(), store)
+    (directory / "config.json").unlink()
+    for ask in (lambda: fetch(base, Settings(), store), lambda: describe(base, store)):
+        with pytest.raises(ForgeError, match=r"there is no config\.json any more"):
+            ask()
+
+
+def test_a_package_is_verified_wherever_the_store_is(store: DirectoryStore) -> None:
+    one = publish(store, "1")
+    assert fetch(one, Settings(), store) == store.path(one.uri)
+    assert describe(one, store) == (CONFIG, 0)
+    (store.path(one.uri) / "version").write_text("9")
+    with pytest.raises(ForgeError, match="version"):
+        fetch(one, Settings(), store)
