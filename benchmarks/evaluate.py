@@ -22,7 +22,7 @@ from forge.core.settings import Settings
 from forge.registry.packages import LocalBase
 from forge.storage import DirectoryStore
 from forge.storage.recipes import load_recipe
-from tasks.evaluate.answer import Answerer, answer_all, batches
+from tasks.evaluate.answer import Answerer, answer_with_transformers, batches
 from tasks.evaluate.ask import ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tasks.finetune.process_group import Rank
@@ -57,7 +57,7 @@ def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
     settings = Settings(home=home)
     dataset = prepare(source, recipe.data, Base(), store, settings)
-    training = recipe.training.model_copy(update={"epochs": 0.33, "processes": 1})
+    training = recipe.training.model_copy(update={"epochs": 0.33, "nproc_per_node": 1})
     rank = Rank(0, 1, torch.device("cpu"))
     model = train(rank, dataset, Base(), recipe.model, training, store, settings)
     if model is None:
@@ -93,7 +93,10 @@ def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
         return [answer[0]["generated_text"] for answer in found]
 
     def whole() -> list[str]:
-        return [answer.text for answer in answer_all(base, ask_all(base, items), recipe, ["cpu"], lambda done: None)]
+        return [
+            answer.text
+            for answer in answer_with_transformers(base, ask_all(base, items), recipe, ["cpu"], lambda done: None)
+        ]
 
     ways: dict[str, Callable[[], Sequence[str]]] = {"forge": forge, "one": one, "pipeline": piped, "whole": whole}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

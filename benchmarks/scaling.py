@@ -67,7 +67,7 @@ def train(
     """Train on as many processes, each on a core of its own: the curve, and how many cores other programs used."""
     say(f"{processes} process{'es' * (processes > 1)}, {parallelism}")
     # The forward passes are as large on one process as on two.
-    settings = {"processes": processes, "parallelism": parallelism, "rows_per_forward": 4}
+    settings = {"nproc_per_node": processes, "parallelism": parallelism, "micro_batch_size": 4}
     path, out = folder / "recipe.yaml", folder / "out"
     path.write_text(yaml.safe_dump(recipe(MODEL, str(base), "fp32", False, **settings)))
     cores = ",".join(map(str, itertools.islice(sorted(os.sched_getaffinity(0)), processes)))

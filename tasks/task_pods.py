@@ -12,7 +12,7 @@ from flytekit import PodTemplate, Resources, Secret
 from flytekit.extras.accelerators import A100
 from kubernetes import client
 
-from forge.cluster.nodes import LIGHT, TRAINING, Node, Shape, nodes_of
+from forge.cluster.nodes import LIGHT, TRAINING, Node, TrainingShape, nodes_of
 from tasks.flyte_sessions import close_sessions_at_exit
 
 close_sessions_at_exit()
@@ -63,18 +63,18 @@ def light(
     }
 
 
-def on_gpus(shape: Shape, hours: float) -> dict[str, Any]:
+def on_gpus(shape: TrainingShape, hours: float) -> dict[str, Any]:
     """Pods of the training nodes, one for each node of the shape: with its GPUs, and the share of the node they are."""
     node = nodes_of(TRAINING)[0]
-    cores, memory = node.share(shape.processes)
+    cores, memory = node.share(shape.nproc_per_node)
     return {
         "container_image": TRAINER_IMAGE,
         "pod_template": pod(node, shared=shape.nodes > 1),
         "accelerator": A100,
         "shared_memory": f"{memory // 4}Gi",  # NCCL's, and of data loaders
         # A process that sees fewer GPUs than its pod has asked for ends with an error: see Settings.gpus.
-        "environment": {**GPU_VARIABLES, "FORGE_GPUS": str(shape.processes)},
-        **_resources(cores, memory, gpu=str(shape.processes)),
+        "environment": {**GPU_VARIABLES, "FORGE_GPUS": str(shape.nproc_per_node)},
+        **_resources(cores, memory, gpu=str(shape.nproc_per_node)),
         **_common(hours),
     }
 

@@ -26,11 +26,11 @@ from tasks.preprocess.sources import digest_source
 PROJECT = Path(__file__).parent.parent
 SMALL = {
     "name": "dates",
-    "data": {"source": "demonstration", "demonstration": {"rows": 1200}, "context": 128},
+    "data": {"source": "demonstration", "demonstration": {"rows": 1200}, "max_seq_len": 128},
     "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
-    "training": {"rows_per_step": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
+    "training": {"global_batch_size": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 32, "max_new_tokens": 32},
-    "gate": {"measure": "nll", "json_validity": 0.0, "ended": 0.0},  # a model of a few seconds answers badly
+    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},  # a model of a few seconds answers badly
 }
 
 

@@ -70,7 +70,7 @@ class Benchmark:
         self.parameters = write_model(self.shape, self.base)
         self.dataset = prepare_dataset(path, self.base, self.shape.context, folder / "store")
         self.card = card(self.dataset)
-        self.steps = math.ceil(self.card["packed_rows"]["train"] / self.shape.rows_per_step)
+        self.steps = math.ceil(self.card["packed_rows"]["train"] / self.shape.global_batch_size)
         if self.steps < WARM_UP + FEWEST:
             raise SideFailed(f"{self.steps} steps say nothing: give more --rows")
         self.versions: dict[str, str] = {}
@@ -79,7 +79,7 @@ class Benchmark:
     def compare(self, precision: str) -> dict[str, Any]:
         """Every side in one precision; of the runs of TRL's and of Hugging Face's, each time the fastest counts."""
         sides = {"forge": self.run("forge", "forge_side", precision, compiled=True)}
-        batches = {1, self.shape.rows_per_forward} if self.device == "cuda" else {1}
+        batches = {1, self.shape.micro_batch_size} if self.device == "cuda" else {1}
         for compiled in (True, False):
             how = ", compiled" * compiled
             for batch in sorted(batches):
@@ -122,8 +122,8 @@ class Benchmark:
         On a CPU a quarter of a step at once is the fastest: all of it at once has more padding.
         """
         per_row = self.card["documents"]["train"] / self.card["packed_rows"]["train"]
-        forwards = 4 if self.device == "cpu" else self.shape.rows_per_step // self.shape.rows_per_forward
-        batch = max(1, round(per_row * self.shape.rows_per_step / forwards))
+        forwards = 4 if self.device == "cpu" else self.shape.global_batch_size // self.shape.micro_batch_size
+        batch = max(1, round(per_row * self.shape.global_batch_size / forwards))
         return {"batch": batch, "per_step": batch * forwards}
 
     def run(self, name: str, side: str, precision: str, **settings: Any) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Benchmark:
             "device": self.device,
             "parameters": self.parameters,
             "context": self.shape.context,
-            "rows_per_step": self.shape.rows_per_step,
+            "global_batch_size": self.shape.global_batch_size,
             "steps": self.steps,
             "warm_up_steps": WARM_UP,
             "documents": self.card["documents"],

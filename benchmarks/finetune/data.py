@@ -21,7 +21,7 @@ def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
 
     # Conversations with one exchange longer than the context are left out, for every side alike.
     recipe = DataRecipe(
-        source=str(rows), context=context, heldout_fraction=0.1, over_context="split", max_reject_fraction=0.2
+        source=str(rows), max_seq_len=context, heldout_fraction=0.1, overlong="split", max_reject_fraction=0.2
     )
     opened = DirectoryStore(store)
     source = Source(uri=rows.absolute().as_uri(), digest=digest_source(recipe), store=opened.identity)

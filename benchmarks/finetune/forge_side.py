@@ -30,18 +30,18 @@ def recipe(model: str, base: str, precision: str, compiled: bool, **training: An
     shape = SHAPES[model]
     return {
         "name": "benchmark",
-        "data": {"context": shape.context, "over_context": "split"},
+        "data": {"max_seq_len": shape.context, "overlong": "split"},
         "model": {"base": base},
         "training": {
             "method": "lora" if shape.lora else "full",
             **({"lora": LORA} if shape.lora else {}),
-            "rows_per_step": shape.rows_per_step,
-            "rows_per_forward": shape.rows_per_forward,
+            "global_batch_size": shape.global_batch_size,
+            "micro_batch_size": shape.micro_batch_size,
             "epochs": 1,
             "learning_rate": shape.learning_rate,
-            "warmup_fraction": WARMUP,
+            "warmup_ratio": WARMUP,
             "weight_decay": WEIGHT_DECAY,
-            "gradient_clip": CLIP,
+            "max_grad_norm": CLIP,
             "precision": precision,
             "compile": compiled,
             **training,

@@ -21,8 +21,8 @@ class Shape:
     tied: bool  # input and output embeddings are one matrix
     context: int
     rows: int  # conversations, one epoch of them
-    rows_per_step: int
-    rows_per_forward: int  # that Forge takes at once; TRL tries it too, on a GPU
+    global_batch_size: int
+    micro_batch_size: int  # that Forge takes at once; TRL tries it too, on a GPU
     learning_rate: float
     lora: bool = False  # adapters of rank 16 on a base in bf16, in place of all weights
 
@@ -42,8 +42,8 @@ SHAPES = {
         tied=True,
         context=512,
         rows=700,
-        rows_per_step=8,
-        rows_per_forward=8,
+        global_batch_size=8,
+        micro_batch_size=8,
         learning_rate=1e-3,
     ),
     "llama-1b": Shape(  # Llama 3.2 1B
@@ -56,8 +56,8 @@ SHAPES = {
         tied=True,
         context=2048,
         rows=4_000,
-        rows_per_step=16,
-        rows_per_forward=4,
+        global_batch_size=16,
+        micro_batch_size=4,
         learning_rate=1e-4,
     ),
     "llama-8b-lora": Shape(  # Llama 3.1 8B
@@ -70,8 +70,8 @@ SHAPES = {
         tied=False,
         context=2048,
         rows=2_000,
-        rows_per_step=8,
-        rows_per_forward=2,
+        global_batch_size=8,
+        micro_batch_size=2,
         learning_rate=2e-4,
         lora=True,
     ),

@@ -39,7 +39,7 @@ def main(
         # Rows of one length: for each other one it compiles again, and what it makes of any length is no faster.
         "pad_to_multiple_of": shape.context if compiled else None,
         "use_liger_kernel": torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None,
-        **training_arguments(shape, precision, steps, batch, shape.rows_per_step),
+        **training_arguments(shape, precision, steps, batch, shape.global_batch_size),
     }
     used = {"attn_implementation": attention(), "dtype": weights_dtype(shape)}
     trainer = SFTTrainer(

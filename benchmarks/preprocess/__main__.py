@@ -151,7 +151,7 @@ def settings() -> dict[str, Any]:
         "python": platform.python_version(),
         "seed": SEED,
         "vocabulary": VOCABULARY,
-        "forge": {"over_context": "split", "heldout_fraction": HELDOUT_FRACTION},
+        "forge": {"overlong": "split", "heldout_fraction": HELDOUT_FRACTION},
     }
 
 

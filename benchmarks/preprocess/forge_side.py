@@ -21,7 +21,7 @@ from tasks.preprocess.sources import digest_source
 
 def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folder: str) -> dict[str, Any]:
     """Prepare the rows into a store under the folder; seconds, counts, and what was dropped."""
-    recipe = DataRecipe(source=rows, context=context, heldout_fraction=heldout_fraction, over_context="split")
+    recipe = DataRecipe(source=rows, max_seq_len=context, heldout_fraction=heldout_fraction, overlong="split")
     store = DirectoryStore(Path(folder, "store"))
     source = Source(uri=Path(rows).absolute().as_uri(), digest=digest_source(recipe), store=store.identity)
     base = Base(location=Path(tokenizer).absolute().as_uri())

@@ -12,7 +12,7 @@ from minio import Minio
 from pydantic import SecretStr
 
 from forge.core.settings import Settings
-from forge.registry.packages import fetch
+from forge.registry.packages import fetch_package
 from forge.storage import open_store
 from tasks.register.publish import build_package
 
@@ -26,7 +26,7 @@ FACTS = {
 def main() -> None:
     """Do what the arguments say, and write its seconds to result.json; imports are not counted."""
     arguments = json.loads(sys.argv[1])
-    ways = {"push": push, "fetch": fetch_package, "plain_push": plain_push, "plain_fetch": plain_fetch, "copy": copy}
+    ways = {"push": push, "fetch": fetch, "plain_push": plain_push, "plain_fetch": plain_fetch, "copy": copy}
     prepared = ways[arguments["way"]](arguments)
     started = time.perf_counter()
     found = prepared()
@@ -57,11 +57,11 @@ def push(arguments: dict[str, Any]) -> Callable[[], str]:
     return lambda: build_package(Path(arguments["model"]), FACTS, settings, store)[0]
 
 
-def fetch_package(arguments: dict[str, Any]) -> Callable[[], str]:
+def fetch(arguments: dict[str, Any]) -> Callable[[], str]:
     """Forge: fetch into the cache, and compare every file with the manifest."""
     settings = settings_of(arguments)
     store = open_store(settings)
-    return lambda: str(fetch(arguments["uri"], settings, store))
+    return lambda: str(fetch_package(arguments["uri"], settings, store))
 
 
 def plain_push(arguments: dict[str, Any]) -> Callable[[], str]:

@@ -73,7 +73,7 @@ def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: in
     """Swap adapters under load, after so many seconds of it without swaps; every answer is compared with what its
     version answers alone.
     """
-    engine = Engine(adapter_slots=2, max_lora_rank=RANK)
+    engine = Engine(max_loras=2, max_lora_rank=RANK)
     declare(target, Serving(base=base, engine=engine, adapters=(adapters[0],), names={NAME: adapters[0].versioned}))
     say("vLLM serves; each version is asked alone")
     alone: dict[tuple[str, str], str] = {}

@@ -30,7 +30,7 @@ LARGEST_NODE = 16  # GPUs; more are not proposed
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """What of a decoder decides the memory that it is served in. Attention is grouped, and MLPs are gated."""
 
     layers: int
@@ -74,7 +74,7 @@ class Fit:
     `concurrency` sequences of `context` tokens are wanted at once, and one of `served`, without which vLLM won't start.
     """
 
-    shape: Shape
+    shape: DecoderShape
     weight_bytes: int
     slots: int
     rank: int
@@ -222,9 +222,13 @@ def check_serving(
     wanted = context or served
     problems = list(_adapter_problems(engine, adapters, adapter_rank))
     if shape.longest and max(served, wanted) > shape.longest:
-        problems.append(f"serving.context {max(served, wanted)}: its config.json ends at {shape.longest}; take no more")
+        problems.append(
+            f"serving.max_model_len {max(served, wanted)}: its config.json ends at {shape.longest}; take no more"
+        )
     elif wanted > served:
-        problems.append(f"serving.context {wanted}: it serves {served} tokens; take no more, or roll the base out anew")
+        problems.append(
+            f"serving.max_model_len {wanted}: it serves {served} tokens; take no more, or roll the base out anew"
+        )
     options = [n for n in range(1, LARGEST_NODE + 1) if shape.divides(n)]
     if count not in options:
         problems.append(
@@ -234,7 +238,7 @@ def check_serving(
     elif gpus and count > len(gpus):
         problems.append(f"tensor parallelism over {count} GPUs: there are {len(gpus)}; take no more")
     gpu = min(gpus[:count], key=lambda one: one.memory) if gpus else None
-    slots, rank = engine.adapter_slots, engine.max_lora_rank
+    slots, rank = engine.max_loras, engine.max_lora_rank
     fit = Fit(shape, weight_bytes, slots, rank, gpu, count, served, wanted, concurrency)
     if gpu and not problems and fit.cache > fit.room:
         ways = [text for text, _ in _ways(fit, adapters, adapter_rank)]
@@ -249,7 +253,7 @@ def check_serving(
     return fit
 
 
-def read_shape(config: dict[str, Any], name: str) -> Shape:
+def read_shape(config: dict[str, Any], name: str) -> DecoderShape:
     """The shape that a config.json describes; ForgeError where it lacks what is needed."""
     text = {**config, **(config.get("text_config") or {})}
 
@@ -268,7 +272,7 @@ def read_shape(config: dict[str, Any], name: str) -> Shape:
     if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic") or "gemma3" in text.get("model_type", ""):
         rope = {}
     longest = value("max_position_embeddings", "n_positions", default=0)
-    return Shape(
+    return DecoderShape(
         layers=value("num_hidden_layers", "n_layer"),
         windowed=value("layer_types", default=[]).count("sliding_attention") if window else 0,
         window=window,
@@ -288,12 +292,12 @@ def read_shape(config: dict[str, Any], name: str) -> Shape:
 
 def _adapter_problems(engine: Engine, adapters: int, rank: int | None) -> Iterator[str]:
     takes = "vLLM is started anew for"
-    if engine.adapter_slots < adapters:
+    if engine.max_loras < adapters:
         yield (
-            f"serving.adapter_slots {engine.adapter_slots}: {adapters} adapters are loaded at once, those that "
+            f"serving.max_loras {engine.max_loras}: {adapters} adapters are loaded at once, those that "
             f"are replaced included; take {adapters}, which {takes}"
         )
-    if engine.adapter_slots and engine.max_lora_rank not in RANKS:
+    if engine.max_loras and engine.max_lora_rank not in RANKS:
         yield f"serving.max_lora_rank {engine.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}; take one of them"
     if rank is not None and rank > engine.max_lora_rank:
         enough = next((one for one in RANKS if one >= rank), None)
@@ -309,10 +313,10 @@ def _ways(fit: Fit, adapters: int, rank: int | None) -> Iterator[tuple[str, Fit]
     length = BLOCK * bisect.bisect_right(lengths, fit.room, key=lambda tokens: fit.shorten(tokens).cache)
     spread = [n for n in range(fit.gpus + 1, LARGEST_NODE + 1) if fit.shape.divides(n)]
     changes = [
-        (f"serving.adapter_slots {slots}", replace(fit, slots=slots)),
+        (f"serving.max_loras {slots}", replace(fit, slots=slots)),
         (f"serving.max_lora_rank {enough}", replace(fit, rank=min(enough, fit.rank))),
         (f"serving.concurrency {fit.sequences}", replace(fit, concurrency=max(1, fit.sequences))),
-        (f"serving.context {length}", fit.shorten(max(length, SHORTEST_CONTEXT))),
+        (f"serving.max_model_len {length}", fit.shorten(max(length, SHORTEST_CONTEXT))),
         *((f"tensor parallelism over {n} x {fit.gpu and fit.gpu.name}", replace(fit, gpus=n)) for n in spread),
     ]
     for text, changed in changes:

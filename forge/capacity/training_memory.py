@@ -52,7 +52,7 @@ class Memory:
 def estimate_memory(model: ModelSize, training: TrainingRecipe, context: int, parallelism: Parallelism) -> Memory:
     """What one process needs for rows of `context` tokens; bytes."""
     sharded = parallelism in ("fsdp", "hybrid")
-    shards = {"fsdp": training.nodes * training.processes, "hybrid": training.processes}.get(parallelism, 1)
+    shards = {"fsdp": training.nodes * training.nproc_per_node, "hybrid": training.nproc_per_node}.get(parallelism, 1)
     element = 2 if training.precision == "bf16" else FP32
     adapter = model.adapter(training.lora) if training.lora else 0
     trained = adapter if training.lora else model.parameters
@@ -71,7 +71,9 @@ def estimate_memory(model: ModelSize, training: TrainingRecipe, context: int, pa
     else:
         copies = 2 * (adapter if training.lora else model.linear) if training.precision == "bf16" else 0
 
-    tokens = context * (training.rows_per_forward or training.rows_per_step // (training.nodes * training.processes))
+    tokens = context * (
+        training.micro_batch_size or training.global_batch_size // (training.nodes * training.nproc_per_node)
+    )
     saved = _layer_activations(model, training, context, tokens, sharded)
     stream = tokens * model.hidden * _stream(training, sharded)
     recomputed = {"none": 0, "selective": math.ceil(model.layers / 2), "full": model.layers}[
@@ -139,7 +141,7 @@ def resolve_parallelism(
     One process needs none. auto is ddp where that fits, else hybrid on several nodes where that does, else fsdp; on a
     CPU it is ddp.
     """
-    if training.nodes * training.processes == 1:
+    if training.nodes * training.nproc_per_node == 1:
         return "none"
     if training.parallelism != "auto":
         return training.parallelism
@@ -155,7 +157,7 @@ def check_fit(model: ModelSize, training: TrainingRecipe, context: int, gpu: GPU
 
     Raises ForgeError with the estimate by part and the nearest change of the recipe that would fit.
     """
-    here = training.nodes * training.processes
+    here = training.nodes * training.nproc_per_node
     room = gpu.usable if gpu else psutil.virtual_memory().total // here
     memory = estimate_memory(model, training, context, resolve_parallelism(model, training, context, gpu))
     if memory.total <= room:
@@ -178,29 +180,31 @@ def nearest_fit(model: ModelSize, training: TrainingRecipe, context: int, gpu: G
     Changes that leave the result as it is come first, as few as will do; then a shorter context, then another method.
     """
     for changes in _combinations(training, context, gpu):
-        update = {name: value for name, value in changes.items() if name != "context"}
+        update = {name: value for name, value in changes.items() if name != "max_seq_len"}
         if changes.get("method", "full") != "full" and training.lora is None:
             update["lora"] = Lora()
         changed = training.model_copy(update=update)
-        length = changes.get("context", context)
+        length = changes.get("max_seq_len", context)
         how = resolve_parallelism(model, changed, length, gpu)
         if estimate_memory(model, changed, length, how).total <= room:
-            said = [f"{'data' if name == 'context' else 'training'}.{name} {value}" for name, value in changes.items()]
+            said = [
+                f"{'data' if name == 'max_seq_len' else 'training'}.{name} {value}" for name, value in changes.items()
+            ]
             return said + ["training.lora {rank: 16}"] * ("lora" in update)
     return []
 
 
 def _combinations(training: TrainingRecipe, context: int, gpu: GPU | None) -> Iterator[dict[str, Any]]:
     """Changes of a recipe that need less memory, nearest first."""
-    world = training.nodes * training.processes
-    share = training.rows_per_step // world
-    rows = training.rows_per_forward or share
+    world = training.nodes * training.nproc_per_node
+    share = training.global_batch_size // world
+    rows = training.micro_batch_size or share
     levels, methods = ["none", "selective", "full"], ["full", "lora", "qlora"] if gpu else ["full", "lora"]
     groups: dict[str, list[Any]] = {
-        "rows_per_forward": [fewer for fewer in range(rows - 1, 0, -1) if share % fewer == 0],
+        "micro_batch_size": [fewer for fewer in range(rows - 1, 0, -1) if share % fewer == 0],
         "activation_checkpointing": levels[levels.index(training.activation_checkpointing) + 1 :],
         "parallelism": ["fsdp"] if world > 1 and training.parallelism in ("ddp", "hybrid") else [],
-        "context": [context >> n for n in range(1, 32) if context >> n >= SHORTEST_CONTEXT],
+        "max_seq_len": [context >> n for n in range(1, 32) if context >> n >= SHORTEST_CONTEXT],
         "method": methods[methods.index(training.method) + 1 :] if training.method in methods else [],
     }
 

@@ -19,13 +19,13 @@ TRAINING_HOURS = range(7, 19)
 KEPT_CORES, KEPT_MEMORY = 4, 16  # of a node, for k3s and what runs on every node (GiB)
 
 
-class Part(BaseModel):
+class NodeListEntry(BaseModel):
     """Of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Taint(Part):
+class Taint(NodeListEntry):
     """What keeps pods away that do not tolerate it."""
 
     key: str
@@ -33,14 +33,14 @@ class Taint(Part):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
 
 
-class GPUs(Part):
+class GPUs(NodeListEntry):
     """The GPUs of a node; `product` is one of forge.capacity.training_memory.GPUS."""
 
     count: int = Field(ge=1)
     product: str
 
 
-class Node(Part):
+class Node(NodeListEntry):
     """A machine. Its labels are its role, its pool, and those listed."""
 
     name: str
@@ -60,18 +60,18 @@ class Node(Part):
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrainingShape:
     """How many nodes train, with how many processes (and GPUs) each."""
 
     nodes: int
-    processes: int
+    nproc_per_node: int
 
     def __str__(self) -> str:
-        return f"{self.nodes}x{self.processes}"
+        return f"{self.nodes}x{self.nproc_per_node}"
 
 
 # One door of fine-tuning each: Flyte cannot change how many nodes a registered task has.
-SHAPES = (Shape(1, 1), Shape(1, 2), Shape(2, 2))
+SHAPES = (TrainingShape(1, 1), TrainingShape(1, 2), TrainingShape(2, 2))
 
 
 @functools.cache
@@ -85,23 +85,23 @@ def nodes_of(role: str) -> list[Node]:
     return [node for node in all_nodes() if node.role == role]
 
 
-def find_shape(nodes: int, processes: int) -> Shape:
+def find_shape(nodes: int, nproc_per_node: int) -> TrainingShape:
     """The shape of a recipe; ForgeError where there is no such door."""
-    shape = Shape(nodes, processes)
+    shape = TrainingShape(nodes, nproc_per_node)
     if shape not in SHAPES:
         raise ForgeError(
-            f"training.nodes {nodes} with training.processes {processes}: there is no such shape; take one of "
-            f"{', '.join(map(str, SHAPES))} (nodes x processes)"
+            f"training.nodes {nodes} with training.nproc_per_node {nproc_per_node}: there is no such shape; "
+            f"take one of {', '.join(map(str, SHAPES))} (nodes x processes)"
         )
     return shape
 
 
-def check_cluster_has(shape: Shape) -> None:
+def check_cluster_has(shape: TrainingShape) -> None:
     """ForgeError where the nodes that train have too few GPUs for a shape."""
-    able = [node for node in nodes_of(TRAINING) if node.gpus and node.gpus.count >= shape.processes]
+    able = [node for node in nodes_of(TRAINING) if node.gpus and node.gpus.count >= shape.nproc_per_node]
     if len(able) < shape.nodes:
         raise ForgeError(
-            f"training.nodes {shape.nodes} with training.processes {shape.processes}: {len(able)} of the cluster's "
-            f"nodes of role {TRAINING} have so many GPUs (infra/nodes.yaml); lower training.nodes or "
-            "training.processes"
+            f"training.nodes {shape.nodes} with training.nproc_per_node {shape.nproc_per_node}: {len(able)} of the "
+            f"cluster's nodes of role {TRAINING} have so many GPUs (infra/nodes.yaml); lower training.nodes or "
+            "training.nproc_per_node"
         )

@@ -175,7 +175,7 @@ class Deployment(Result):
 class Engine(Contract):
     """What vLLM is started with beside the base's weights; None leaves a value to vLLM."""
 
-    adapter_slots: int = Field(2, ge=0, description="adapters that answer at once; 0 starts vLLM without adapters")
+    max_loras: int = Field(2, ge=0, description="adapters that answer at once; 0 starts vLLM without adapters")
     max_lora_rank: int = 16
     max_model_len: int | None = None
     tensor_parallel: int = 1

@@ -34,11 +34,11 @@ class DataRecipe(Section):
         ".gz or .zst), s3://bucket/prefix, or hf://datasets/owner/name",
     )
     demonstration: Demonstration = Demonstration()
-    shape: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
+    row_format: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="what a row looks like; auto tells it from the first row"
     )
-    context: int = Field(ge=16, le=131_072, description="tokens in a packed row; no document may be longer")
-    over_context: Literal["reject", "split", "truncate"] = Field(
+    max_seq_len: int = Field(ge=16, le=131_072, description="tokens in a packed row; no document may be longer")
+    overlong: Literal["reject", "split", "truncate"] = Field(
         "reject", description="what becomes of a longer row: refused, split between turns, or cut at its end"
     )
     max_reject_fraction: float = Field(
@@ -98,7 +98,7 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["all-linear"], min_length=1)
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
 
 
 class TrainingRecipe(Section):
@@ -107,30 +107,30 @@ class TrainingRecipe(Section):
     method: Literal["full", "lora", "qlora"] = "full"
     lora: Lora | None = None
     nodes: Literal[1, 2] = 1
-    processes: Literal[1, 2] = Field(1, description="processes a node (GPUs on the cluster)")
+    nproc_per_node: Literal[1, 2] = Field(1, description="processes a node (GPUs on the cluster)")
     parallelism: Literal["auto", "ddp", "fsdp", "hybrid"] = Field(
         "auto",
         description="a replica a process, or weights, gradients and optimizer sharded over all (fsdp) or within each "
         "node (hybrid); auto is ddp where that fits, else hybrid on several nodes, else fsdp",
     )
-    rows_per_step: int = Field(ge=1, description="packed rows in a global batch")
-    rows_per_forward: int | None = Field(
+    global_batch_size: int = Field(ge=1, description="packed rows in a global batch")
+    micro_batch_size: int | None = Field(
         None, ge=1, description="packed rows that a process takes at once; without it, its whole share of a step"
     )
     epochs: float = Field(gt=0, le=1000)
     learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "wsd"] = Field(
+    lr_scheduler: Literal["cosine", "linear", "wsd"] = Field(
         "cosine", description="how the learning rate falls; wsd keeps it and lets the last fifth of the steps decay"
     )
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute activations in the backward pass: of every second layer, or of all"
     )
     compile: bool = Field(False, description="torch.compile each layer: a slower first step, faster ones after it")
-    early_stopping: int | None = Field(
+    early_stopping_patience: int | None = Field(
         None, ge=1, description="stop when the held-out loss has not improved so many times in a row"
     )
     checkpoint_minutes: float = Field(10.0, gt=0)
@@ -146,12 +146,12 @@ class TrainingRecipe(Section):
     def _consistent(self) -> "TrainingRecipe":
         if (self.lora is None) != (self.method == "full"):
             raise ValueError("method lora or qlora needs the section lora, and full has none")
-        world = self.nodes * self.processes
-        if self.rows_per_step % world:
-            raise ValueError(f"rows_per_step must be a multiple of nodes x processes ({world})")
-        share = self.rows_per_step // world
-        if self.rows_per_forward and share % self.rows_per_forward:
-            raise ValueError(f"rows_per_forward must divide a process's share of rows_per_step ({share})")
+        world = self.nodes * self.nproc_per_node
+        if self.global_batch_size % world:
+            raise ValueError(f"global_batch_size must be a multiple of nodes x nproc_per_node ({world})")
+        share = self.global_batch_size // world
+        if self.micro_batch_size and share % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size must divide a process's share of global_batch_size ({share})")
         if self.parallelism == "hybrid" and self.nodes == 1:
             raise ValueError("parallelism hybrid needs several nodes; on one, use fsdp")
         return self
@@ -200,17 +200,17 @@ class EvaluationRecipe(Section):
 class GateRecipe(Section):
     """What a model must show, on the same items as the champion, to take its place. See docs/evaluation.md."""
 
-    measure: Literal["score", "nll"] = Field(
-        "score", description="what models are compared by; margins are in its unit"
+    metric: Literal["score", "nll"] = Field("score", description="what models are compared by; margins are in its unit")
+    non_inferiority_margin: float = Field(
+        0.04, gt=0, description="how much worse than the champion it may not be, at 95 %"
     )
-    margin: float = Field(0.04, gt=0, description="how much worse than the champion it may not be, at 95 %")
     require_improvement: bool = Field(False, description="it must be better than the champion, at 95 %")
-    slice_margin: float = Field(0.15, gt=0, description="the same as margin, for each slice")
-    slice_items: int = Field(50, ge=10, description="slices with fewer items are not judged")
+    slice_margin: float = Field(0.15, gt=0, description="the same as non_inferiority_margin, for each slice")
+    min_slice_items: int = Field(50, ge=10, description="slices with fewer items are not judged")
     min_items: int = Field(30, ge=2, description="with fewer items nothing is decided")
-    floor: float = Field(0.0, ge=0, le=1, description="what the mean score must reach, at 95 %")
-    json_validity: float = Field(0.99, ge=0, le=1, description="share of valid JSON where JSON is expected")
-    ended: float = Field(0.95, ge=0, le=1, description="share of answers that end within max_new_tokens")
+    min_score: float = Field(0.0, ge=0, le=1, description="what the mean score must reach, at 95 %")
+    min_json_validity: float = Field(0.99, ge=0, le=1, description="share of valid JSON where JSON is expected")
+    min_finished: float = Field(0.95, ge=0, le=1, description="share of answers that end within max_new_tokens")
 
 
 class ServingRecipe(Section):
@@ -229,9 +229,9 @@ class ServingRecipe(Section):
     watch_seconds: float = Field(10, ge=0, description="seconds that it is watched under its public name")
     max_error_rate: float = Field(0.01, ge=0, le=1, description="share of requests that may fail meanwhile")
     max_latency_ratio: float = Field(3, gt=1, description="how much slower than before it may answer meanwhile")
-    adapter_slots: int = Field(2, ge=0, description="adapters that answer at once, of them two while one is replaced")
+    max_loras: int = Field(2, ge=0, description="adapters that answer at once, of them two while one is replaced")
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="of any adapter, at most")
-    context: int | None = Field(
+    max_model_len: int | None = Field(
         None, ge=16, description="tokens of a conversation; without it, the model's own context"
     )
     concurrency: int = Field(8, ge=1, description="conversations of the whole context that must fit at once")
@@ -250,8 +250,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "Recipe":
-        if self.evaluation.max_new_tokens >= self.data.context:
-            raise ValueError(f"evaluation.max_new_tokens must be less than data.context ({self.data.context})")
+        if self.evaluation.max_new_tokens >= self.data.max_seq_len:
+            raise ValueError(f"evaluation.max_new_tokens must be less than data.max_seq_len ({self.data.max_seq_len})")
         if self.training.lora and self.model.architecture:
             raise ValueError("training.method lora adapts a base model; give model.base, not model.architecture")
         return self

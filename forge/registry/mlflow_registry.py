@@ -64,7 +64,7 @@ def open_registry(settings: Settings) -> "MlflowClient":
 
 
 @contextlib.contextmanager
-def telling(what: str, settings: Settings) -> Iterator[None]:
+def translate_mlflow_errors(what: str, settings: Settings) -> Iterator[None]:
     """What MLflow raises becomes a ForgeError that says what could not be done."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

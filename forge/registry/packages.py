@@ -22,7 +22,7 @@ PACKAGE = re.compile(r".+://.+/models/[^/]+/sha256-[0-9a-f]{64}")
 ADAPTER = "adapter"  # the kind of a package that stands on its base; of any other, the kind is model
 
 
-def fetch(model_uri: str, settings: Settings, store: Store) -> Path:
+def fetch_package(model_uri: str, settings: Settings, store: Store) -> Path:
     """The verified local directory of a package; safe to call from many processes at once.
 
     `model_uri` is models:/name@alias, models:/name/version, or the package's own URI. ForgeError, naming the file,
@@ -35,7 +35,7 @@ def fetch(model_uri: str, settings: Settings, store: Store) -> Path:
 def resolve(model_uri: str, settings: Settings) -> tuple[str, str]:
     """The URI and the digest of the package that a model's URI names; ForgeError where there is none."""
     if model_uri.startswith("models:/"):
-        found = find_version(model_uri, settings)
+        found = find_registered_version(model_uri, settings)
         uri = found.source or ""
         digest = found.tags.get(PACKAGE_DIGEST, "")
     else:
@@ -46,7 +46,7 @@ def resolve(model_uri: str, settings: Settings) -> tuple[str, str]:
     return uri, named.group(1)
 
 
-def find_version(model_uri: str, settings: Settings) -> "ModelVersion":
+def find_registered_version(model_uri: str, settings: Settings) -> "ModelVersion":
     """The registered version that models:/name@alias or models:/name/version names; ForgeError where there is none."""
     from mlflow.exceptions import MlflowException
 

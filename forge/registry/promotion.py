@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from forge.core.errors import ForgeError
 from forge.registry.mlflow_registry import CHALLENGER, CHAMPION, version_of
 from forge.storage import Store
-from forge.storage.lease import lease, whoami
+from forge.storage.lease import current_owner, lease
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -129,7 +129,7 @@ def not_the_champion(name: str, version: str, compared: str, now: str) -> ForgeE
 
 def _record(store: Store, name: str, number: int, version: str, previous: str, why: str, trial: str = "") -> Promotion:
     record = Promotion(
-        number=number, version=version, previous=previous, when=time.time(), who=whoami(), why=why, trial=trial
+        number=number, version=version, previous=previous, when=time.time(), who=current_owner(), why=why, trial=trial
     )
     if not store.put_if_absent(f"promotions/{name}/{number:08}.json", record.model_dump_json(indent=2).encode()):
         raise ForgeError(f"{name} version {version}: somebody else was promoting at the same time; run again")

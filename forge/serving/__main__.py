@@ -14,14 +14,14 @@ from forge.core.errors import ForgeError
 from forge.core.processes import start_ticks
 from forge.core.settings import Settings, load_settings
 from forge.registry.packages import PACKAGE
-from forge.serving.client import ask as ask_once
+from forge.serving.client import chat as ask_once
 from forge.serving.client import client_of
 from forge.serving.desired import Conflict, Desired, Server
-from forge.serving.local_target import LocalTarget, made_of, reconciler_lock
+from forge.serving.local_target import LocalTarget, reconciler_lock, reconciler_version
 from forge.serving.plan import remove as without
 from forge.serving.reconciler import Reconciler, run
 from forge.serving.reconciler_status import Status
-from forge.serving.served_files import fetch
+from forge.serving.served_files import fetch_served
 from forge.serving.targets import open_target
 from forge.serving.trial import Recovery
 from forge.serving.vllm_process import LocalServer
@@ -124,7 +124,7 @@ def reconcile() -> None:
     reconciler = Reconciler(
         open_target(settings).document,
         server,
-        lambda one: fetch(one, settings, store()),
+        lambda one: fetch_served(one, settings, store()),
         lambda one: store().release(one.uri) if PACKAGE.fullmatch(one.uri) else None,
         Recovery(store, settings),
         settings.serving / "names.json",
@@ -140,7 +140,12 @@ def reconcile() -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "port": status.port, "made_of": made_of(settings)}
+    me = {
+        "pid": os.getpid(),
+        "ticks": start_ticks(os.getpid()),
+        "port": status.port,
+        "made_of": reconciler_version(settings),
+    }
     write_atomically(record, json.dumps(me))
 
     # On a cluster there may be something to serve later, and Kubernetes would only start it again.

@@ -124,7 +124,7 @@ class PublicNames:
         name, fields = named(body)
         version = self._names().get(name, name) if name is not None else None
         if name is not None and version is None:
-            return await answer(send, 503, loading(name), (b"retry-after", b"1"))
+            return await answer(send, 503, loading_answer(name), (b"retry-after", b"1"))
         if version != name:
             body = renamed(fields, version)
             scope = {**scope, "headers": with_length(scope["headers"], len(body))}
@@ -251,7 +251,7 @@ def with_length(headers: Iterable[Header], length: int) -> list[Header]:
     return [*kept, (b"content-length", str(length).encode())]
 
 
-def loading(name: str) -> dict[str, Any]:
+def loading_answer(name: str) -> dict[str, Any]:
     """An error as the OpenAI API has them."""
     message = f"The model `{name}` is being loaded; try again in a moment."
     return {"error": {"message": message, "type": "ServiceUnavailableError", "param": "model", "code": 503}}

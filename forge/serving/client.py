@@ -11,7 +11,7 @@ def client_of(endpoint: str) -> OpenAI:
     return OpenAI(base_url=endpoint, api_key="EMPTY", max_retries=0, timeout=60, http_client=direct)
 
 
-def ask(
+def chat(
     client: OpenAI,
     name: str,
     messages: list[dict[str, Any]],

@@ -111,7 +111,7 @@ class Conflict(Exception):
     """The document was changed by another writer since it was read."""
 
 
-class Document(Protocol):
+class DesiredStore(Protocol):
     """Where the document is kept."""
 
     where: str

@@ -22,8 +22,8 @@ def arguments(base: Served, path: str, engine: Engine) -> list[str]:
     """vLLM's arguments, but for where it listens. `path` is the base's directory."""
     options = ["--model", path, "--served-model-name", base.versioned, "--dtype", saved_dtype(Path(path))]
     options += ["--middleware", MIDDLEWARE, "--shutdown-timeout", str(DRAIN)]
-    if engine.adapter_slots:
-        options += ["--enable-lora", "--max-loras", str(engine.adapter_slots)]
+    if engine.max_loras:
+        options += ["--enable-lora", "--max-loras", str(engine.max_loras)]
         options += ["--max-lora-rank", str(engine.max_lora_rank)]
     if engine.max_model_len is not None:
         options += ["--max-model-len", str(engine.max_model_len)]
@@ -43,7 +43,7 @@ def on_cpu(path: str, engine: Engine) -> list[str]:
     Raises Failed where the weights cannot be read.
     """
     try:
-        names = sorted(set(linear_layers(Path(path)))) if engine.adapter_slots else []
+        names = sorted(set(linear_layers(Path(path)))) if engine.max_loras else []
     except (SafetensorError, OSError) as error:
         raise Failed(f"the weights in {path} cannot be read: {error}") from None
     return ["--enforce-eager", *(["--lora-target-modules", *names] if names else [])]
@@ -62,4 +62,4 @@ def linear_layers(model: Path) -> Iterator[str]:
 
 def engine_of(recipe: ServingRecipe) -> Engine:
     """How vLLM is started where a recipe needs a base of its own, on one GPU; the fit check says on how many."""
-    return Engine(adapter_slots=recipe.adapter_slots, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.context)
+    return Engine(max_loras=recipe.max_loras, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.max_model_len)

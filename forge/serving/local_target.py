@@ -18,7 +18,7 @@ from forge.core.digest import digest_json
 from forge.core.errors import ForgeError
 from forge.core.processes import start_ticks
 from forge.core.settings import PREFIX, PROJECT, Settings
-from forge.serving.desired import Actual, Conflict, Desired, Document, read_document, revision_of
+from forge.serving.desired import Actual, Conflict, Desired, DesiredStore, read_document, revision_of
 from forge.serving.vllm_client import UNREACHABLE
 from forge.serving.vllm_process import last_lines, signals_deferred
 from forge.storage import write_atomically
@@ -72,7 +72,7 @@ class LocalTarget:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.document: Document = FileDocument(settings)
+        self.document: DesiredStore = FileDocument(settings)
         self.endpoint = settings.endpoint
         self.record = settings.serving / "reconciler.json"
         self.log = settings.serving / "reconciler.log"
@@ -94,7 +94,7 @@ class LocalTarget:
         One that was started with other settings, or by other code, is replaced.
         """
         deadline = time.monotonic() + STARTING
-        if self._runs() and self._recorded().get("made_of", "") != made_of(self.settings):
+        if self._runs() and self._recorded().get("version", "") != reconciler_version(self.settings):
             self.stop()
         process = None
         while self.status() is None:
@@ -141,17 +141,17 @@ class LocalTarget:
             return subprocess.Popen(
                 [sys.executable, "-m", "forge.serving", "reconcile"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT, start_new_session=True,
-                env=environment(self.settings),
+                env=reconciler_environment(self.settings),
             )  # fmt: skip
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def reconciler_environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with these settings."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    return others | given(settings)
+    return others | settings_environment(settings)
 
 
-def given(settings: Settings) -> dict[str, str]:
+def settings_environment(settings: Settings) -> dict[str, str]:
     """The settings that are not as they are by default, as variables."""
     found = {}
     for name, field in Settings.model_fields.items():
@@ -162,9 +162,9 @@ def given(settings: Settings) -> dict[str, str]:
     return found
 
 
-def made_of(settings: Settings) -> str:
+def reconciler_version(settings: Settings) -> str:
     """A digest of what decides how a reconciler works: its settings, and the code."""
-    return digest_json([given(settings), code_version("forge.serving")])
+    return digest_json([settings_environment(settings), code_version("forge.serving")])
 
 
 def reconciler_lock(settings: Settings) -> Path:

@@ -21,7 +21,7 @@ def plan(
     except for those that the recipe `replaces`: they are taken away.
     """
     adapter = manifest.get("kind") == ADAPTER
-    base = base_of(manifest, now) if adapter else served
+    base = base_to_serve(manifest, now) if adapter else served
     names = {**now.names, served.name: served.versioned}
     if now.base is not None and now.base.digest == base.digest:
         state = now.model_copy(update={"names": names})
@@ -35,8 +35,8 @@ def plan(
     used = set(state.names.values())
     state = state.model_copy(update={"adapters": tuple(one for one in adapters if one.versioned in used)})
     if adapter and now.base == state.base:
-        needed = len(loading(now, state).adapters), manifest.get("rank") or 0
-        state = state.model_copy(update={"engine": widened(now.engine, engine, *needed)})
+        needed = len(loading_state(now, state).adapters), manifest.get("rank") or 0
+        state = state.model_copy(update={"engine": engine_with_room(now.engine, engine, *needed)})
     there = {one.versioned for one in state.all()}
     lost = {name for name, versioned in names.items() if versioned not in there}
     if kept := sorted(lost - set(replaces)):
@@ -50,16 +50,16 @@ def plan(
     return state.model_copy(update={"names": {name: to for name, to in names.items() if name not in lost}})
 
 
-def widened(now: Engine, granted: Engine, adapters: int, rank: int) -> Engine:
+def engine_with_room(now: Engine, granted: Engine, adapters: int, rank: int) -> Engine:
     """vLLM's options for so many adapters of such a rank: as they are if they suffice, or the granted ones do not."""
-    slots, ranks = max(now.adapter_slots, granted.adapter_slots), max(now.max_lora_rank, granted.max_lora_rank)
-    suffices = adapters <= now.adapter_slots and rank <= now.max_lora_rank
+    slots, ranks = max(now.max_loras, granted.max_loras), max(now.max_lora_rank, granted.max_lora_rank)
+    suffices = adapters <= now.max_loras and rank <= now.max_lora_rank
     if suffices or adapters > slots or rank > ranks:
         return now
-    return now.model_copy(update={"adapter_slots": slots, "max_lora_rank": ranks})
+    return now.model_copy(update={"max_loras": slots, "max_lora_rank": ranks})
 
 
-def loading(now: Serving, after: Serving) -> Serving:
+def loading_state(now: Serving, after: Serving) -> Serving:
     """The state before public names move: all that is needed is there, and names lead where they did, if they can."""
     kept = [one for one in now.adapters if now.base == after.base and one not in after.adapters]
     there = {one.versioned for one in [*kept, *after.all()]}
@@ -67,7 +67,7 @@ def loading(now: Serving, after: Serving) -> Serving:
     return after.model_copy(update={"adapters": (*kept, *after.adapters), "names": names})
 
 
-def base_of(manifest: dict[str, Any], now: Serving) -> Served:
+def base_to_serve(manifest: dict[str, Any], now: Serving) -> Served:
     """What an adapter stands on, by its manifest: the base that serves, where it is that one."""
     location, digest = manifest["base"]["location"], manifest["base"]["revision"]
     if now.base is not None and now.base.digest == digest:

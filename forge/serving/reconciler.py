@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.core.errors import ForgeError
-from forge.serving.desired import Actual, Desired, Document, Failed, Served, Server, Serving
+from forge.serving.desired import Actual, Desired, DesiredStore, Failed, Served, Server, Serving
 from forge.serving.vllm_client import UNREACHABLE, VLLM, Names
 from forge.storage import write_atomically
 
@@ -40,11 +40,11 @@ class Reconciler:
 
     def __init__(
         self,
-        document: Document,
+        document: DesiredStore,
         server: Server,
         fetch: Callable[[Served], Path],
         release: Callable[[Served], None],
-        recover: Callable[[Document], bool],
+        recover: Callable[[DesiredStore], bool],
         names_file: Path,
         tell: Callable[[str], None] = print,
     ) -> None:

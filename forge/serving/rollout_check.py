@@ -15,13 +15,13 @@ from forge.core.settings import Settings
 from forge.registry.packages import ADAPTER
 from forge.serving.desired import Served, Serving
 from forge.serving.engine import engine_of
-from forge.serving.plan import loading, plan
+from forge.serving.plan import loading_state, plan
 
 UNKNOWN = "0" * 64  # the digest of what has yet to be trained
 Describe = Callable[[Served], tuple[dict[str, Any], int]]  # the config.json of a base, and the bytes of its weights
 
 
-def foresee(
+def state_after_rollout(
     now: Serving,
     served: Served,
     manifest: dict[str, Any],
@@ -35,7 +35,7 @@ def foresee(
     names would be taken away, or it does not fit.
     """
     after = plan(now, served, manifest, engine_of(recipe), recipe.replaces)
-    base, adapters, rank = after.base, len(loading(now, after).adapters), manifest.get("rank")
+    base, adapters, rank = after.base, len(loading_state(now, after).adapters), manifest.get("rank")
     if base is None or after == now:
         return after, ""
     if (base, after.engine) == (now.base, now.engine):
@@ -82,7 +82,7 @@ def check_rollout(recipe: Recipe, base: Base, config: dict[str, Any], serving: S
     served = Served(name=recipe.name, version="", uri="", digest=UNKNOWN)
     refused = f"the rollout of {recipe.name} would be refused: "
     try:
-        foresee(serving, served, manifest, recipe.serving, settings, estimate)
+        state_after_rollout(serving, served, manifest, recipe.serving, settings, estimate)
     except Problems as error:
         raise Problems(refused, error.problems) from None
     except ForgeError as error:

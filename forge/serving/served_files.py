@@ -14,7 +14,7 @@ from forge.storage import Store
 KINDS = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
-def fetch(one: Served, settings: Settings, store: Store) -> Path:
+def fetch_served(one: Served, settings: Settings, store: Store) -> Path:
     """The local directory of something to serve: a verified package, a directory, or a model of the hub.
 
     ForgeError where it is not there.
@@ -36,7 +36,7 @@ def fetch(one: Served, settings: Settings, store: Store) -> Path:
         raise _not_to_be_had(one, error) from None
 
 
-def describe(base: Served, store: Store) -> tuple[dict[str, Any], int]:
+def base_config_and_size(base: Served, store: Store) -> tuple[dict[str, Any], int]:
     """A base's config.json and the bytes of its weights, without fetching them; ForgeError where it is not there."""
     if base.directory:
         check_directory(base.directory)

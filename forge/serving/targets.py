@@ -6,7 +6,7 @@ import urllib3
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.serving.desired import Actual, Document, Serving, read_document
+from forge.serving.desired import Actual, DesiredStore, Serving, read_document
 from forge.serving.local_target import FileDocument, LocalTarget
 from forge.serving.vllm_client import UNREACHABLE
 
@@ -16,7 +16,7 @@ DOCUMENT = "vllm-desired"  # the ConfigMap, of which the cluster's reconciler an
 class Target(Protocol):
     """The document of what should be served, and what is said of it."""
 
-    document: Document
+    document: DesiredStore
     endpoint: str
 
     def status(self) -> Actual | None:
@@ -33,7 +33,7 @@ class ClusterTarget:
         from forge.serving.kubernetes_target import ConfigMapDocument, open_cluster
 
         self.settings = settings
-        self.document: Document = ConfigMapDocument(open_cluster(), settings.serving_namespace, DOCUMENT)
+        self.document: DesiredStore = ConfigMapDocument(open_cluster(), settings.serving_namespace, DOCUMENT)
         self.endpoint = settings.endpoint
 
     def status(self) -> Actual | None:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from forge.core.errors import ForgeError
 from forge.core.processes import is_alive, this_process
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import champion_version, open_registry, telling
+from forge.registry.mlflow_registry import champion_version, open_registry, translate_mlflow_errors
 from forge.registry.promotion import drop_challenger, finish_promotion, promotions
-from forge.serving.desired import Conflict, Desired, Document, Served, Serving, Trial
+from forge.serving.desired import Conflict, Desired, DesiredStore, Served, Serving, Trial
 from forge.storage import Store
-from forge.storage.lease import earlier_attempt, whoami
+from forge.storage.lease import current_owner, earlier_attempt
 
 RENEWED = 10.0  # seconds between renewals
 ABANDONED = 45.0  # seconds without a renewal after which a trial counts as broken off
@@ -26,17 +26,17 @@ FAILED = "rollout_failed"  # the tag of a version that could not be rolled out: 
 BROKEN_OFF = "the rollout was broken off before the version had become the champion"
 
 
-class Ended(ForgeError):
+class TrialLost(ForgeError):
     """Somebody else has ended our trial, and has seen to all that was to be given back."""
 
 
-class Trying:
+class ActiveRollout:
     """Our trial in the document. Once somebody else has ended it, all methods raise Ended."""
 
-    def __init__(self, document: Document, trial: Trial) -> None:
+    def __init__(self, document: DesiredStore, trial: Trial) -> None:
         self.document, self.trial = document, trial
         self.ended = threading.Event()
-        self._lost: Ended | None = None
+        self._lost: TrialLost | None = None
         self._lock = threading.Lock()
 
     def change(self, serving: Serving) -> Desired:
@@ -64,7 +64,7 @@ class Trying:
         if self._lost is not None:
             raise self._lost
 
-    def gone(self) -> Ended | None:
+    def gone(self) -> TrialLost | None:
         """Why the trial is no longer ours; None where it is, or where the document can't be read now."""
         with contextlib.suppress(ForgeError, OSError):
             self.renew()
@@ -75,7 +75,7 @@ class Trying:
             while True:
                 desired, revision = self.document.read()
                 if desired.trial is None or desired.trial.id != self.trial.id:
-                    self._lost = Ended(
+                    self._lost = TrialLost(
                         f"{self.document.where}: somebody else has ended the rollout of {self.trial.of.versioned}: "
                         "its trial is no longer there; run again"
                     )
@@ -91,14 +91,14 @@ class Trying:
 
 
 @contextlib.contextmanager
-def trying(
-    document: Document,
+def active_rollout(
+    document: DesiredStore,
     of: Served,
     champion: str,
-    recover: Callable[[Document], bool],
+    recover: Callable[[DesiredStore], bool],
     undone: Callable[[Trial, BaseException], bool],
     timeout: float,
-) -> Iterator[Trying]:
+) -> Iterator[ActiveRollout]:
     """Begin a trial, after the one under way has ended; on an error, what served before should be served again.
 
     `undone` is given an error first, and says whether it is to be undone: where the version's promotion was recorded
@@ -112,8 +112,8 @@ def trying(
         desired, revision = document.read()
         if desired.trial is None:
             trial = Trial(
-                id=uuid.uuid4().hex, name=of.name, of=of, before=desired.serving, champion=champion, owner=whoami(),
-                process=this_process(),
+                id=uuid.uuid4().hex, name=of.name, of=of, before=desired.serving, champion=champion,
+                owner=current_owner(), process=this_process(),
             )  # fmt: skip
             begun = desired.model_copy(update={"trial": trial, "generation": desired.generation + 1})
             with contextlib.suppress(Conflict):
@@ -126,12 +126,12 @@ def trying(
                     f"{timeout:.0f} s; see what it does"
                 )
             time.sleep(POLL)
-    ours = Trying(document, trial)
+    ours = ActiveRollout(document, trial)
     try:
         threading.Thread(target=ours.keep_renewing, daemon=True).start()
         yield ours
     except BaseException as error:
-        if not ours.ended.is_set() and not isinstance(error, Ended):
+        if not ours.ended.is_set() and not isinstance(error, TrialLost):
             if gone := ours.gone():
                 if isinstance(error, Exception):  # a signal goes on as one
                     raise gone from error
@@ -155,7 +155,7 @@ class Recovery:
         self._seen: tuple[str, int] = ("", 0)
         self._since = 0.0
 
-    def __call__(self, document: Document) -> bool:
+    def __call__(self, document: DesiredStore) -> bool:
         """End the trial in a document if it was broken off; returns whether it was."""
         trial = document.read()[0].trial
         return trial is not None and self.broken_off(trial) and recover(document, self.store(), self.settings, trial.id)
@@ -172,7 +172,7 @@ class Recovery:
         return time.monotonic() - self._since > ABANDONED
 
 
-def recover(document: Document, store: Store, settings: Settings, trial_id: str) -> bool:
+def recover(document: DesiredStore, store: Store, settings: Settings, trial_id: str) -> bool:
     """End a trial that was broken off; returns whether it was still there.
 
     Where the version's promotion was recorded, it is finished, unless somebody has moved the alias elsewhere since.
@@ -203,7 +203,7 @@ def tag_failed(settings: Settings, name: str, version: str, reason: str) -> None
     """
     try:
         client = open_registry(settings)
-        with telling(f"{name} version {version} could not be tagged", settings):
+        with translate_mlflow_errors(f"{name} version {version} could not be tagged", settings):
             tags = client.get_model_version(name, version).tags
             if reason == BROKEN_OFF and champion_version(client, name) == version:
                 reason = ""  # it is the champion, and was only to be served again

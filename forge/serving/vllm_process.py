@@ -32,7 +32,7 @@ STARTING = "vLLM is starting, which takes up to a minute; its log is {}"
 
 
 @dataclass(frozen=True)
-class Spec:
+class ServerSpec:
     """What a server was started with: the base (its versioned name) in the directory `path`, options, and a port."""
 
     base: str
@@ -42,14 +42,14 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningServer:
     """A started server: its log, and its process, told from a later one of the same number by its start.
 
     The process leads a session, which its children share. `ticks` is the start in clock ticks since boot, which no
     change of the clock moves.
     """
 
-    spec: Spec
+    spec: ServerSpec
     pid: int
     ticks: int
     log: str
@@ -77,13 +77,13 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{settings.serving_port}"
         self.record = settings.serving / "server.json"
         self.names_file = settings.serving / "names.json"
-        self._starting: Running | None = None  # what this process has started, and has not seen healthy yet
+        self._starting: RunningServer | None = None  # what this process has started, and has not seen healthy yet
         self._seen = time.monotonic()  # when it was healthy last, or was started
 
     def ensure(self, base: Served, path: str, engine: Engine) -> str:
         """See forge.serving.desired.Server."""
         options = [*arguments(base, path, engine), *on_cpu(path, engine)]
-        spec = Spec(base.versioned, path, options, self.settings.serving_port)
+        spec = ServerSpec(base.versioned, path, options, self.settings.serving_port)
         recorded = self.recorded()
         if recorded is None or recorded.spec != spec:
             self.stop()
@@ -109,16 +109,16 @@ class LocalServer:
         # One that was ready and does not answer at the moment is busy, and is left alone.
         return STARTING.format(recorded.log) if recorded == self._starting else ""
 
-    def running(self) -> Running | None:
+    def running(self) -> RunningServer | None:
         """The recorded server, if its process lives."""
         recorded = self.recorded()
         return recorded if recorded is not None and recorded.alive() else None
 
-    def recorded(self) -> Running | None:
+    def recorded(self) -> RunningServer | None:
         """The server that was started last and not stopped, alive or not."""
         try:
             value = json.loads(self.record.read_text())
-            return Running(Spec(**value.pop("spec")), **value)
+            return RunningServer(ServerSpec(**value.pop("spec")), **value)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, KeyError):
@@ -126,7 +126,7 @@ class LocalServer:
                 f"{self.record} is broken; end vLLM by hand if it runs (pgrep -f {MODULE}), and delete the file"
             ) from None
 
-    def start(self, spec: Spec) -> Running:
+    def start(self, spec: ServerSpec) -> RunningServer:
         """Start a server and record it; returns at once, before it is ready. The log of the one before is kept."""
         self.settings.serving.mkdir(parents=True, exist_ok=True)
         log = self.settings.serving / f"vllm-{spec.base}.log"
@@ -144,12 +144,12 @@ class LocalServer:
                 cwd=self.settings.serving,
                 start_new_session=True,
             )
-            running = Running(spec, process.pid, start_ticks(process.pid) or 0, str(log))
+            running = RunningServer(spec, process.pid, start_ticks(process.pid) or 0, str(log))
             write_atomically(self.record, json.dumps(asdict(running), indent=2))
         self._starting, self._seen = running, time.monotonic()
         return running
 
-    def stop(self, grace: float | None = None) -> Running | None:
+    def stop(self, grace: float | None = None) -> RunningServer | None:
         """Stop the recorded server and all its processes, after `grace` seconds by force; returns what was running."""
         grace = self.grace if grace is None else grace
         running, recorded = self.running(), self.recorded()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 ARTIFACT = re.compile(r"(?:.*/)?sha256-[^/]+(?=/|$)")
 
 
-class Found(NamedTuple):
+class StoredArtifact(NamedTuple):
     """An artifact in the store, or what there is of one that is not whole."""
 
     uri: str

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.storage import s3
-from forge.storage.artifacts import ARTIFACT, Found
+from forge.storage.artifacts import ARTIFACT, StoredArtifact
 from forge.storage.local_copies import Copies
 from forge.storage.manifest import MANIFEST, SIGNATURE, gone, read_manifest, write_manifest
 from forge.storage.transfer import File, download, is_etag_of, upload
@@ -48,7 +48,7 @@ class BucketStore:
     def read(self, key: str) -> bytes | None:
         """A small object, or None where there is none."""
         with self._connect() as client:
-            return s3.read(client, self.bucket, self._name(key))
+            return s3.read_object(client, self.bucket, self._name(key))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write a small object; False, and nothing changed, where it already exists."""
@@ -106,7 +106,7 @@ class BucketStore:
                     self.put(f"{key}/{SIGNATURE}", (staged / SIGNATURE).read_bytes())
                 data = (staged / MANIFEST).read_bytes()
                 s3.put_if_absent(client, self.bucket, self._name(f"{key}/{MANIFEST}"), data)
-            kept = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+            kept = s3.read_object(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
         read_manifest(self.uri(key), kept or b"")
         if kept == (staged / MANIFEST).read_bytes():
             self.copies.adopt(key, staged)
@@ -141,7 +141,7 @@ class BucketStore:
             return None
         with self._connect() as client:
             folder = self._folder(self._key(uri), read_manifest(uri, data))
-            return s3.read(client, self.bucket, f"{folder}/{name}")
+            return s3.read_object(client, self.bucket, f"{folder}/{name}")
 
     def attach(self, uri: str, name: str, data: bytes) -> None:
         """Put a file beside an artifact's own, such as a signature."""
@@ -150,11 +150,11 @@ class BucketStore:
     def sweep(self, prefix: str, older_than: timedelta) -> int:
         """Remove what uploads that were broken off so long ago left under a prefix; returns how many there were."""
         with self._connect() as client:
-            return s3.sweep(client, self.bucket, self._name(f"{prefix}/"), older_than)
+            return s3.abort_stale_uploads(client, self.bucket, self._name(f"{prefix}/"), older_than)
 
-    def artifacts(self, prefix: str) -> list[Found]:
+    def artifacts(self, prefix: str) -> list[StoredArtifact]:
         """The artifacts under a prefix, and what there is of those that are not whole; sorted by URI."""
-        found: dict[str, Found] = {}
+        found: dict[str, StoredArtifact] = {}
         with self._connect() as client:
             for item in client.list_objects(self.bucket, prefix=self._name(f"{prefix}/"), recursive=True):
                 key = (item.object_name or "").removeprefix(self._name(""))
@@ -164,9 +164,9 @@ class BucketStore:
                         item.size or 0,
                         key == f"{artifact.group()}/{MANIFEST}",
                     )
-                    one = found.get(uri, Found(uri, 0, item.last_modified, False))
+                    one = found.get(uri, StoredArtifact(uri, 0, item.last_modified, False))
                     modified = max(one.modified, item.last_modified)
-                    found[uri] = Found(uri, one.size + size, modified, one.whole or whole)
+                    found[uri] = StoredArtifact(uri, one.size + size, modified, one.whole or whole)
         return sorted(found.values())
 
     def remove(self, uri: str) -> None:
@@ -181,7 +181,7 @@ class BucketStore:
     def _fetch(self, key: str, directory: Path) -> None:
         where = self.uri(key)
         with self._connect() as client:
-            data = s3.read(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
+            data = s3.read_object(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
             if data is None:
                 raise gone(where)
             manifest = read_manifest(where, data)
@@ -206,7 +206,7 @@ class BucketStore:
                 for entry in manifest["files"]
                 for item in [there[entry["path"]]]
             ]
-            if signature := s3.read(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
+            if signature := s3.read_object(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
                 (directory / SIGNATURE).write_bytes(signature)
             try:
                 with shown(f"fetch {key}", sum(file.size for file, _ in wanted)) as tell:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", bound=Artifact)
 
 
-def find_done(store: "Store", stage: str, asked: Sequence[Any], kind: type[Found]) -> Found | None:
+def find_completed(store: "Store", stage: str, asked: Sequence[Any], kind: type[Found]) -> Found | None:
     """What a stage has come to, `asked` being all that decides its result; None where its artifact is gone, too."""
     data = store.read(_place(stage, asked))
     if data is None:
@@ -33,7 +33,7 @@ def find_done(store: "Store", stage: str, asked: Sequence[Any], kind: type[Found
     return result if here and store.exists(result.uri.removeprefix(root)) else None
 
 
-def record_done(store: "Store", stage: str, asked: Sequence[Any], result: Artifact) -> None:
+def record_completed(store: "Store", stage: str, asked: Sequence[Any], result: Artifact) -> None:
     """Record what a stage has come to, for `find_done`."""
     store.put(_place(stage, asked), result.model_dump_json().encode())
 

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from forge.core.errors import ForgeError
-from forge.storage.artifacts import Found
-from forge.storage.files import owner, staged_directory, sweep, sync
+from forge.storage.artifacts import StoredArtifact
+from forge.storage.files import owner, remove_stale_staging, staged_directory, sync
 from forge.storage.manifest import MANIFEST, gone, read_manifest, write_manifest
 
 
@@ -26,7 +26,7 @@ class DirectoryStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._staging = root / ".staging"
-        sweep(self._staging)
+        remove_stale_staging(self._staging)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -145,14 +145,14 @@ class DirectoryStore:
         """Put a file beside a published directory's own, such as a signature."""
         self.put(f"{self.path(uri).relative_to(self.root).as_posix()}/{name}", data)
 
-    def artifacts(self, prefix: str) -> list[Found]:
+    def artifacts(self, prefix: str) -> list[StoredArtifact]:
         """The artifacts under a prefix, sorted by URI; all of them are whole."""
         found = []
         for path in (self.root / prefix).rglob(MANIFEST):
             if path.parent.name.startswith("sha256-"):
                 size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
                 modified = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-                found.append(Found(path.parent.as_uri(), size, modified, True))
+                found.append(StoredArtifact(path.parent.as_uri(), size, modified, True))
         return sorted(found)
 
     def sweep(self, prefix: str, older_than: timedelta) -> int:

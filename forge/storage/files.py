@@ -50,7 +50,7 @@ def owner() -> str:
     return f"{this_process()}-"
 
 
-def sweep(staging: Path) -> None:
+def remove_stale_staging(staging: Path) -> None:
     """Remove what processes that were killed left in staging, where that is there."""
     for staged in staging.iterdir() if staging.is_dir() else ():
         with contextlib.suppress(OSError):  # swept by another, or not ours to remove

@@ -61,7 +61,7 @@ class _Claims:
         """Write our claim; without a number yet, or with it."""
         self.number = number
         self.renewals += 1
-        claim = {"owner": whoami(), "number": number, "renewals": self.renewals}
+        claim = {"owner": current_owner(), "number": number, "renewals": self.renewals}
         self.store.put(self.mine, json.dumps(claim).encode())
 
     def renew(self) -> None:
@@ -122,10 +122,10 @@ def earlier_attempt(owner: str) -> bool:
 
     A Flyte execution has one task at a time that takes leases or rolls out, and one attempt at a time of it.
     """
-    return "FLYTE_INTERNAL_EXECUTION_ID" in os.environ and owner == whoami()
+    return "FLYTE_INTERNAL_EXECUTION_ID" in os.environ and owner == current_owner()
 
 
-def whoami() -> str:
+def current_owner() -> str:
     """Who acts: the Flyte execution, or the user and the machine."""
     if execution := os.environ.get("FLYTE_INTERNAL_EXECUTION_ID"):
         parts = [os.environ.get(f"FLYTE_INTERNAL_EXECUTION_{part}", "") for part in ("PROJECT", "DOMAIN")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from forge.storage.files import staged_directory, sweep, sync
+from forge.storage.files import remove_stale_staging, staged_directory, sync
 
 
 class Copies:
@@ -25,7 +25,7 @@ class Copies:
             directory.mkdir(parents=True, exist_ok=True)
         self._held: dict[str, int] = {}
         self._mutex = threading.Lock()  # the kernel's locks are between processes
-        sweep(self._staging)
+        remove_stale_staging(self._staging)
 
     def stage(self) -> contextlib.AbstractContextManager[Path]:
         """A new directory beside the copies; removed afterwards, if it has not become one."""

@@ -27,7 +27,7 @@ def read_recipe(recipe: str) -> tuple[str, bytes]:
     if recipe.startswith("s3://"):
         bucket, key = s3.split(recipe)
         with s3.connect(f"recipe {recipe}", load_settings()) as client:
-            data = s3.read(client, bucket, key)
+            data = s3.read_object(client, bucket, key)
         if data is None:
             raise ForgeError(f"recipe {recipe}: there is no such object; check the bucket and the key")
         return recipe, data

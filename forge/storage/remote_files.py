@@ -47,7 +47,9 @@ def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tupl
         return uri.to_uri(), digest_json([uri.revision, uri.path_in_repo])
 
 
-def fetch(source: str, directory: Path, settings: Settings, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+def download_files(
+    source: str, directory: Path, settings: Settings, suffixes: tuple[str, ...]
+) -> list[tuple[str, Path]]:
     """Download a source's data files; returns each one's URI and local path, sorted by URI.
 
     Files are whole or not there, and none lies outside the directory. ForgeError where a file changes meanwhile or

@@ -159,7 +159,7 @@ def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
         client._put_object(bucket, name, data, headers)  # the public methods take no such header
     except S3Error as error:
         if error.code in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return read(client, bucket, name) == data  # ours, where the answer to an earlier request was lost
+            return read_object(client, bucket, name) == data  # ours, where the answer to an earlier request was lost
         raise
     return True
 
@@ -177,7 +177,7 @@ def exists(client: "Minio", bucket: str, name: str) -> bool:
     return True
 
 
-def read(client: "Minio", bucket: str, name: str) -> bytes | None:
+def read_object(client: "Minio", bucket: str, name: str) -> bytes | None:
     """A small object, or None where there is none."""
     from minio.error import MinioException
 
@@ -192,7 +192,7 @@ def read(client: "Minio", bucket: str, name: str) -> bytes | None:
         raise
 
 
-def sweep(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
+def abort_stale_uploads(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
     """Abort uploads in parts under a prefix that were begun before so long, and return how many.
 
     A process that was killed leaves them, and they take room that no listing shows.

@@ -39,7 +39,7 @@ class File(NamedTuple):
     sha256: str = ""
 
 
-class Stopped(Exception):
+class TransferCancelled(Exception):
     """Another transfer has failed."""
 
 
@@ -123,7 +123,7 @@ class _Sending:
     def _part(self, path: Path, file: File, start: int, size: int, query: dict[str, Any]) -> tuple[str, bool]:
         """Send some bytes of a file; returns the etag, and whether it is the MD5 that it should be."""
         if self.stop.is_set():
-            raise Stopped
+            raise TransferCancelled
         buffer = getattr(self.own, "buffer", b"")
         if len(buffer) < size:
             buffer = self.own.buffer = bytearray(size)  # this thread's, used again: fresh memory would cost more
@@ -166,7 +166,7 @@ def _receive(
             # As stored: an object's Content-Encoding says how to show it, while its size and its etag count its bytes.
             for chunk in response.stream(CHUNK, decode_content=False):
                 if stop.is_set():
-                    raise Stopped
+                    raise TransferCancelled
                 opened.write(chunk)
                 digest.update(chunk)
                 size += len(chunk)
@@ -247,7 +247,7 @@ def _finish(futures: "Iterable[Future[T]]", stop: threading.Event) -> list[T]:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         failed = [error for future in done if (error := future.exception()) is not None]
         if failed:
-            raise min(failed, key=lambda error: isinstance(error, Stopped))
+            raise min(failed, key=lambda error: isinstance(error, TransferCancelled))
         return [future.result() for future in futures]
     except BaseException:
         stop.set()

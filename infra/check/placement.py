@@ -8,7 +8,7 @@ from decimal import Decimal
 
 from kubernetes.utils import parse_quantity
 
-from forge.cluster.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, Shape
+from forge.cluster.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, TrainingShape
 from infra.check.tree import Object, Pod, Tree
 
 GIB = 1024**3
@@ -65,7 +65,7 @@ def check_placement(tree: Tree) -> Iterator[str]:
     except ValueError as error:
         yield f"infra/nodes.yaml: {' '.join(str(error).split())}"
         return
-    shape = max(SHAPES, key=lambda one: (one.nodes * one.processes, one.nodes))
+    shape = max(SHAPES, key=lambda one: (one.nodes * one.nproc_per_node, one.nodes))
     for name, hour in (("day", TRAINING_HOURS[0] + 1), ("night", TRAINING_HOURS[-1] + 2)):
         trainings = [shape] if hour in TRAINING_HOURS else []
         yield from (f"{finding} (by {name})" for finding in place(nodes, pods_at(tree, hour), trainings)[1])
@@ -104,7 +104,7 @@ def hours(window: dict[str, str]) -> set[int]:
     return {hour % 24 for hour in range(start, last if last > start else last + 24)}
 
 
-def place(nodes: list[Node], pods: list[Pod], trainings: list[Shape]) -> tuple[list[Room], list[str]]:
+def place(nodes: list[Node], pods: list[Pod], trainings: list[TrainingShape]) -> tuple[list[Room], list[str]]:
     """Put all pods, and trainings as tasks/task_pods.py asks for them, on nodes: what is left, and what found no node.
 
     What asks for most is put first, on the node that has least left of what takes it, as a scheduler that packs would.
@@ -134,16 +134,16 @@ def place(nodes: list[Node], pods: list[Pod], trainings: list[Shape]) -> tuple[l
     return rooms, findings
 
 
-def _training(nodes: list[Node], shape: Shape) -> list[tuple[Pod, tuple[Decimal, Decimal, Decimal]]]:
+def _training(nodes: list[Node], shape: TrainingShape) -> list[tuple[Pod, tuple[Decimal, Decimal, Decimal]]]:
     node = next(one for one in nodes if one.role == TRAINING)
-    cores, memory = node.share(shape.processes)
+    cores, memory = node.share(shape.nproc_per_node)
     spec = {
         "nodeSelector": {"role": TRAINING, "gpu-type": "nvidia"},
         "tolerations": [{"key": one.key, "value": one.value, "effect": one.effect} for one in node.taints],
         "priorityClassName": "forge-training",
     }
     pod = Pod(f"a training of shape {shape}", "homelab-production", {}, {}, spec, "PyTorchJob")
-    return [(pod, (Decimal(cores), Decimal(memory * GIB), Decimal(shape.processes)))] * shape.nodes
+    return [(pod, (Decimal(cores), Decimal(memory * GIB), Decimal(shape.nproc_per_node)))] * shape.nodes
 
 
 def needed(pod: Pod) -> tuple[Decimal, Decimal, Decimal]:

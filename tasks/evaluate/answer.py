@@ -45,7 +45,7 @@ class Answer:
     samples: tuple[str, ...] = ()
 
 
-def answer_all(
+def answer_with_transformers(
     of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.

@@ -14,7 +14,7 @@ from forge.core.settings import Settings
 from forge.registry.packages import LocalBase
 from forge.serving.vllm_environment import NO_VLLM, vllm_release
 from forge.storage import Store
-from tasks.evaluate.answer import Answer, Tell, answer_all, devices_here
+from tasks.evaluate.answer import Answer, Tell, answer_with_transformers, devices_here
 from tasks.evaluate.ask import ask_all
 from tasks.evaluate.items import Item
 
@@ -47,9 +47,9 @@ def answers_of(
     if engine.startswith("vllm"):
         from tasks.evaluate import vllm_engine
 
-        answers = vllm_engine.answer_all(of, asked, recipe, settings, tell)
+        answers = vllm_engine.answer_with_vllm(of, asked, recipe, settings, tell)
     else:
-        answers = answer_all(of, asked, recipe, devices_here(), tell)
+        answers = answer_with_transformers(of, asked, recipe, devices_here(), tell)
     with store.stage() as staged:
         table = pa.Table.from_pylist([asdict(answer) for answer in answers])
         parquet.write_table(table, staged / FILE, compression="zstd")

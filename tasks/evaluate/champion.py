@@ -8,7 +8,13 @@ from forge.core.contracts import Base, Champion, Model
 from forge.core.digest import digest_directory, digest_json
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import EVALUATION, MODEL_DIGEST, find_champion, open_registry, telling
+from forge.registry.mlflow_registry import (
+    EVALUATION,
+    MODEL_DIGEST,
+    find_champion,
+    open_registry,
+    translate_mlflow_errors,
+)
 from forge.registry.packages import ADAPTER, LocalBase, directory_of, is_registered, local_base, open_package
 from forge.storage import Store
 from forge.storage.local_copies import Copies
@@ -24,7 +30,7 @@ def champion_to_compare(name: str, model: Model, store: Store, settings: Setting
     that is still there: so its evaluation is the same one before and after its promotion, and is not made again.
     """
     client = open_registry(settings)
-    with telling(f"the champion of {name} cannot be read", settings):
+    with translate_mlflow_errors(f"the champion of {name} cannot be read", settings):
         champion = find_champion(client, name)
         if champion is None:
             return Champion()
@@ -76,7 +82,7 @@ def champion_model(
             return None
         if manifest.get("kind") != ADAPTER:
             return LocalBase(str(package)), model_digest
-        directory = merged(package, manifest, settings, store)
+        directory = merged_champion(package, manifest, settings, store)
     except ForgeError as error:
         raise _told(name, champion, error) from None
     its_digest = str(read_manifest(str(directory), (directory / MANIFEST).read_bytes())["digest"])
@@ -91,7 +97,7 @@ def champion_model(
     return LocalBase(str(directory)), its_digest
 
 
-def merged(package: Path, manifest: dict[str, Any], settings: Settings, store: Store) -> Path:
+def merged_champion(package: Path, manifest: dict[str, Any], settings: Settings, store: Store) -> Path:
     """An adapter's package as a whole model, made once on this machine and kept as copies of the store are.
 
     Raises ForgeError where its base is gone, or is not what it was.

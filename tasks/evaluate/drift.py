@@ -12,7 +12,7 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import EvaluationRecipe, GateRecipe
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import find_champion, open_registry
-from forge.serving.client import ask, client_of
+from forge.serving.client import chat, client_of
 from forge.storage import Store
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record
@@ -48,11 +48,11 @@ def check_drift(
     if not items:
         raise ForgeError(f"champion_check: the data set {dataset.uri} has no held-out conversation to ask")
     started = time.monotonic()
-    answers = ask_all(settings.endpoint, name, items, recipe.max_new_tokens)
+    answers = ask_server(settings.endpoint, name, items, recipe.max_new_tokens)
     seconds = time.monotonic() - started
     score = np.array([judge(item.check, item.expected, text) for item, text in zip(items, answers, strict=True)])
     found = score_interval(score)
-    fallen = found.high < promoted - gate.margin
+    fallen = found.high < promoted - gate.non_inferiority_margin
     says = (
         f"{name} version {champion.version} scores {found.estimate:.1%} on {len(items)} held-out prompts (95% bounds "
         f"{found.low:.1%} to {found.high:.1%}), {promoted:.1%} when it was promoted"
@@ -63,19 +63,20 @@ def check_drift(
     record(client, settings, f"champion-check {name}", tags, shown)
     if fallen:
         raise ForgeError(
-            f"champion_check: {says}: it has fallen by more than gate.margin ({gate.margin:.1%}); train on newer rows, "
+            f"champion_check: {says}: it fell by more than gate.non_inferiority_margin, "
+            f"{gate.non_inferiority_margin:.1%}; train on newer rows, "
             "or see whether the server serves the champion"
         )
     print(f"champion_check: {says}", flush=True)
     return says
 
 
-def ask_all(endpoint: str, name: str, items: Sequence[Item], max_new_tokens: int) -> list[str]:
+def ask_server(endpoint: str, name: str, items: Sequence[Item], max_new_tokens: int) -> list[str]:
     """The greedy answers of a served model, several requests at once."""
     client = client_of(endpoint)
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda item: ask(client, name, item.messages, item.tools, max_new_tokens), items))
+            return list(pool.map(lambda item: chat(client, name, item.messages, item.tools, max_new_tokens), items))
     except OpenAIError as error:
         raise ForgeError(
             f"champion_check: the server at {endpoint} did not answer ({error}); start it: make run"

@@ -21,11 +21,11 @@ from forge.core.settings import Settings
 from forge.registry.mlflow_registry import MODEL_DIGEST
 from forge.registry.packages import LocalBase, is_registered, local_base
 from forge.storage import Store
-from forge.storage.completed import find_done, record_done
+from forge.storage.completed import find_completed, record_completed
 from tasks.evaluate.answer_cache import answers_of, chosen_engine
 from tasks.evaluate.ask import ask_all, tells_date
 from tasks.evaluate.champion import champion_model
-from tasks.evaluate.evaluation_report import Page, render_report
+from tasks.evaluate.evaluation_report import Page, render_evaluation_report
 from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
@@ -59,7 +59,7 @@ def evaluate(
     engine = chosen_engine(recipe, settings)
     asked = [name, dataset.digest, model.digest, champion.model_dump(), recipe.model_dump(mode="json"),
              gate.model_dump(mode="json"), engine]  # fmt: skip
-    if found := find_done(store, STAGE, asked, Evaluation):
+    if found := find_completed(store, STAGE, asked, Evaluation):
         return recorded(found, name, store, settings)
     directory = store.path(model.uri)
     items, passed_over = read_items(store.path(dataset.uri) / "heldout.jsonl", recipe.items, recipe.check)
@@ -70,7 +70,7 @@ def evaluate(
         )
     digest, _ = digest_directory(directory / "model")
     candidate = LocalBase(str(directory / "model"))
-    models = {"candidate": (candidate, digest), "base": base_of(model, settings, store)}
+    models = {"candidate": (candidate, digest), "base": evaluated_base(model, settings, store)}
     if champion.version:
         other = champion_model(name, champion, digest, store, settings)
         if other is not None:
@@ -118,7 +118,7 @@ def evaluate(
                 "Answered by": engine,
             },
         )
-        (staged / REPORT).write_text(render_report(page), encoding="utf-8")
+        (staged / REPORT).write_text(render_evaluation_report(page), encoding="utf-8")
         card = {
             "kind": "evaluation",
             "model": {"uri": model.uri, "digest": model.digest, "model_digest": digest},
@@ -156,7 +156,7 @@ def evaluate(
         reason=verdict.reason,
         report=f"{uri}/{REPORT}",
     )
-    record_done(store, STAGE, asked, result)
+    record_completed(store, STAGE, asked, result)
     return recorded(result, name, store, settings)
 
 
@@ -182,7 +182,7 @@ def _show(progress: Progress, bar: Any, done: int) -> None:
     progress.update(bar, completed=done)
 
 
-def base_of(model: Model, settings: Settings, store: Store) -> tuple[LocalBase, str]:
+def evaluated_base(model: Model, settings: Settings, store: Store) -> tuple[LocalBase, str]:
     """What a model was trained from, and its digest."""
     base = model.base
     if not base.revision:  # the random weights that it started from, in the store

@@ -85,7 +85,7 @@ class Page:
         return [(self.items[at], at) for at in order]
 
 
-def render_report(page: Page) -> str:
+def render_evaluation_report(page: Page) -> str:
     """The page as HTML."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(

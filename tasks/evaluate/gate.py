@@ -107,17 +107,17 @@ def _alone(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
     rule("finite", finite == items, "refuse", finite / items, 1.0,
          f"{finite} of {items} items have a finite likelihood")  # fmt: skip
     ended = sum(answer.ended for answer in candidate.answers) / items
-    rule("ended", ended >= recipe.ended, "refuse", ended, recipe.ended,
-         f"{ended:.1%} of the answers came to their end within evaluation.max_new_tokens; gate.ended is "
-         f"{recipe.ended:.1%}")  # fmt: skip
+    rule("ended", ended >= recipe.min_finished, "refuse", ended, recipe.min_finished,
+         f"{ended:.1%} of the answers came to their end within evaluation.max_new_tokens; gate.min_finished is "
+         f"{recipe.min_finished:.1%}")  # fmt: skip
     expects = ~np.isnan(candidate.valid)
     if expects.any():
         valid = float(candidate.valid[expects].mean())
-        rule("valid JSON", valid >= recipe.json_validity, "refuse", valid, recipe.json_validity,
-             f"{valid:.1%} of the answers are valid JSON where it is expected; gate.json_validity is "
-             f"{recipe.json_validity:.1%}")  # fmt: skip
-    if recipe.floor:
-        findings.append(_floor(candidate.score, recipe.floor))
+        rule("valid JSON", valid >= recipe.min_json_validity, "refuse", valid, recipe.min_json_validity,
+             f"{valid:.1%} of the answers are valid JSON where it is expected; gate.min_json_validity is "
+             f"{recipe.min_json_validity:.1%}")  # fmt: skip
+    if recipe.min_score:
+        findings.append(_floor(candidate.score, recipe.min_score))
     return findings
 
 
@@ -125,7 +125,7 @@ def _floor(score: np.ndarray, floor: float) -> Finding:
     """The mean score reaches a floor: Wilson's bounds where items are right or wrong, else the bootstrap's."""
     found = score_interval(score)
     outcome: Outcome = "pass" if found.low >= floor else "refuse" if found.high < floor else "inconclusive"
-    says = f"score {found.estimate:.1%} (95% bounds {found.low:.1%} to {found.high:.1%}); gate.floor is {floor:.1%}"
+    says = f"score {found.estimate:.1%} (95% bounds {found.low:.1%} to {found.high:.1%}); gate.min_score is {floor:.1%}"
     return Finding("floor", outcome, found.estimate, found.low, found.high, floor, len(score), says)
 
 
@@ -135,19 +135,21 @@ def _against(
     """Rules about the candidate beside the reference."""
     new, old = measured(candidate, recipe), measured(reference.judged, recipe)
     paired = np.isfinite(new) & np.isfinite(old)
-    if recipe.measure == "nll" and _counts(candidate) != _counts(reference.judged):
-        why = "their tokenizers differ, and so do nats a token; set gate.measure to score"
+    if recipe.metric == "nll" and _counts(candidate) != _counts(reference.judged):
+        why = "their tokenizers differ, and so do nats a token; set gate.metric to score"
         return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, 0, why)]
     if paired.sum() < min(recipe.min_items, len(paired)):  # too few items in all is another rule's
         why = f"{paired.sum()} items have figures of both; gate.min_items is {recipe.min_items}"
         return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, int(paired.sum()), why)]
     improve = reference.name == "base" or recipe.require_improvement
     whole = Comparison(new[paired], old[paired])
-    findings = [whole.finding(reference.name, recipe, None if improve else recipe.margin, whole.worse <= WORSE)]
+    findings = [
+        whole.finding(reference.name, recipe, None if improve else recipe.non_inferiority_margin, whole.worse <= WORSE)
+    ]
     parts = {}
     for name, places in slices.items():
         judged = places[paired[places]]
-        if len(judged) >= recipe.slice_items:
+        if len(judged) >= recipe.min_slice_items:
             parts[name] = Comparison(new[judged], old[judged])
     worse = holm([part.worse for part in parts.values()], WORSE)
     for (name, part), is_worse in zip(parts.items(), worse, strict=True):
@@ -157,7 +159,7 @@ def _against(
 
 def measured(judged: Judged, recipe: GateRecipe) -> np.ndarray:
     """What models are compared by, an entry an item: the higher the better."""
-    return judged.score if recipe.measure == "score" else -judged.nll
+    return judged.score if recipe.metric == "score" else -judged.nll
 
 
 def _counts(judged: Judged) -> list[int]:
@@ -183,16 +185,16 @@ class Comparison:
         if is_worse:
             outcome, why = "refuse", "it is worse, and not by chance"
         elif nothing_differs:
-            other = " (or set gate.measure to nll)" if recipe.measure == "score" else ""
+            other = " (or set gate.metric to nll)" if recipe.metric == "score" else ""
             why = f"the same on every item, which tells nothing of either; ask what tells models apart{other}"
             outcome = "inconclusive"
         elif found.low > threshold:
             outcome, why = "pass", "it is better" if margin is None else f"no worse than by {_gap(margin, recipe)}"
         else:
             outcome, why = "inconclusive", self._undecided(recipe, margin)
-        sign = 1 if recipe.measure == "score" else -1
+        sign = 1 if recipe.metric == "score" else -1
         ours, theirs = sign * float(self.new.mean()), sign * float(self.old.mean())
-        what = {"score": "score", "nll": "NLL"}[recipe.measure]
+        what = {"score": "score", "nll": "NLL"}[recipe.metric]
         ends = sorted((sign * found.low, sign * found.high))
         says = (
             f"{what} {_number(ours, recipe)} against {_number(theirs, recipe)}, difference "
@@ -216,8 +218,8 @@ class Comparison:
 
 
 def _number(value: float, recipe: GateRecipe) -> str:
-    return f"{value:.1%}" if recipe.measure == "score" else f"{value:.4f}"
+    return f"{value:.1%}" if recipe.metric == "score" else f"{value:.4f}"
 
 
 def _gap(value: float, recipe: GateRecipe, sign: str = "", unit: str = " points") -> str:
-    return f"{100 * value:{sign}.1f}{unit}" if recipe.measure == "score" else f"{value:{sign}.4f}"
+    return f"{100 * value:{sign}.1f}{unit}" if recipe.metric == "score" else f"{value:{sign}.4f}"

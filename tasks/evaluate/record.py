@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from forge.core.contracts import Evaluation
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import artifact_root, open_registry, telling
+from forge.registry.mlflow_registry import artifact_root, open_registry, translate_mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +26,7 @@ def record_evaluation(
 ) -> None:
     """Write an evaluation's run, once; ForgeError where MLflow does not take it."""
     client = open_registry(settings)
-    with telling(f"the evaluation {evaluation.uri} could not be recorded", settings):
+    with translate_mlflow_errors(f"the evaluation {evaluation.uri} could not be recorded", settings):
         _record_once(client, settings, name, evaluation, tags, more, report)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, NamedTuple
 
 from flytekit import Cache, Deck, HashMethod, task
 
-from forge.cluster.nodes import Shape
+from forge.cluster.nodes import TrainingShape
 from forge.core.code_version import code_version
 from forge.core.contracts import Champion, Dataset, Evaluation, Model, cache_key, value_key
 from forge.core.recipe import EvaluationRecipe, GateRecipe
@@ -13,7 +13,7 @@ from forge.storage import open_store
 from tasks.task_pods import light, on_gpus
 
 
-class Judged(NamedTuple):
+class GatedEvaluation(NamedTuple):
     """An evaluation, and whether the gate lets the model on."""
 
     evaluation: Annotated[Evaluation, HashMethod(cache_key)]
@@ -33,11 +33,11 @@ def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(
     enable_deck=True,
     deck_fields=(),  # the report alone: Flyte's own decks ask for a pip that the images lack
     cache=Cache(version=code_version("tasks.evaluate"), serialize=True),
-    **on_gpus(Shape(1, 2), hours=6),
+    **on_gpus(TrainingShape(1, 2), hours=6),
 )
 def evaluate_model(
     name: str, dataset: Dataset, model: Model, champion: Champion, evaluation: EvaluationRecipe, gate: GateRecipe
-) -> Judged:
+) -> GatedEvaluation:
     """Compare a model with what it was trained from and with the champion; the report is also the task's deck."""
     from tasks.evaluate.evaluate import evaluate
 
@@ -45,7 +45,7 @@ def evaluate_model(
     store = open_store(settings)
     result = evaluate(name, dataset, model, champion, evaluation, gate, store, settings)
     Deck("Evaluation", store.path(result.report).read_text(encoding="utf-8"))
-    return Judged(result, result.verdict == "pass")
+    return GatedEvaluation(result, result.verdict == "pass")
 
 
 @task(**light(hours=2))

@@ -25,7 +25,7 @@ ENDING = 30.0  # seconds that vLLM has to end by itself when all is answered
 LOOK = 0.1  # seconds between looks at what was answered
 
 
-def answer_all(
+def answer_with_vllm(
     of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, tell: Tell
 ) -> list[Answer]:
     """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.

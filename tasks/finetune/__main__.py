@@ -14,9 +14,9 @@ from forge.registry.packages import LocalBase, is_registered, local_base, regist
 from forge.storage import open_store
 from forge.storage.recipes import load_recipe
 from tasks.finetune.export import export
-from tasks.finetune.process_group import Rank, joined
+from tasks.finetune.process_group import Rank, process_group
 from tasks.finetune.run import copies_of, job_key, telemetry_of
-from tasks.finetune.train import Job, Trainer
+from tasks.finetune.train import Trainer, TrainingJob
 
 
 def main() -> int:
@@ -44,9 +44,9 @@ def main() -> int:
             local = local_base(base, settings, store)
         key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
         copies = copies_of(key, settings)
-        job = Job(options.data, local, recipe.model, recipe.training, checkpoints, copies, origin=base)
+        job = TrainingJob(options.data, local, recipe.model, recipe.training, checkpoints, copies, origin=base)
         # Of this launcher's alone: an earlier one's failure is not this one's.
-        with joined(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
+        with process_group(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
             train(rank, job, options.out, settings)
     except ForgeError as error:
         print(error.message, file=sys.stderr)
@@ -54,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def train(rank: Rank, job: Job, out: Path, settings: Settings) -> None:
+def train(rank: Rank, job: TrainingJob, out: Path, settings: Settings) -> None:
     """Train, and have the model appear in the directory when all of it is there."""
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=out.name) as telemetry:

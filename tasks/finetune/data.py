@@ -69,14 +69,14 @@ def positions(document: torch.Tensor) -> torch.Tensor:
 class Order:
     """Which rows each step trains on: whole epochs, each a permutation of its own; the step is the whole position."""
 
-    def __init__(self, rows: int, rows_per_step: int, epochs: float, seed: int) -> None:
-        self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
-        self.steps = max(1, math.ceil(rows * epochs / rows_per_step))
+    def __init__(self, rows: int, global_batch_size: int, epochs: float, seed: int) -> None:
+        self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
+        self.steps = max(1, math.ceil(rows * epochs / global_batch_size))
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def step(self, step: int) -> np.ndarray:
-        """Row numbers of the global batch of a step (int64 [rows_per_step])."""
-        cursor = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        """Row numbers of the global batch of a step (int64 [global_batch_size])."""
+        cursor = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         return np.array([self._row(*divmod(int(at), self.rows)) for at in cursor])
 
     def _row(self, epoch: int, place: int) -> int:

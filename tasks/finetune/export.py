@@ -16,7 +16,7 @@ from forge.core.contracts import Base
 from forge.core.digest import digest_directory
 from forge.models.weights import merge, save
 from forge.registry.packages import portable_name
-from forge.storage.lease import whoami
+from forge.storage.lease import current_owner
 from tasks.finetune.model import DTYPES, build_model
 from tasks.finetune.train import Trainer
 
@@ -72,14 +72,14 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
         "parameters": trainer.parameters,
         "recipe": {"model": job.model.model_dump(mode="json"), "training": job.training.model_dump(mode="json")},
         "steps": facts.step,
-        "best_step": facts.best_step if job.training.early_stopping else None,
+        "best_step": facts.best_step if job.training.early_stopping_patience else None,
         "skipped_steps": facts.skipped,
         "curve": facts.curve,
         "tokens_per_second": round(trainer.tokens_per_second()),
         "mfu": round(trainer.tokens_per_second() * flops_per_token / peak, 4),
         "seconds": round(time.monotonic() - trainer.started, 1),
         "seconds_to_first_step": round(trainer.seconds_to_first_step, 2),
-        "made_by": whoami(),
+        "made_by": current_owner(),
         "versions": {
             "forge": code_version("tasks.finetune"),
             "torch": torch.__version__,

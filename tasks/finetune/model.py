@@ -144,7 +144,7 @@ def add_adapter(causal: Any, lora: Lora, seed: int) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        use_rslora=lora.rslora,
+        use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
     try:

@@ -15,7 +15,7 @@ LESS = 0.8  # of the estimate: what an advised change comes to at most
 
 
 @contextlib.contextmanager
-def explained(size: ModelSize, recipe: TrainingRecipe, context: int, how: Parallelism) -> Iterator[None]:
+def explain_oom(size: ModelSize, recipe: TrainingRecipe, context: int, how: Parallelism) -> Iterator[None]:
     """Turn torch's error into one with what was to be allocated, the estimate, and the recipe's fields that help."""
     try:
         yield

@@ -63,7 +63,7 @@ class Rank:
 
 
 @contextlib.contextmanager
-def joined(failure: Path, gpus: int = 0) -> Iterator[Rank]:
+def process_group(failure: Path, gpus: int = 0) -> Iterator[Rank]:
     """Join the group that torchrun's environment variables describe; leave it at the end.
 
     Whichever rank raises first writes its error to `failure`; a rank that raises later (most often because the first

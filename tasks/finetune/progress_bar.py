@@ -3,13 +3,11 @@
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from tasks.finetune.train import Facts
+from tasks.finetune.train_state import TrainState
 
 LINE_EVERY = 10.0  # seconds, where the output is no terminal
 
@@ -17,7 +15,7 @@ LINE_EVERY = 10.0  # seconds, where the output is no terminal
 class TrainingProgress:
     """Shows step, loss, tokens a second and time left. Silent when `shown` is false (every rank but the first)."""
 
-    def __init__(self, steps: int, facts: "Facts", shown: bool) -> None:
+    def __init__(self, steps: int, facts: TrainState, shown: bool) -> None:
         self.steps, self.shown = steps, shown
         self._last = time.monotonic()
         self._before = facts.step, facts.tokens, facts.seconds
@@ -44,7 +42,7 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, facts: "Facts") -> None:
+    def update(self, facts: TrainState) -> None:
         """Tell how far it is."""
         if not self.shown:
             return

@@ -11,18 +11,18 @@ from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.core.settings import Settings
 from forge.registry.packages import local_base
 from forge.storage import Store
-from forge.storage.completed import find_done, record_done
+from forge.storage.completed import find_completed, record_completed
 from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.checkpoint_mirror import Bucket
 from tasks.finetune.export import export
 from tasks.finetune.process_group import Rank
 from tasks.finetune.telemetry import Telemetry
-from tasks.finetune.train import Job, Trainer
+from tasks.finetune.train import Trainer, TrainingJob
 
 STAGE = "finetune"
 # What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
 HOW = frozenset(
-    ("nodes", "processes", "parallelism", "rows_per_forward", "activation_checkpointing", "compile",
+    ("nodes", "nproc_per_node", "parallelism", "micro_batch_size", "activation_checkpointing", "compile",
      "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "gpu_temperature_limit")
 )  # fmt: skip
 
@@ -44,14 +44,14 @@ def train(
     key = job_key(dataset.digest, base, model, recipe)
     checkpoints, copies = settings.checkpoints / key, copies_of(key, settings)
     # The first rank looks for all: what another finds may differ, and each waits for the others in training.
-    done = find_done(store, STAGE, [key], Model) if rank.first else None
+    done = find_completed(store, STAGE, [key], Model) if rank.first else None
     if rank.first_says(done is not None):
         if done is not None:
             print(f"train: {done.uri} was published before; nothing is left to train", flush=True)
             Checkpoints(checkpoints, replace(rank, world=1), recipe.keep_checkpoints, copies).remove()
         return done
     local = local_base(base, settings, store)
-    job = Job(store.path(dataset.uri), local, model, recipe, checkpoints, copies, origin=base)
+    job = TrainingJob(store.path(dataset.uri), local, model, recipe, checkpoints, copies, origin=base)
     trainer = Trainer(rank, job)
     with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
         trainer.train(telemetry)
@@ -67,7 +67,7 @@ def train(
         trained = Model(
             uri=uri, digest=digest, store=store.identity, base=base, started=started, seconds=time.time() - started
         )
-        record_done(store, STAGE, [key], trained)
+        record_completed(store, STAGE, [key], trained)
     trainer.checkpoints.remove()
     return trained
 

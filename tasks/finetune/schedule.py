@@ -6,12 +6,12 @@ from typing import Literal
 DECAY = 0.2  # the share of the steps in which wsd decays
 
 
-def share(kind: Literal["cosine", "linear", "wsd"], step: int, steps: int, warmup_fraction: float) -> float:
+def share(kind: Literal["cosine", "linear", "wsd"], step: int, steps: int, warmup_ratio: float) -> float:
     """Share of the learning rate at a step (from 0): linear warm-up, then a fall to zero.
 
     cosine: https://arxiv.org/abs/1608.03983; wsd (warm-up, stable, decay): https://arxiv.org/abs/2404.06395
     """
-    warmup = max(1, round(steps * warmup_fraction))
+    warmup = max(1, round(steps * warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
     passed = (step - warmup) / max(1, steps - warmup)

@@ -20,7 +20,7 @@ from flytekitplugins.kfpytorch import CleanPodPolicy, Elastic, RunPolicy
 from flytekitplugins.kfpytorch.task import PytorchElasticFunctionTask
 from rich.console import Console
 
-from forge.cluster.nodes import SHAPES, Shape
+from forge.cluster.nodes import SHAPES, TrainingShape
 from forge.core.code_version import code_version
 from forge.core.contracts import Base, Dataset, Model, cache_key
 from forge.core.errors import ForgeError
@@ -43,7 +43,7 @@ ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Processes(Elastic):
-    """An Elastic configuration whose process count is the recipe's (`training.processes`)."""
+    """An Elastic configuration whose process count is the recipe's (`training.nproc_per_node`)."""
 
 
 class TrainingTask(PytorchElasticFunctionTask):
@@ -69,7 +69,7 @@ class TrainingTask(PytorchElasticFunctionTask):
         """
         training = kwargs["training"]
         local = FlyteContextManager.current_context().execution_state.is_local_execution()
-        processes = training.processes
+        processes = training.nproc_per_node
         if local:
             processes *= training.nodes
             self.min_nodes = self.max_nodes = 1
@@ -117,7 +117,7 @@ def describe_exit(error: "ChildFailedError", failure: Path) -> str:
     how = signal.Signals(-failed.exitcode).name
     return (
         f"training: rank {rank} ended without a word ({how}); if the machine ran out of memory, lower "
-        f"training.rows_per_step or data.context{describe_stacks(failure)}"
+        f"training.global_batch_size or data.max_seq_len{describe_stacks(failure)}"
     )
 
 
@@ -130,13 +130,13 @@ def failure_file(launcher: int) -> Path:
     return load_settings().failures / f"training-{execution or launcher}.json"
 
 
-def shaped(shape: Shape) -> dict[str, Any]:
+def shaped(shape: TrainingShape) -> dict[str, Any]:
     """What makes a task one that trains in a shape."""
     waiting = 900  # seconds that nodes wait for one another: an image may have to be pulled first
     return {
         "task_config": Processes(
             nnodes=shape.nodes,
-            nproc_per_node=shape.processes,
+            nproc_per_node=shape.nproc_per_node,
             increase_shared_mem=False,  # Flyte's shared_memory says how much
             monitor_interval=0.2,
             rdzv_configs={"timeout": waiting, "join_timeout": waiting, "read_timeout": waiting},
@@ -178,10 +178,10 @@ def train_on_2x2(
 def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe) -> Model:
     """What each process of a training does."""
     from tasks.finetune import run
-    from tasks.finetune.process_group import joined
+    from tasks.finetune.process_group import process_group
 
     settings = load_settings()
-    with joined(failure_file(os.getppid()), settings.gpus) as rank:
+    with process_group(failure_file(os.getppid()), settings.gpus) as rank:
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank.stop.is_set():

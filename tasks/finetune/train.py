@@ -37,12 +37,13 @@ from tasks.finetune.model import (
     load_config,
     load_sharded,
 )
-from tasks.finetune.oom import explained
+from tasks.finetune.oom import explain_oom
 from tasks.finetune.parallel import parallelize, sync_gradients
 from tasks.finetune.process_group import Rank, Stopped
 from tasks.finetune.progress_bar import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
+from tasks.finetune.train_state import TrainState
 
 transformers_logging.disable_progress_bar()
 POINTS = 100  # of the loss curve
@@ -53,7 +54,7 @@ NORMS, EXPLODED = 32, 100  # a gradient norm of so many times the median of the 
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What to train on what: a data set's directory, where to start from, and how."""
 
     data: Path
@@ -65,34 +66,17 @@ class Job:
     origin: Base = field(default_factory=Base)  # as which all machines know `base`
 
 
-@dataclass
-class Facts:
-    """What the loop knows beside weights and optimizer. All of it is saved with them."""
-
-    step: int = 0  # steps done
-    tokens: int = 0  # seen, without padding
-    seconds: float = 0.0  # spent in steps
-    skipped: list[int] = field(default_factory=list)  # steps
-    norms: list[float] = field(default_factory=list)  # of the last gradients
-    loss: float = 0.0  # summed since the curve's last point (nats)
-    trained: int = 0  # tokens since then
-    curve: list[dict[str, float]] = field(default_factory=list)
-    best_step: int | None = None  # of the lowest held-out loss, where training may stop early
-    best_loss: float = math.inf
-    worse: int = 0  # held-out losses in a row that were no better
-
-
 class Trainer:
     """A job's model, optimizer and rows, on one rank."""
 
-    def __init__(self, rank: Rank, job: Job) -> None:
+    def __init__(self, rank: Rank, job: TrainingJob) -> None:
         self.started = time.monotonic()
         self.rank, self.job = rank, job
         self.recipe = recipe = for_processes(job.training, rank.world)
         self.context: int = json.loads((job.data / "dataset.json").read_text())["context"]
         self.tokenizer = AutoTokenizer.from_pretrained(job.data / "tokenizer", trust_remote_code=False)
         self.rows, self.heldout = PackedRows(job.data / "train"), PackedRows(job.data / "heldout")
-        self.order = Order(len(self.rows), recipe.rows_per_step, recipe.epochs, recipe.seed)
+        self.order = Order(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)
         architecture = job.model.architecture
         config = architecture_config(architecture, self.context) if architecture else load_config(job.base).to_dict()
         gpu = min(find_gpus(), key=lambda one: one.memory, default=None) if rank.device.type == "cuda" else None
@@ -133,7 +117,7 @@ class Trainer:
             rank.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and not sharded
         )
         self.checkpoints = Checkpoints(job.checkpoints, rank, recipe.keep_checkpoints, job.copies)
-        self.facts = Facts(**(self.checkpoints.load(self.causal, self.optimizer) or {}))
+        self.facts = TrainState(**(self.checkpoints.load(self.causal, self.optimizer) or {}))
         self.seconds_to_first_step = 0.0
 
     def train(self, telemetry: Telemetry | None = None) -> None:
@@ -152,9 +136,11 @@ class Trainer:
         saved_at = time.monotonic()
         self._warm: tuple[int, float] | None = None
         first = facts.step
-        explanation = explained(self._size, recipe, self.context, self._how)
+        explanation = explain_oom(self._size, recipe, self.context, self._how)
         with TrainingProgress(steps, facts, self.rank.first) as progress, explanation:
-            while facts.step < steps and not (recipe.early_stopping and facts.worse >= recipe.early_stopping):
+            while facts.step < steps and not (
+                recipe.early_stopping_patience and facts.worse >= recipe.early_stopping_patience
+            ):
                 begun = time.monotonic()
                 self.rank.alive()
                 due = begun - saved_at > 60 * recipe.checkpoint_minutes
@@ -174,7 +160,7 @@ class Trainer:
                     self._cool_down()
                 self.checkpoints.poll()
                 on_time = recipe.checkpoint_steps and facts.step % recipe.checkpoint_steps == 0
-                if stop or save or on_time or (improved and recipe.early_stopping):
+                if stop or save or on_time or (improved and recipe.early_stopping_patience):
                     self.checkpoints.save(self.causal, self.optimizer, asdict(facts))
                     saved_at = time.monotonic()
                 if stop and facts.step < steps:
@@ -184,7 +170,7 @@ class Trainer:
                         "and the same command goes on from there"
                     )
         self.checkpoints.wait()  # no rank leaves while another still needs it to save
-        if recipe.early_stopping and facts.best_step not in (None, facts.step):
+        if recipe.early_stopping_patience and facts.best_step not in (None, facts.step):
             self.checkpoints.load(self.causal, self.optimizer, facts.best_step)
 
     def train_step(self, step: int, due: bool) -> tuple[bool, bool]:
@@ -196,7 +182,7 @@ class Trainer:
         chosen = self.order.step(step)
         mine = chosen[rank.rank :: rank.world]
         trained = int(self.rows.trained_tokens[chosen].sum())
-        at_once = recipe.rows_per_forward or len(mine)
+        at_once = recipe.micro_batch_size or len(mine)
         torch.manual_seed(hash((recipe.seed, step, rank.rank)))  # for dropout
         total = torch.zeros((), device=rank.device)
         for begin in range(0, len(mine), at_once):
@@ -210,7 +196,7 @@ class Trainer:
             total += loss.detach()
         told = torch.stack([total, total.new_tensor(rank.stop.is_set()), total.new_tensor(rank.first and due)])
         loss_sum, stop, save = summed(told, rank).tolist()
-        gradient = torch.nn.utils.clip_grad_norm_(self.causal.parameters(), recipe.gradient_clip)
+        gradient = torch.nn.utils.clip_grad_norm_(self.causal.parameters(), recipe.max_grad_norm)
         norm = float(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
         if problem := self._problem(loss_sum, norm):
             facts.skipped.append(step + 1)
@@ -223,7 +209,7 @@ class Trainer:
         else:
             facts.norms = [*facts.norms, norm][-NORMS:]
             facts.loss, facts.trained = facts.loss + loss_sum, facts.trained + trained
-            rate = recipe.learning_rate * share(recipe.schedule, step, self.order.steps, recipe.warmup_fraction)
+            rate = recipe.learning_rate * share(recipe.lr_scheduler, step, self.order.steps, recipe.warmup_ratio)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -257,7 +243,7 @@ class Trainer:
             facts.worse = 0 if improved else facts.worse + 1
             if improved:
                 facts.best_loss = heldout
-                if self.recipe.early_stopping:  # else it has no checkpoint
+                if self.recipe.early_stopping_patience:  # else it has no checkpoint
                     facts.best_step = facts.step
         facts.curve.append(point)
         return improved
@@ -268,7 +254,7 @@ class Trainer:
         self.loss.eval()
         chosen = torch.arange(min(HELDOUT_ROWS, len(self.heldout))).numpy()
         total = torch.zeros((), device=self.rank.device)
-        at_once = self.recipe.rows_per_forward or self.recipe.rows_per_step // self.rank.world
+        at_once = self.recipe.micro_batch_size or self.recipe.global_batch_size // self.rank.world
         for begin in range(0, len(chosen), at_once * self.rank.world):  # as many forward passes on every rank
             mine = chosen[begin : begin + at_once * self.rank.world][self.rank.rank :: self.rank.world]
             batch = self.heldout.batch(mine if len(mine) else chosen[:1]).to(self.rank.device)
@@ -303,23 +289,23 @@ class Trainer:
     def _beginning(self) -> str:
         rank, facts = self.rank, self.facts
         return (
-            f"train: {self.parameters:,} parameters, {self.order.steps:,} steps of {self.recipe.rows_per_step} rows, "
-            f"{rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}"
+            f"train: {self.parameters:,} parameters, {self.order.steps:,} steps of "
+            f"{self.recipe.global_batch_size} rows, {rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}"
             + (f"; goes on after step {facts.step:,}, as saved" if facts.step else "")
         )
 
 
 def for_processes(recipe: TrainingRecipe, world: int) -> TrainingRecipe:
     """The recipe with as many processes as there are; ForgeError where its rows cannot be shared out among them."""
-    share, rest = divmod(recipe.rows_per_step, world)
+    share, rest = divmod(recipe.global_batch_size, world)
     if rest or world % recipe.nodes:
         raise ForgeError(
-            f"{world} processes cannot share out training.rows_per_step {recipe.rows_per_step} on {recipe.nodes} "
-            "node(s); change one of them"
+            f"training.global_batch_size {recipe.global_batch_size} cannot be divided over {world} processes on "
+            f"{recipe.nodes} node(s); change one of them"
         )
-    at_once = recipe.rows_per_forward
+    at_once = recipe.micro_batch_size
     return recipe.model_copy(
-        update={"processes": world // recipe.nodes, "rows_per_forward": at_once and math.gcd(at_once, share)}
+        update={"nproc_per_node": world // recipe.nodes, "micro_batch_size": at_once and math.gcd(at_once, share)}
     )
 
 

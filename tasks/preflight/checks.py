@@ -55,7 +55,7 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
     loaded = attempt(lambda: load_recipe(recipe))
     if loaded is not None and settings is not None:
         loaded = settled(loaded, settings)
-    data = loaded.data if loaded else DataRecipe(context=16)  # rows are checked even where the recipe is wrong
+    data = loaded.data if loaded else DataRecipe(max_seq_len=16)  # rows are checked even where the recipe is wrong
     places_of_rows = {
         "source": absolute(data_path or data.source),
         "heldout_source": absolute(data.heldout_source),
@@ -170,21 +170,21 @@ def check_training(recipe: TrainingRecipe, settings: Settings | None = None) -> 
 
     On this machine, the processes of all nodes run side by side.
     """
-    shape = find_shape(recipe.nodes, recipe.processes)
-    gpus, wanted = training_gpus(), recipe.nodes * recipe.processes
+    shape = find_shape(recipe.nodes, recipe.nproc_per_node)
+    gpus, wanted = training_gpus(), recipe.nodes * recipe.nproc_per_node
     if on_cluster():
         check_cluster_has(shape)
         quota = settings.gpu_quota if settings else None
         if quota is not None and wanted > quota:
             raise ForgeError(
-                f"training.nodes {recipe.nodes} with training.processes {recipe.processes}: needs {wanted} GPUs, and "
-                f"the quota of this namespace allows {quota} (FORGE_GPU_QUOTA); its pods would never be made. Lower "
-                "training.nodes or training.processes, or run it in a domain with a larger quota"
+                f"training.nodes {recipe.nodes} with training.nproc_per_node {recipe.nproc_per_node}: needs {wanted} "
+                f"GPUs, and the quota of this namespace allows {quota} (FORGE_GPU_QUOTA); its pods would never be "
+                "made. Lower training.nodes or training.nproc_per_node, or run it in a domain with a larger quota"
             )
     elif gpus and wanted > len(gpus):
         raise ForgeError(
-            f"training.nodes {recipe.nodes} with training.processes {recipe.processes}: each process takes a GPU, and "
-            f"there are {len(gpus)}; lower them"
+            f"training.nodes {recipe.nodes} with training.nproc_per_node {recipe.nproc_per_node}: each process takes a "
+            f"GPU, and there are {len(gpus)}; lower them"
         )
     return gpus
 
@@ -211,13 +211,13 @@ def check_places(settings: Settings, rollout: bool) -> None:
 def check_memory(recipe: Recipe, config: dict[str, Any], gpus: list[GPU]) -> None:
     """A training process fits the smallest of the GPUs, or all of them this machine."""
     gpu = min(gpus, key=lambda one: one.memory, default=None)
-    check_fit(measure_model(config), recipe.training, recipe.data.context, gpu)
+    check_fit(measure_model(config), recipe.training, recipe.data.max_seq_len, gpu)
 
 
 def config_of(recipe: Recipe, base: LocalBase) -> dict[str, Any]:
     """The config.json of what is trained."""
     architecture = recipe.model.architecture
-    return architecture_config(architecture, recipe.data.context) if architecture else base_config(base)
+    return architecture_config(architecture, recipe.data.max_seq_len) if architecture else base_config(base)
 
 
 def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Store | None = None) -> Base:

@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 
 from flytekit import HashMethod, task
 
-from forge.cluster.nodes import Shape
+from forge.cluster.nodes import TrainingShape
 from forge.core.contracts import Base, Source, cache_key, value_key
 from forge.core.recipe import DataRecipe, EvaluationRecipe, GateRecipe, ModelRecipe, Recipe, TrainingRecipe
 from forge.core.signals import keep_interrupts
@@ -53,7 +53,7 @@ def preflight(data_path: str, recipe: str) -> Plan:
         training=training,
         evaluation=loaded.evaluation,
         gate=loaded.gate,
-        shape=str(Shape(training.nodes, training.processes)),
+        shape=str(TrainingShape(training.nodes, training.nproc_per_node)),
         rollout=bool(loaded.serving.rollout),
         started=started,
     )

@@ -12,7 +12,7 @@ SAMPLES = 10
 SHOWN = 2000  # tokens of a sample
 
 
-def render_report(card: Mapping[str, Any], dataset: Path, tokenizer: Any) -> str:
+def render_dataset_report(card: Mapping[str, Any], dataset: Path, tokenizer: Any) -> str:
     """The page of a data set that stands in a directory, with its card."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(

@@ -19,11 +19,11 @@ from forge.core.recipe import DataRecipe
 from forge.core.settings import Settings
 from forge.registry.packages import LocalBase, local_base
 from forge.storage import Store
-from forge.storage.completed import find_done, record_done
+from forge.storage.completed import find_completed, record_completed
 from tasks.preprocess.chat import ChatFormat, chat_format, load_tokenizer
-from tasks.preprocess.dataset_report import render_report
+from tasks.preprocess.dataset_report import render_dataset_report
 from tasks.preprocess.pack import write_packed
-from tasks.preprocess.read import REJECTS, Part, check_slices, read_part, start_workers_early
+from tasks.preprocess.read import REJECTS, SourcePart, check_slices, read_part, start_workers_early
 from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
 from tasks.preprocess.sources import digest_source
@@ -56,10 +56,10 @@ def prepare(source: Source, data: DataRecipe, base: Base, store: Store, settings
 def find_prepared(source: Source, data: DataRecipe, base: Base, store: Store) -> Dataset | None:
     """The data set that was published from the same; what its shards have left is removed."""
     asked = _asked(source, data, base)
-    dataset = find_done(store, STAGE, asked, Dataset)
+    dataset = find_completed(store, STAGE, asked, Dataset)
     if dataset is not None and data.shards > 1:
         for shard in range(data.shards):
-            if left := find_done(store, STAGE, [*asked, shard], Artifact):
+            if left := find_completed(store, STAGE, [*asked, shard], Artifact):
                 store.remove(left.uri)
     return dataset
 
@@ -74,7 +74,7 @@ def prepare_shard(
 ) -> Artifact:
     """Read one of the recipe's shards of the source, and publish what it came to for `prepare_from_shards`."""
     asked = [*_asked(source, data, base), shard]
-    if found := find_done(store, STAGE, asked, Artifact):
+    if found := find_completed(store, STAGE, asked, Artifact):
         return found
     started = time.time()
     local = local_base(base, settings, store)
@@ -85,7 +85,7 @@ def prepare_shard(
         digest, _ = digest_directory(directory)
         uri = store.publish(directory, "parts", digest)
         part = Artifact(uri=uri, digest=digest, store=store.identity, started=started, seconds=time.time() - started)
-        record_done(store, STAGE, asked, part)
+        record_completed(store, STAGE, asked, part)
     return part
 
 
@@ -97,7 +97,7 @@ def prepare_from_shards(
         return dataset
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard has a file for each process that read it
-    parts = [Part.load(store.path(shard.uri)) for shard in shards]
+    parts = [SourcePart.load(store.path(shard.uri)) for shard in shards]
     local = local_base(base, settings, store)
     dataset = assemble(parts, source, data, base, local, store, min(shard.started for shard in shards))
     for shard in shards:
@@ -105,7 +105,7 @@ def prepare_from_shards(
     return dataset
 
 
-def _read(source: Source, data: DataRecipe, base: LocalBase, directory: Path, shard: int = 0) -> Part:
+def _read(source: Source, data: DataRecipe, base: LocalBase, directory: Path, shard: int = 0) -> SourcePart:
     data = data.model_copy(update={"source": source.uri, "heldout_source": source.heldout})
     start_workers_early(data)
     part = read_part(data, _format(base, data), _name(base), directory, shard, data.shards)
@@ -115,19 +115,25 @@ def _read(source: Source, data: DataRecipe, base: LocalBase, directory: Path, sh
 
 
 def assemble(
-    parts: list[Part], source: Source, data: DataRecipe, base: Base, local: LocalBase, store: Store, started: float
+    parts: list[SourcePart],
+    source: Source,
+    data: DataRecipe,
+    base: Base,
+    local: LocalBase,
+    store: Store,
+    started: float,
 ) -> Dataset:
     """Choose, pack and publish what was read, and record it."""
     part = _merged(parts, data)
     _check_rejected(parts, part, data, source, store)
     chosen = select(part, data.near_duplicates)
     _check_sides(chosen, data, source, part)
-    tokenizer = load_tokenizer(local, data.context)
+    tokenizer = load_tokenizer(local, data.max_seq_len)
     spills = [part.directory / f"{name}.tokens" for name in part.spills]
     with store.stage() as staged:
         sides = {"train": chosen.train, "heldout": chosen.heldout}
         packed = {
-            name: write_packed(documents, spills, data.context, staged / name) for name, documents in sides.items()
+            name: write_packed(documents, spills, data.max_seq_len, staged / name) for name, documents in sides.items()
         }
         _write_rows(chosen.heldout, part, staged / "heldout.jsonl")
         tokenizer.save_pretrained(staged / "tokenizer")
@@ -140,7 +146,7 @@ def assemble(
         with (staged / REJECTS).open("wb") as all_rejects:
             for one in parts:
                 all_rejects.write((one.directory / REJECTS).read_bytes())
-        page = render_report(card, staged, tokenizer)
+        page = render_dataset_report(card, staged, tokenizer)
         (staged / REPORT).write_text(page, encoding="utf-8")
         uri = store.publish(staged, "datasets", digest)
     dataset = Dataset(
@@ -153,21 +159,21 @@ def assemble(
         heldout_rows=len(chosen.heldout),
         report=f"{uri}/{REPORT}",
     )
-    record_done(store, STAGE, _asked(source, data, base), dataset)
-    for line in told(card):
+    record_completed(store, STAGE, _asked(source, data, base), dataset)
+    for line in dataset_messages(card):
         print(f"preprocess: {line}")
     return dataset
 
 
 def _format(base: LocalBase, data: DataRecipe) -> ChatFormat:
-    return chat_format(load_tokenizer(base, data.context), _name(base))
+    return chat_format(load_tokenizer(base, data.max_seq_len), _name(base))
 
 
 def _name(base: LocalBase) -> str:
     return f"base model {base.location}" if base.location else "the byte-level tokenizer"
 
 
-def _merged(parts: list[Part], data: DataRecipe) -> Part:
+def _merged(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
     """Several parts' documents in one table; the files stay where they are."""
     if len(parts) == 1:
         return parts[0]
@@ -187,7 +193,7 @@ def _merged(parts: list[Part], data: DataRecipe) -> Part:
         tables.append(documents)
         rejected.update(part.rejected)
         ignored.update(part.ignored)
-    return Part(
+    return SourcePart(
         parts[0].directory,
         np.concatenate(tables),
         slices,
@@ -199,7 +205,7 @@ def _merged(parts: list[Part], data: DataRecipe) -> Part:
     )
 
 
-def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Source, store: Store) -> None:
+def _check_rejected(parts: list[SourcePart], part: SourcePart, data: DataRecipe, source: Source, store: Store) -> None:
     """Raise Problems where more rows were refused than the recipe allows; they are all kept in the store."""
     count = sum(part.rejected.values())
     if count <= data.max_reject_fraction * part.rows:
@@ -224,7 +230,7 @@ def _check_rejected(parts: list[Part], part: Part, data: DataRecipe, source: Sou
     )
 
 
-def _check_sides(chosen: Selection, data: DataRecipe, source: Source, part: Part) -> None:
+def _check_sides(chosen: Selection, data: DataRecipe, source: Source, part: SourcePart) -> None:
     train, heldout = len(chosen.train), len(chosen.heldout)
     if train and heldout:
         return
@@ -236,7 +242,7 @@ def _check_sides(chosen: Selection, data: DataRecipe, source: Source, part: Part
     )
 
 
-def _write_rows(documents: np.ndarray, part: Part, path: Path) -> None:
+def _write_rows(documents: np.ndarray, part: SourcePart, path: Path) -> None:
     """Write held-out rows as JSONL, in the order of the table."""
     files = [os.open(part.directory / f"{name}.rows", os.O_RDONLY) for name in part.spills]
     try:
@@ -248,12 +254,14 @@ def _write_rows(documents: np.ndarray, part: Part, path: Path) -> None:
             os.close(file)
 
 
-def _facts(part: Part, chosen: Selection, packed: dict[str, int], data: DataRecipe, form: ChatFormat) -> dict[str, Any]:
+def _facts(
+    part: SourcePart, chosen: Selection, packed: dict[str, int], data: DataRecipe, form: ChatFormat
+) -> dict[str, Any]:
     """What the card says of the data set, and its digest depends on: nothing of where the rows came from."""
     sides = {"train": chosen.train, "heldout": chosen.heldout}
     tokens = {name: int(side["length"].sum(dtype=np.int64)) for name, side in sides.items()}
     return {
-        "context": data.context,
+        "context": data.max_seq_len,
         "rows": part.rows,
         "rejected": part.rejected,
         "removed": chosen.removed,
@@ -264,8 +272,8 @@ def _facts(part: Part, chosen: Selection, packed: dict[str, int], data: DataReci
         "documents_cut": int(sum(np.count_nonzero(side["cut"]) for side in sides.values())),
         "trained_tokens": {name: int(side["trained"].sum(dtype=np.int64)) for name, side in sides.items()},
         "packed_rows": packed,
-        "packing_efficiency": {name: round(tokens[name] / (packed[name] * data.context), 5) for name in sides},
-        "lengths": {name: _histogram(side["length"], data.context) for name, side in sides.items()},
+        "packing_efficiency": {name: round(tokens[name] / (packed[name] * data.max_seq_len), 5) for name in sides},
+        "lengths": {name: _histogram(side["length"], data.max_seq_len) for name, side in sides.items()},
         "roles": {
             role: int(sum(side["roles"][:, at].sum() for side in sides.values())) for at, role in enumerate(ROLES)
         },
@@ -304,7 +312,7 @@ def _histogram(lengths: np.ndarray, context: int) -> list[dict[str, int]]:
     return [{"to": to, "documents": count, "tokens": int(inside)} for to, count, inside in table]
 
 
-def told(card: dict[str, Any]) -> list[str]:
+def dataset_messages(card: dict[str, Any]) -> list[str]:
     """What the user reads at the end: all that was used and all that was not."""
     documents, efficiency = card["documents"], card["packing_efficiency"]
     lines = [f"shape {shape}" for shape in card["source"]["shapes"]]

@@ -25,9 +25,9 @@ from tasks.preprocess import worker
 from tasks.preprocess.chat import ChatFormat, Renderer
 from tasks.preprocess.formats import BLOCK, Block
 from tasks.preprocess.sample import two_shapes
-from tasks.preprocess.shapes import Shape, find_shape
+from tasks.preprocess.shapes import RowFormat, find_row_format
 from tasks.preprocess.sources import DEMONSTRATION, blocks_of, find_files
-from tasks.preprocess.worker import DOCUMENT, Found, Job, Side, Worker
+from tasks.preprocess.worker import DOCUMENT, BlockResult, ReadJob, Side, Worker
 
 FEW = 6  # blocks that one process reads sooner than others could
 ALONE = 1  # blocks that it reads anyway while the others start
@@ -37,7 +37,7 @@ CARD = "part.json"
 
 
 @dataclass
-class Part:
+class SourcePart:
     """What a source, or a shard of it, came to: a table of documents, and where the files are that it points into."""
 
     directory: Path
@@ -60,7 +60,7 @@ class Part:
         (self.directory / CARD).write_text(json.dumps({"kind": "part", **card}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> "Part":
+    def load(cls, directory: Path) -> "SourcePart":
         """What `save` wrote."""
         card = json.loads((directory / CARD).read_text())
         del card["kind"]
@@ -80,15 +80,15 @@ def start_workers_early(recipe: DataRecipe) -> None:
 
 def read_part(
     recipe: DataRecipe, form: ChatFormat, where: str, directory: Path, shard: int = 0, shards: int = 1
-) -> Part:
+) -> SourcePart:
     """Read the recipe's rows (of `shards` shards, the one numbered `shard`) into a directory.
 
     `where` names the base model in messages. Refused rows go to rejects.jsonl there.
 
     Raises ForgeError where a file cannot be read, rows are of two shapes, or the chat template cannot be used.
     """
-    part = Part(directory, np.zeros(0, dtype=DOCUMENT), [], [], [], 0, {}, {})
-    job = Job(recipe, form, where, directory)
+    part = SourcePart(directory, np.zeros(0, dtype=DOCUMENT), [], [], [], 0, {}, {})
+    job = ReadJob(recipe, form, where, directory)
     tables: list[np.ndarray] = []
     slices: dict[str, int] = {}
     rejected: Counter[str] = Counter()
@@ -97,7 +97,7 @@ def read_part(
     with (directory / REJECTS).open("w", encoding="utf-8") as rejects, Progress(*columns) as progress:
         bar = progress.add_task("read", total=None, rows=0)
         for source, side in sources(recipe):
-            with_shape, shape, reason = find_shape(recipe, blocks_of(recipe, source, directory / f"copied-{side}"))
+            with_shape, shape, reason = find_row_format(recipe, blocks_of(recipe, source, directory / f"copied-{side}"))
             if shape.name != "text":
                 Renderer(form, where).probe()
             part.shapes.append(f"{shape.name}: {reason}")
@@ -127,7 +127,7 @@ def sources(recipe: DataRecipe) -> list[tuple[str, Side]]:
     return [(recipe.source, "train"), (recipe.heldout_source, "heldout")]
 
 
-def _globally(found: Found, spills: list[str], slices: dict[str, int], recipe: DataRecipe) -> np.ndarray:
+def _globally(found: BlockResult, spills: list[str], slices: dict[str, int], recipe: DataRecipe) -> np.ndarray:
     """A block's documents, with numbers of spills and slices that hold for the whole part."""
     if found.spill not in spills:
         spills.append(found.spill)
@@ -149,7 +149,7 @@ def check_slices(slices: Collection[str], recipe: DataRecipe) -> None:
         )
 
 
-def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> Iterator[Found]:
+def _read_all(job: ReadJob, blocks: Iterator[Block], shape: RowFormat, side: Side) -> Iterator[BlockResult]:
     """What each block came to, in order; by this process if they are few."""
     first = list(islice(blocks, FEW))
     alone = Worker(job)
@@ -159,14 +159,14 @@ def _read_all(job: Job, blocks: Iterator[Block], shape: Shape, side: Side) -> It
         return
     count = os.cpu_count() or 1
     context = multiprocessing.get_context("forkserver")
-    waiting: deque[Future[Found]] = deque()
+    waiting: deque[Future[BlockResult]] = deque()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, context, worker.start, (job,)) as pool:
         try:
             for block in chain(first[ALONE:], blocks):
                 try:
                     with _no_main():
-                        waiting.append(pool.submit(worker.read, block, shape.name, side))
+                        waiting.append(pool.submit(worker.read_block, block, shape.name, side))
                 except OSError as error:  # a worker is started by a pool whose pipes are closed, as another was killed
                     raise BrokenProcessPool from error
                 if len(waiting) > 2 * count:  # bounds the memory, and keeps every process busy

@@ -10,7 +10,7 @@ from tasks.preprocess import demonstration
 from tasks.preprocess.formats import Block, RawFile, read_blocks
 from tasks.preprocess.rows import Invalid, digests
 from tasks.preprocess.secrets import refuse_secret
-from tasks.preprocess.shapes import detect, find_shape, to_row, unknown_shape
+from tasks.preprocess.shapes import detect, find_row_format, to_row, unknown_shape
 from tasks.preprocess.sources import DEMONSTRATION, find_files
 
 SAMPLE = 1000  # rows of each file; preprocessing reads them all
@@ -28,7 +28,7 @@ def check_source(recipe: DataRecipe, source: str) -> str:
     if is_remote(source):
         return ""
     files = find_files(source)
-    _, shape, reason = find_shape(recipe, (_first_block(file) for file in files))
+    _, shape, reason = find_row_format(recipe, (_first_block(file) for file in files))
     refused: list[str] = []
     count = 0
     for block in map(_first_block, files):
@@ -38,7 +38,7 @@ def check_source(recipe: DataRecipe, source: str) -> str:
             try:
                 if isinstance(value, Invalid):
                     raise value
-                if recipe.shape == "auto" and (other := detect(value)) is not shape:
+                if recipe.row_format == "auto" and (other := detect(value)) is not shape:
                     if other:
                         raise ForgeError(two_shapes(where, other.name, reason))
                     raise unknown_shape(value)
@@ -61,6 +61,6 @@ def _first_block(file: RawFile) -> Block:
 def two_shapes(where: str, other: str, reason: str) -> str:
     """The message where one source holds rows of two shapes."""
     return (
-        f"data: two shapes in one source: {where} is {other}, and {reason}; separate them, or set data.shape to have "
-        "the others rejected"
+        f"data: two shapes in one source: {where} is {other}, and {reason}; separate them, or set data.row_format to "
+        "have the others rejected"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.preprocess.read import Part
+from tasks.preprocess.read import SourcePart
 from tasks.preprocess.words import COMMON, OVERLAP, PERMUTATIONS, Grams, near_duplicates, row_ngrams
 from tasks.preprocess.worker import NO_SIGNATURE
 
@@ -23,7 +23,7 @@ class Selection:
     removed: dict[str, int]  # documents by why they were left out
 
 
-def select(part: Part, near: float | None) -> Selection:
+def select(part: SourcePart, near: float | None) -> Selection:
     """Remove exact duplicates, training documents that overlap held-out ones and, if asked, near-duplicates.
 
     Takes the part's table, which may be large, and leaves none.
@@ -51,7 +51,7 @@ def _without(documents: np.ndarray, out: np.ndarray, reason: str, removed: dict[
     return documents[~out] if removed[reason] else documents
 
 
-def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:
+def overlapping(part: SourcePart, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:
     """Which training documents share OVERLAP words in a row with a held-out one, boilerplate left out: bool [train].
 
     Boilerplate are runs that many training documents have, such as a task's instruction: more than COMMON, or than a
@@ -86,7 +86,7 @@ def overlapping(part: Part, train: np.ndarray, heldout: np.ndarray) -> np.ndarra
 
 
 def _heldout_grams(
-    part: Part, heldout: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    part: SourcePart, heldout: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """What `choose` keeps of held-out documents' n-grams, given with the row of each."""
     grams = np.empty(int(heldout["words_size"].sum(dtype=np.int64)) // 4, dtype=np.uint64)
@@ -108,7 +108,7 @@ def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:
     return touching
 
 
-def _words(part: Part, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _words(part: SourcePart, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Documents' words, in the order of the files and in chunks: positions in `documents`, words, words of each."""
     for spill, name in enumerate(part.spills):
         places = np.flatnonzero((documents["spill"] == spill) & (documents["words_size"] >= 4 * OVERLAP))
@@ -143,7 +143,7 @@ def _threads(look, chunks):  # type: ignore[no-untyped-def]
             yield result.result()
 
 
-def _near(part: Part, train: np.ndarray, threshold: float | None) -> np.ndarray:
+def _near(part: SourcePart, train: np.ndarray, threshold: float | None) -> np.ndarray:
     duplicate = np.zeros(len(train), dtype=bool)
     signed = np.flatnonzero(train["signatures_at"] != NO_SIGNATURE)
     if threshold is None or not len(signed):

@@ -37,7 +37,7 @@ SPEAKERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RowFormat:
     """A way to write a row: the columns that tell it, those it may also have, and how it is read."""
 
     name: str
@@ -105,28 +105,28 @@ def _listed(value: Any) -> Any:
 
 # The order decides where a row could be more than one.
 SHAPES = (
-    Shape("chat", ("messages",), ("tools",), _chat),
-    Shape("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-    Shape("prompt", ("prompt", "completion"), ("system", "tools"), _prompt),
-    Shape("alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
-    Shape("text", ("text",), (), _text),
+    RowFormat("chat", ("messages",), ("tools",), _chat),
+    RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+    RowFormat("prompt", ("prompt", "completion"), ("system", "tools"), _prompt),
+    RowFormat("alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
+    RowFormat("text", ("text",), (), _text),
 )
 
 
-def shape_named(name: str) -> Shape:
+def shape_named(name: str) -> RowFormat:
     """The shape of a name of the recipe."""
     return next(shape for shape in SHAPES if shape.name == name)
 
 
-def detect(value: Any) -> Shape | None:
+def detect(value: Any) -> RowFormat | None:
     """The first shape whose columns a row has; None where there is none."""
     return next((shape for shape in SHAPES if has(value, shape)), None)
 
 
-def find_shape(recipe: DataRecipe, blocks: Iterator[Block]) -> tuple[Iterator[Block], Shape, str]:
+def find_row_format(recipe: DataRecipe, blocks: Iterator[Block]) -> tuple[Iterator[Block], RowFormat, str]:
     """The blocks, the shape of their rows and the reason: the recipe's word, or the first row that is of any shape."""
-    if recipe.shape != "auto":
-        return blocks, shape_named(recipe.shape), "the recipe says so"
+    if recipe.row_format != "auto":
+        return blocks, shape_named(recipe.row_format), "the recipe says so"
     seen: list[Block] = []
     for block in islice(blocks, LOOKED_AT):
         seen.append(block)
@@ -137,12 +137,12 @@ def find_shape(recipe: DataRecipe, blocks: Iterator[Block]) -> tuple[Iterator[Bl
     return chain(seen, blocks), SHAPES[0], "no row is of any shape"
 
 
-def has(value: Any, shape: Shape) -> bool:
+def has(value: Any, shape: RowFormat) -> bool:
     """Whether a row has a shape's columns (a column that holds null is not there)."""
     return isinstance(value, dict) and all(value.get(column) is not None for column in shape.needs)
 
 
-def to_row(value: Any, shape: Shape, recipe: DataRecipe, ignored: Counter[str]) -> Row:
+def to_row(value: Any, shape: RowFormat, recipe: DataRecipe, ignored: Counter[str]) -> Row:
     """The row that a value of a shape holds, checked; `ignored` counts columns that are not used.
 
     Raises Invalid with the reason and the mend.

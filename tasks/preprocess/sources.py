@@ -9,7 +9,7 @@ from forge.core.digest import digest_file, digest_json
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
 from forge.core.settings import load_settings, path_of
-from forge.storage.remote_files import fetch, identify, is_remote
+from forge.storage.remote_files import download_files, identify, is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
 
@@ -82,7 +82,7 @@ def fetch_files(source: str, directory: Path) -> list[RawFile]:
             _tell_unread(path)
         return files
     print(f"preprocess: copying {source}")
-    return [RawFile(name, path) for name, path in fetch(source, directory, load_settings(), SUFFIXES)]
+    return [RawFile(name, path) for name, path in download_files(source, directory, load_settings(), SUFFIXES)]
 
 
 def pin(recipe: DataRecipe, source: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from tasks.preprocess.chat import ChatFormat, Renderer
 from tasks.preprocess.formats import Block
 from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
 from tasks.preprocess.secrets import refuse_secret
-from tasks.preprocess.shapes import Shape, detect, shape_named, to_row, unknown_shape
+from tasks.preprocess.shapes import RowFormat, detect, shape_named, to_row, unknown_shape
 from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
 from tasks.preprocess.words import SHINGLE, signatures
 
@@ -44,7 +44,7 @@ DOCUMENT = np.dtype(
 
 
 @dataclass(frozen=True)
-class Job:
+class ReadJob:
     """What every process is told once."""
 
     recipe: DataRecipe
@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Found:
+class BlockResult:
     """What a block came to. `documents["slice"]` counts into `slices`; refusals are (number, reason, message)."""
 
     block: Block  # without its rows
@@ -73,7 +73,7 @@ def in_heldout(group: str, fraction: float) -> bool:
     return number < int(fraction * 2**64)
 
 
-class Candidate(NamedTuple):
+class CandidateRow(NamedTuple):
     """A row that may be trained on, or a piece of one that was split: its row's number, its side and its digests."""
 
     number: int
@@ -83,10 +83,10 @@ class Candidate(NamedTuple):
     key: bytes
 
 
-class Document(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A candidate as it was encoded; tokens behind `length` are cut off."""
 
-    of: Candidate
+    of: CandidateRow
     encoded: Encoded
     length: int
 
@@ -94,26 +94,26 @@ class Document(NamedTuple):
 class Worker:
     """Reads blocks for a job. One a process."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ReadJob) -> None:
         self.job = job
         self.renderer = Renderer(job.form, job.where)
         self.encoder = Encoder(job.form.tokenizer)
         self.spill = str(os.getpid())
         self.files = {name: (job.directory / f"{self.spill}.{name}").open("ab") for name in SPILLS}
 
-    def read(self, block: Block, shape: Shape, side: Side) -> Found:
+    def read(self, block: Block, shape: RowFormat, side: Side) -> BlockResult:
         """Check, render and tokenise a block's rows, and write what they came to."""
         refused: list[tuple[int, str, str]] = []
         other_shape: tuple[int, str] | None = None
         ignored: Counter[str] = Counter()
-        rows: list[Candidate] = []
+        rows: list[CandidateRow] = []
         count = 0
         for number, value in block.values():
             count += 1
             try:
                 if isinstance(value, Invalid):
                     raise value
-                if self.job.recipe.shape == "auto" and (other := detect(value)) is not shape:
+                if self.job.recipe.row_format == "auto" and (other := detect(value)) is not shape:
                     if other is None:
                         raise unknown_shape(value)
                     other_shape = other_shape or (number, other.name)
@@ -125,23 +125,23 @@ class Worker:
         for file in self.files.values():
             file.flush()
         header = Block(block.order, block.name, block.first, [])
-        return Found(header, count, documents, slices, self.spill, sorted(refused), other_shape, ignored)
+        return BlockResult(header, count, documents, slices, self.spill, sorted(refused), other_shape, ignored)
 
-    def _check(self, number: int, row: Row, side: Side) -> Candidate:
+    def _check(self, number: int, row: Row, side: Side) -> CandidateRow:
         content, key = digests(row)
         if side == "both":
             side = "heldout" if in_heldout(row.group, self.job.recipe.heldout_fraction) else "train"
-        return Candidate(number, row, side == "heldout", content, key)
+        return CandidateRow(number, row, side == "heldout", content, key)
 
-    def _documents(self, rows: list[Candidate], refused: list[tuple[int, str, str]]) -> tuple[np.ndarray, list[str]]:
+    def _documents(self, rows: list[CandidateRow], refused: list[tuple[int, str, str]]) -> tuple[np.ndarray, list[str]]:
         """Tokenise rows, the pieces of those that are split included, and write them.
 
         A row of which one piece is refused is refused as a whole, once.
         """
-        made: list[Document] = []
+        made: list[EncodedDocument] = []
         bad: set[int] = set()
         while rows:
-            pieces: list[Candidate] = []
+            pieces: list[CandidateRow] = []
             rendered = self.renderer.render([candidate.row for candidate in rows])
             texts = [("", []) if isinstance(text, Invalid) else text for text in rendered]
             encoded = self.encoder.encode([text for text, _ in texts], [spans for _, spans in texts])
@@ -175,29 +175,29 @@ class Worker:
 
     def _parts(self, row: Row, length: int) -> list[Row]:
         recipe = self.job.recipe
-        return split_row(row) if length > recipe.context and recipe.over_context == "split" else [row]
+        return split_row(row) if length > recipe.max_seq_len and recipe.overlong == "split" else [row]
 
-    def _fit(self, candidate: Candidate, found: Encoded) -> Document:
+    def _fit(self, candidate: CandidateRow, found: Encoded) -> EncodedDocument:
         """The document, within the context."""
-        context, policy = self.job.recipe.context, self.job.recipe.over_context
+        limit, policy = self.job.recipe.max_seq_len, self.job.recipe.overlong
         length, trained = len(found.tokens), found.trained
-        if length > context:
+        if length > limit:
             if policy != "truncate" or candidate.heldout:
                 what = "one turn alone is" if policy == "split" else "it is"
                 raise Invalid(
                     "over the context",
-                    f"{what} {length} tokens long, and data.context is {context}; shorten it, raise data.context"
-                    + (", or set data.over_context" if policy == "reject" else ""),
+                    f"{what} {length} tokens long, and data.max_seq_len is {limit}; shorten it, raise the limit"
+                    + (", or set data.overlong" if policy == "reject" else ""),
                 )
-            found = found._replace(trained=int(np.count_nonzero(found.tokens[:context] & TRAINED)))
+            found = found._replace(trained=int(np.count_nonzero(found.tokens[:limit] & TRAINED)))
             trained = found.trained
         if not trained:
             raise Invalid(
                 "nothing to train", "no token of an assistant's is left to train on; mend the row or the chat template"
             )
-        return Document(candidate, found, min(length, context))
+        return EncodedDocument(candidate, found, min(length, limit))
 
-    def _write(self, made: list[Document]) -> tuple[np.ndarray, list[str]]:
+    def _write(self, made: list[EncodedDocument]) -> tuple[np.ndarray, list[str]]:
         documents = np.zeros(len(made), dtype=DOCUMENT)
         if not made:
             return documents, []
@@ -270,7 +270,7 @@ def split_row(row: Row) -> list[Row]:
 _worker: Worker | None = None
 
 
-def start(job: Job) -> None:
+def start(job: ReadJob) -> None:
     """Make this process a worker, which ends when its parent does and leaves Ctrl-C to it."""
     global _worker
     import gc
@@ -288,7 +288,7 @@ def start(job: Job) -> None:
     gc.set_threshold(200_000, 20, 100)  # a block's rows are no cycles: looking for some takes a tenth of the time
 
 
-def read(block: Block, shape: str, side: Side) -> Found:
+def read_block(block: Block, shape: str, side: Side) -> BlockResult:
     """Read a block in this worker process."""
     if _worker is None:
         raise RuntimeError("start was not called")

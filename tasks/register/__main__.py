@@ -7,7 +7,7 @@ import click
 
 from forge.core.settings import load_settings
 from forge.registry.mlflow_registry import artifact_root, open_registry, tracking_uri
-from forge.registry.packages import fetch as fetch_package
+from forge.registry.packages import fetch_package as fetch_package
 from forge.storage import open_store
 
 

@@ -11,8 +11,8 @@ from rich.tree import Tree
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import PACKAGE_DIGEST, open_registry, telling
-from forge.registry.packages import find_version, resolve, version_named
+from forge.registry.mlflow_registry import PACKAGE_DIGEST, open_registry, translate_mlflow_errors
+from forge.registry.packages import find_registered_version, resolve, version_named
 from forge.registry.promotion import Promotion, promotions
 from forge.storage import Store
 from tasks.register.register import EVALUATION
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 def history(name: str, settings: Settings, store: Store) -> list[Entry]:
     """The versions of a name, the newest first; ForgeError where it is not registered."""
     client = open_registry(settings)
-    with telling(f"the history of {name} could not be read", settings):
+    with translate_mlflow_errors(f"the history of {name} could not be read", settings):
         aliases = aliases_of(client, name)
         moved = promotions(store, name)
         found = versions_of(client, name)
@@ -126,7 +126,7 @@ def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
 
     ForgeError where there is no such version, or its package is gone.
     """
-    version = find_version(model_uri, settings)
+    version = find_registered_version(model_uri, settings)
     uri, digest = resolve(f"models:/{version.name}/{version.version}", settings)
     manifest = store.manifest(uri)
     base = {**manifest["base"], "location": version_named(manifest["base"]["location"], settings)}

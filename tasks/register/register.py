@@ -21,11 +21,11 @@ from forge.registry.mlflow_registry import (
     artifact_root,
     champion_version,
     open_registry,
-    telling,
+    translate_mlflow_errors,
 )
 from forge.registry.packages import ADAPTER, is_registered, open_package, portable_name
 from forge.storage import Store
-from forge.storage.lease import lease, whoami
+from forge.storage.lease import current_owner, lease
 from tasks.register.publish import build_package, ensure_signed
 
 
@@ -63,13 +63,13 @@ def register(
             names.add(base.location.split("/")[-2])  # whose retention waits until it can see that the base is needed
     with contextlib.ExitStack() as held:
         checks = [held.enter_context(lease(store, f"registration-{name}")) for name in sorted(names)]
-        held.enter_context(telling(f"{recipe.name} could not be registered", settings))
+        held.enter_context(translate_mlflow_errors(f"{recipe.name} could not be registered", settings))
         if adapted and is_registered(base.location) and not store.exists(portable_name(base)):
             raise ForgeError(
                 f"register: {recipe.name} is an adapter of {base.location}, which is gone; put it back, or train on "
                 "another base"
             )
-        found = find_version(client, recipe.name, model_digest, store)
+        found = find_version_of_model(client, recipe.name, model_digest, store)
         if found is not None:
             uri, digest = found.source, found.tags[PACKAGE_DIGEST]
             ensure_signed(uri, settings, store)
@@ -97,7 +97,7 @@ def register(
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
             print(f"register: {recipe.name} version {found.version} is {uri}")
         if champion_version(client, recipe.name) != str(found.version):
-            client.set_model_version_tag(recipe.name, found.version, REGISTERED_BY, whoami())
+            client.set_model_version_tag(recipe.name, found.version, REGISTERED_BY, current_owner())
             client.set_registered_model_alias(recipe.name, CHALLENGER, found.version)
     return Version(
         uri=uri,
@@ -118,7 +118,7 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     return {"rank": adapter["r"], "dtype": model["dtype"]}
 
 
-def find_version(client: Any, name: str, model_digest: str, store: Store) -> Any:
+def find_version_of_model(client: Any, name: str, model_digest: str, store: Store) -> Any:
     """The version of this model whose package is there, or None."""
     for found in client.search_model_versions(f"name = '{name}' and tags.{MODEL_DIGEST} = '{model_digest}'"):
         if store.exists(f"models/{name}/{found.source.rpartition('/')[2]}"):

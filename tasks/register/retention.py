@@ -8,11 +8,11 @@ from rich.table import Table
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import open_registry, telling
+from forge.registry.mlflow_registry import open_registry, translate_mlflow_errors
 from forge.registry.packages import ADAPTER, DIGEST
 from forge.registry.promotion import promotions
 from forge.storage import Store
-from forge.storage.artifacts import Found
+from forge.storage.artifacts import StoredArtifact
 from forge.storage.lease import lease
 from tasks.register.history import aliases_of, names_of, versions_of
 
@@ -27,7 +27,7 @@ class Removal(NamedTuple):
 
     name: str
     versions: tuple[str, ...]
-    package: Found
+    package: StoredArtifact
     why: str
 
 
@@ -40,7 +40,7 @@ def retain(name: str, keep: int, days: float, apply: bool, settings: Settings, s
     without a package. Safe to run again.
     """
     client = open_registry(settings)
-    with telling("retention did not end", settings):
+    with translate_mlflow_errors("retention did not end", settings):
         registered = names_of(client)
         there = {uri.split("/")[-2] for uri, *_ in store.artifacts("models")}
         names = sorted(registered | there) if not name else [name]

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from forge.core.errors import ForgeError
 from forge.core.recipe import ServingRecipe
-from forge.serving.client import ask, client_of
+from forge.serving.client import chat, client_of
 from forge.serving.vllm_client import UNREACHABLE, VLLM
 
 COLUMNS = ["messages", "tools", "candidate_answer", "candidate_nll", "prompt_tokens", "whole_tokens", "scored"]
@@ -45,12 +45,12 @@ def prove(
         if versioned not in served:
             raise ForgeError(f"the server at {endpoint} serves {', '.join(served)}, not {versioned}")
         if evaluation is None:
-            ask(client, versioned, HELLO, max_tokens=8)
+            chat(client, versioned, HELLO, max_tokens=8)
             return ""
         rows = read_replay(evaluation, recipe.replay)
         most = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
         _same_tokens(vllm, versioned, _checked(rows, check))
-        answers = [ask(client, versioned, row["messages"], row["tools"], most) for row in _checked(rows, check)]
+        answers = [chat(client, versioned, row["messages"], row["tools"], most) for row in _checked(rows, check)]
         agreement = _same_answers(rows, answers, recipe.min_agreement)
         _as_likely(vllm, versioned, _checked(rows, check), recipe.max_nll_gap)
         return agreement

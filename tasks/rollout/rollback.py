@@ -8,13 +8,13 @@ from forge.core.contracts import Deployment
 from forge.core.errors import ForgeError
 from forge.core.recipe import ServingRecipe
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import EVALUATION, find_champion, open_registry, telling
-from forge.registry.packages import find_version, open_package, resolve
+from forge.registry.mlflow_registry import EVALUATION, find_champion, open_registry, translate_mlflow_errors
+from forge.registry.packages import find_registered_version, open_package, resolve
 from forge.registry.promotion import promotions
 from forge.serving.desired import Served
 from forge.serving.trial import FAILED
 from forge.storage import Store
-from forge.storage.lease import whoami
+from forge.storage.lease import current_owner
 from tasks.rollout.rollout import Candidate, serve
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     not serve as it was evaluated; then nothing is changed.
     """
     client = open_registry(settings)
-    with telling(f"the champion of {name} cannot be read", settings):
+    with translate_mlflow_errors(f"the champion of {name} cannot be read", settings):
         champion = find_champion(client, name)
     if champion is None:
         raise ForgeError(f"rollback: {name} has no champion yet; run training_pipeline first")
     to = to or champion_before(name, champion.version, settings, store)
-    version = find_version(f"models:/{name}/{to}", settings)
+    version = find_registered_version(f"models:/{name}/{to}", settings)
     uri, digest = resolve(f"models:/{name}/{to}", settings)
     package, manifest = open_package(uri, digest, settings, store)
     evaluated = version.tags.get(EVALUATION, "")
@@ -54,10 +54,10 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     )
     deployment = serve(candidate, recipe or recipe_of(version, settings), settings, store)
     if champion.version != to:
-        why = f"for version {to}, by {whoami()}"
-        with telling(f"{name} version {champion.version} could not be tagged", settings):
+        why = f"for version {to}, by {current_owner()}"
+        with translate_mlflow_errors(f"{name} version {champion.version} could not be tagged", settings):
             client.set_model_version_tag(name, champion.version, ROLLED_BACK, why)
-    with telling(f"{name} version {to} could not be tagged", settings):
+    with translate_mlflow_errors(f"{name} version {to} could not be tagged", settings):
         if ROLLED_BACK in version.tags:
             client.delete_model_version_tag(name, to, ROLLED_BACK)
     return deployment
@@ -67,7 +67,7 @@ def champion_before(name: str, version: str, settings: Settings, store: Store) -
     """The last champion but the present one that was neither rolled back nor failed; ForgeError where there is none."""
     for past in reversed(promotions(store, name)):
         if past.version not in ("", version):
-            tags = find_version(f"models:/{name}/{past.version}", settings).tags
+            tags = find_registered_version(f"models:/{name}/{past.version}", settings).tags
             if ROLLED_BACK not in tags and FAILED not in tags:
                 return past.version
     raise ForgeError(f"rollback: no other version of {name} was the champion before {version}; name one: --to N")
@@ -77,7 +77,7 @@ def recipe_of(version: "ModelVersion", settings: Settings) -> ServingRecipe:
     """The serving section of the recipe that a version was made with, as its run in MLflow has it."""
     if not version.run_id:
         return ServingRecipe()
-    with telling(f"the run of version {version.version} cannot be read", settings):
+    with translate_mlflow_errors(f"the run of version {version.version} cannot be read", settings):
         params = open_registry(settings).get_run(version.run_id).data.params
     known = {key.removeprefix("serving."): value for key, value in params.items() if key.startswith("serving.")}
     given = {key: yaml.safe_load(value) for key, value in known.items() if value != "None"}  # MLflow keeps texts

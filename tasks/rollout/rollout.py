@@ -15,18 +15,18 @@ from forge.core.contracts import Deployment, Evaluation, Version
 from forge.core.errors import ForgeError
 from forge.core.recipe import ServingRecipe
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import find_champion, open_registry, telling
+from forge.registry.mlflow_registry import find_champion, open_registry, translate_mlflow_errors
 from forge.registry.packages import ADAPTER, open_package
 from forge.registry.promotion import not_the_champion, promote
 from forge.serving.desired import Actual, Desired, Served, Serving, Trial
-from forge.serving.plan import loading
-from forge.serving.rollout_check import foresee
-from forge.serving.served_files import describe
+from forge.serving.plan import loading_state
+from forge.serving.rollout_check import state_after_rollout
+from forge.serving.served_files import base_config_and_size
 from forge.serving.targets import Target, open_target
-from forge.serving.trial import BROKEN_OFF, Ended, Recovery, Trying, is_promoted, tag_failed, trying
+from forge.serving.trial import BROKEN_OFF, ActiveRollout, Recovery, TrialLost, active_rollout, is_promoted, tag_failed
 from forge.storage import Store
 from tasks.rollout.prove import prove, read_replay
-from tasks.rollout.watch import Measured, Watch
+from tasks.rollout.watch import Latency, Watch
 
 POLL = 0.1  # seconds
 
@@ -55,7 +55,7 @@ def roll_out(
     """
     served = Served(name=version.name, version=version.version, uri=version.uri, digest=version.digest)
     why = f"{evaluation.verdict}: {evaluation.reason}"
-    with failing(served, settings):
+    with tag_on_failure(served, settings):
         package, manifest = open_package(version.uri, version.digest, settings, store)
         candidate = Candidate(served, package, manifest, store.path(evaluation.uri), evaluation.champion, why)
     return serve(candidate, recipe, settings, store)
@@ -86,15 +86,15 @@ def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store
     with terminate_as_interrupt():
         try:
             with contextlib.ExitStack() as stack:
-                with failing(served, settings):
+                with tag_on_failure(served, settings):
                     target, recovery = open_target(settings), Recovery(lambda: store, settings)
-                    beginning = trying(
+                    beginning = active_rollout(
                         target.document, served, candidate.champion, recovery, undone, recipe.startup_timeout
                     )
                     trial = stack.enter_context(beginning)
                 before = trial.trial.before
                 deployment = _try(candidate, trial, target, recipe, settings, store)
-        except Ended:
+        except TrialLost:
             raise  # whoever has ended it has seen to all else
         except ForgeError as error:
             if before is not None and not after_error:
@@ -106,7 +106,7 @@ def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store
 
 
 @contextlib.contextmanager
-def failing(served: Served, settings: Settings) -> Iterator[None]:
+def tag_on_failure(served: Served, settings: Settings) -> Iterator[None]:
     """What goes wrong before there is a trial: the version is tagged with the reason, and is no challenger any more."""
     try:
         yield
@@ -120,12 +120,14 @@ def _reason(error: BaseException) -> str:
 
 
 def _try(
-    candidate: Candidate, trial: Trying, target: Target, recipe: ServingRecipe, settings: Settings, store: Store
+    candidate: Candidate, trial: ActiveRollout, target: Target, recipe: ServingRecipe, settings: Settings, store: Store
 ) -> Deployment:
     """Load, prove, move the public name, watch, promote."""
     served, before = candidate.served, trial.trial.before
     _check_champion(candidate, settings)
-    after, fit = foresee(before, served, candidate.manifest, recipe, settings, lambda base: describe(base, store))
+    after, fit = state_after_rollout(
+        before, served, candidate.manifest, recipe, settings, lambda base: base_config_and_size(base, store)
+    )
     if fit:
         print(f"roll_out: {fit}", flush=True)
     watch = Watch(target.endpoint, served.name, _prompts(candidate, recipe))
@@ -134,7 +136,7 @@ def _try(
     measured = None if unchanged or was is None else watch.measure()
     instead = f" in place of version {was.version}" if was else ""
     print(f"roll_out: {served.versioned} is loaded, to be {served.name}{instead}", flush=True)
-    desired = trial.change(loading(before, after))
+    desired = trial.change(loading_state(before, after))
     target.ensure()
     there = functools.partial(_is_there, after)
     wait_for(target, desired, served, there, recipe.startup_timeout, trial.check)
@@ -147,7 +149,7 @@ def _try(
         recipe.startup_timeout, trial.check,
     )  # fmt: skip
     swapped = time.monotonic() - started
-    now: Measured | None = None
+    now: Latency | None = None
     if not unchanged:
         print(
             f"roll_out: {served.name} is {served.versioned} now, watched for {recipe.watch_seconds:.0f} s", flush=True
@@ -236,7 +238,7 @@ def _is_there(after: Serving, actual: Actual) -> bool:
 def _check_champion(candidate: Candidate, settings: Settings) -> None:
     """The gate compared with a champion; ForgeError where another one has taken its place since."""
     served = candidate.served
-    with telling(f"the champion of {served.name} cannot be read", settings):
+    with translate_mlflow_errors(f"the champion of {served.name} cannot be read", settings):
         champion = find_champion(open_registry(settings), served.name)
     now = "" if champion is None else champion.version
     if now not in (candidate.champion, served.version):

@@ -21,7 +21,7 @@ FEW = 200  # tokens under which vLLM's own measure says little
 
 
 @dataclass(frozen=True)
-class Measured:
+class Latency:
     """Mean seconds of a probe, and vLLM's own mean seconds between two tokens (None of too few)."""
 
     probe: float
@@ -37,22 +37,22 @@ class Watch:
         self.name = name
         self.prompts = prompts or [HELLO]
 
-    def measure(self) -> Measured | None:
+    def measure(self) -> Latency | None:
         """What serves now under the name; None where nothing does."""
         try:
             seconds = [self._probe(at)[0] for at in range(PROBES)]
             total, count = self.vllm.token_seconds()
         except (OpenAIError, *UNREACHABLE):
             return None
-        return Measured(sum(seconds) / len(seconds), total / count if count >= FEW else None)
+        return Latency(sum(seconds) / len(seconds), total / count if count >= FEW else None)
 
     def watch(
         self,
         versioned: str,
-        before: Measured | None,
+        before: Latency | None,
         recipe: ServingRecipe,
         check: Callable[[], None] = lambda: None,
-    ) -> Measured:
+    ) -> Latency:
         """Watch a new version for the recipe's period; ForgeError where it fails, or is much slower than `before`.
 
         `check` raises what ends the watch early.
@@ -79,7 +79,7 @@ class Watch:
                 f"serving.max_error_rate is {recipe.max_error_rate}"
             )
         tokens = last[1] - first[1]
-        after = Measured(sum(seconds) / len(seconds), (last[0] - first[0]) / tokens if tokens >= FEW else None)
+        after = Latency(sum(seconds) / len(seconds), (last[0] - first[0]) / tokens if tokens >= FEW else None)
         if before is not None:
             limit = recipe.max_latency_ratio
             if after.probe > limit * before.probe and after.probe - before.probe > SLOW:

@@ -6,7 +6,7 @@ import textwrap
 from forge.core.settings import Settings
 
 
-def describe(stage: str, message: str, inputs: dict[str, str], settings: Settings) -> str:
+def failure_message(stage: str, message: str, inputs: dict[str, str], settings: Settings) -> str:
     """On the cluster: what failed, with what, where to look, and how to go on."""
     project, domain, name = (
         os.environ.get(f"FLYTE_INTERNAL_EXECUTION_{part}", "") for part in ("PROJECT", "DOMAIN", "ID")

@@ -12,7 +12,7 @@ from forge.core.contracts import Dataset, Deployment, Evaluation, Model, Result,
 from forge.core.errors import ForgeError
 from forge.core.processes import end_soon
 from forge.core.settings import load_settings
-from tasks.summary.failure import describe, describe_here
+from tasks.summary.failure import describe_here, failure_message
 from tasks.summary.summary import (
     Place,
     facts_of,
@@ -84,4 +84,4 @@ def tell_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> 
             print(said, flush=True)
         return
     stage, message = (err.failed_node_id, err.message) if err else ("", "")
-    print(describe(stage, message, inputs, settings), flush=True)
+    print(failure_message(stage, message, inputs, settings), flush=True)

@@ -26,7 +26,11 @@ def recipe(**sections: Any) -> str:
     made = yaml.safe_load((PROJECT / "recipes" / "tiny-cpu.yaml").read_text())
     made["data"]["demonstration"] = {"rows": 6000}
     made["evaluation"]["items"] = 64
-    made["gate"] = {"measure": "nll", "json_validity": 0.0, "ended": 0.0}  # a model of a few seconds answers badly
+    made["gate"] = {
+        "metric": "nll",
+        "min_json_validity": 0.0,
+        "min_finished": 0.0,
+    }  # a model of a few seconds answers badly
     made["serving"] = {"replay": 8, "watch_seconds": 1, "replaces": [FIRST_SERVED]}
     for name, value in sections.items():
         made[name] = {**made.get(name, {}), **value} if isinstance(value, dict) else value

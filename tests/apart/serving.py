@@ -221,7 +221,7 @@ class Serving:
             at = args.index("--tensor-parallel-size")
             del args[at : at + 2]
         with contextlib.suppress(Failed):  # vLLM says it too
-            args += on_cpu(args[args.index("--model") + 1], Engine(adapter_slots="--enable-lora" in args))
+            args += on_cpu(args[args.index("--model") + 1], Engine(max_loras="--enable-lora" in args))
         return Process([str(self.vllm_python), *container["command"][1:], *args], environment, self.vllm_log)
 
     def _environment(self, spec: Object, container: Object, image: dict[str, str]) -> dict[str, str]:

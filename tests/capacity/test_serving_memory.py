@@ -75,7 +75,7 @@ def test_70b_in_bf16_does_not_fit_the_inference_node() -> None:
 def test_what_is_said_of_awq_is_what_awq_comes_to() -> None:
     assert "37.0 GiB, 18.5 a GPU" in refusal(LLAMA_70B, WEIGHTS_70B, 2)
     for slots in (0, 2):
-        fit = check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, adapter_slots=slots, concurrency=22)
+        fit = check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_loras=slots, concurrency=22)
         assert 22 <= fit.sequences <= 25
         assert fit.weights / GIB == pytest.approx(18.5, abs=0.05)
         assert fit.token * 80 == 160 * 2**10
@@ -84,7 +84,7 @@ def test_what_is_said_of_awq_is_what_awq_comes_to() -> None:
 
 def test_awq_is_proposed_with_the_context_that_then_fits() -> None:
     message = refusal(LLAMA_70B, WEIGHTS_70B, 2, max_model_len=None, concurrency=8)
-    assert message.endswith("4-bit AWQ weights and serving.context 12016: 37.0 GiB, 18.5 a GPU, with room for 8 "
+    assert message.endswith("4-bit AWQ weights and serving.max_model_len 12016: 37.0 GiB, 18.5 a GPU, with room for 8 "
                             "sequences of 12016 tokens")  # fmt: skip
     check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_model_len=12016, concurrency=8)
 
@@ -103,18 +103,18 @@ def test_8b_fits_one_gpu_and_two() -> None:
 def test_the_nearest_changes_are_named_and_fit() -> None:
     message = refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, concurrency=40)
     assert message.endswith(
-        "it fits with serving.concurrency 23, or with serving.context 2400, or with tensor parallelism over 4 x "
+        "it fits with serving.concurrency 23, or with serving.max_model_len 2400, or with tensor parallelism over 4 x "
         "A100-40GB"
     )
     check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, concurrency=23)
     check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_model_len=2400, concurrency=40)
     check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 4, concurrency=40)
-    assert "serving.concurrency 24" in refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, adapter_slots=0, concurrency=25)
-    wide = {"adapter_slots": 8, "max_lora_rank": 512}
+    assert "serving.concurrency 24" in refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_loras=0, concurrency=25)
+    wide = {"max_loras": 8, "max_lora_rank": 512}
     message = refusal(LLAMA_8B, WEIGHTS_8B, 1, **wide, concurrency=8, adapters=4, adapter_rank=64)
-    assert "it fits with serving.adapter_slots 4, or with serving.max_lora_rank 64, or with" in message
-    check(LLAMA_8B, WEIGHTS_8B, 1, adapter_slots=8, max_lora_rank=64, concurrency=8)
-    assert "serving.context 19104" in refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=None, concurrency=8)
+    assert "it fits with serving.max_loras 4, or with serving.max_lora_rank 64, or with" in message
+    check(LLAMA_8B, WEIGHTS_8B, 1, max_loras=8, max_lora_rank=64, concurrency=8)
+    assert "serving.max_model_len 19104" in refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=None, concurrency=8)
 
 
 def test_what_nothing_helps_is_said() -> None:
@@ -139,7 +139,7 @@ def test_slots_are_as_vllm_allocates_them() -> None:
 
 
 def test_slots_take_memory_from_the_cache() -> None:
-    none, two, four = (check(LLAMA_8B, WEIGHTS_8B, 1, adapter_slots=slots) for slots in (0, 2, 4))
+    none, two, four = (check(LLAMA_8B, WEIGHTS_8B, 1, max_loras=slots) for slots in (0, 2, 4))
     assert none.adapters == 0
     assert four.adapters == 2 * two.adapters == none.room - four.room
     # An adapter of rank 16 beside all linear layers is 41,943,040 weights, and the ends are few.
@@ -174,7 +174,7 @@ def test_adapters_that_the_base_has_no_place_for_are_refused() -> None:
             "serving.max_lora_rank 64, which vLLM is started anew for"
         )
         message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=4, adapter_rank=16)
-        assert "serving.adapter_slots 2: 4 adapters are loaded at once" in message
+        assert "serving.max_loras 2: 4 adapters are loaded at once" in message
         assert "take 4, which vLLM is started anew for" in message
         assert "vLLM takes 1, 8, 16" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, max_lora_rank=24)
         assert "train with at most 512" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=1024)
@@ -182,8 +182,8 @@ def test_adapters_that_the_base_has_no_place_for_are_refused() -> None:
 
 def test_a_context_over_the_model_s_is_refused() -> None:
     message = refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=131_073)
-    assert "serving.context 131073: its config.json ends at 131072; take no more" in message
-    assert "serving.context 8192: it serves 4096 tokens" in refusal(LLAMA_8B, WEIGHTS_8B, 1, context=8192)
+    assert "serving.max_model_len 131073: its config.json ends at 131072; take no more" in message
+    assert "serving.max_model_len 8192: it serves 4096 tokens" in refusal(LLAMA_8B, WEIGHTS_8B, 1, context=8192)
     stretched = {**LLAMA_8B, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     check(stretched, WEIGHTS_8B, 0, max_model_len=262_144)
 
@@ -207,7 +207,7 @@ def test_a_config_without_numbers_is_refused() -> None:
 def test_one_sequence_as_it_is_served_must_fit_too() -> None:
     message = refusal(LLAMA_8B, WEIGHTS_8B + 4 * GIB, 1, max_model_len=None, context=4096, concurrency=4)
     assert "KV cache 16.0 for 1 sequence of 131072 tokens" in message
-    assert "serving.context 120" in message
+    assert "serving.max_model_len 120" in message
 
 
 @settings(max_examples=200, deadline=None)

@@ -53,7 +53,7 @@ def llama_8b() -> ModelSize:
 
 
 def training(**changes: Any) -> TrainingRecipe:
-    values = {"rows_per_step": 16, "epochs": 1, "learning_rate": 1e-4, **changes}
+    values = {"global_batch_size": 16, "epochs": 1, "learning_rate": 1e-4, **changes}
     return TrainingRecipe.model_validate(values)
 
 
@@ -192,7 +192,7 @@ def train_two_steps(causal: Any, recipe: TrainingRecipe, vocabulary: int, contex
 def test_the_peak_of_a_step_is_the_estimate_s(kind: str, changes: dict) -> None:
     """Within 15 %: the estimate knows no library's own workspace, and a few operations of each family only roughly."""
     config, context = {"model_type": kind, **TINY}, 128
-    recipe = training(rows_per_step=4, rows_per_forward=2, **changes)
+    recipe = training(global_batch_size=4, micro_batch_size=2, **changes)
     causal = build(config, recipe)
     live = Live(list(causal.parameters()))
     with live:
@@ -212,7 +212,7 @@ def test_a_gpu_s_peak_is_the_estimate_s(method: str, checkpointing: str) -> None
     }  # fmt: skip
     lora = {"rank": 16} if method == "lora" else None
     recipe = training(
-        rows_per_step=4, rows_per_forward=2, method=method, lora=lora, activation_checkpointing=checkpointing
+        global_batch_size=4, micro_batch_size=2, method=method, lora=lora, activation_checkpointing=checkpointing
     )
     causal = build(config, recipe, "cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -222,7 +222,7 @@ def test_a_gpu_s_peak_is_the_estimate_s(method: str, checkpointing: str) -> None
 
 
 def test_sharding_divides_what_is_kept(llama_8b: ModelSize) -> None:
-    recipe = training(nodes=2, processes=2)
+    recipe = training(nodes=2, nproc_per_node=2)
     whole, ddp, hybrid, fsdp = (
         estimate_memory(llama_8b, recipe, 4096, how) for how in ("none", "ddp", "hybrid", "fsdp")
     )
@@ -238,7 +238,7 @@ def test_checkpointing_and_shorter_rows_need_less(llama_8b: ModelSize) -> None:
 
     none, selective, full = (activations(activation_checkpointing=how) for how in ("none", "selective", "full"))
     assert none > selective > full > 0
-    assert activations(rows_per_forward=4) * 4 == none
+    assert activations(micro_batch_size=4) * 4 == none
     assert activations(2048) < none / 2  # a mask grows with the square
 
 
@@ -255,16 +255,16 @@ def test_quantised_weights_are_half_a_byte_each(llama_8b: ModelSize) -> None:
     [
         ({}, A100, "none"),
         ({"parallelism": "fsdp"}, A100, "none"),
-        ({"processes": 2}, A100, "fsdp"),
-        ({"processes": 2}, None, "ddp"),
-        ({"nodes": 2, "processes": 2}, A100, "fsdp"),
-        ({"nodes": 2, "processes": 2}, GPUS["H100-80GB"], "hybrid"),
-        ({"processes": 2, "method": "lora", "lora": {}}, A100, "ddp"),
-        ({"processes": 2, "method": "lora", "lora": {}, "parallelism": "fsdp"}, A100, "fsdp"),
+        ({"nproc_per_node": 2}, A100, "fsdp"),
+        ({"nproc_per_node": 2}, None, "ddp"),
+        ({"nodes": 2, "nproc_per_node": 2}, A100, "fsdp"),
+        ({"nodes": 2, "nproc_per_node": 2}, GPUS["H100-80GB"], "hybrid"),
+        ({"nproc_per_node": 2, "method": "lora", "lora": {}}, A100, "ddp"),
+        ({"nproc_per_node": 2, "method": "lora", "lora": {}, "parallelism": "fsdp"}, A100, "fsdp"),
     ],
 )
 def test_what_auto_means(llama_8b: ModelSize, changes: dict, gpu: Any, means: str) -> None:
-    recipe = training(rows_per_forward=1, activation_checkpointing="full", **changes)
+    recipe = training(micro_batch_size=1, activation_checkpointing="full", **changes)
     assert resolve_parallelism(llama_8b, recipe, 4096, gpu) == means
 
 
@@ -281,15 +281,16 @@ def test_8b_in_full_does_not_fit_one_a100(llama_8b: ModelSize) -> None:
 @pytest.mark.parametrize(
     ("changes", "context", "mend"),
     [
-        ({"rows_per_step": 2}, 2048, "training.rows_per_forward 1"),
-        ({"rows_per_step": 1}, 4096, "training.activation_checkpointing selective"),
-        ({"rows_per_step": 2}, 4096, "training.activation_checkpointing full"),
+        ({"global_batch_size": 2}, 2048, "training.micro_batch_size 1"),
+        ({"global_batch_size": 1}, 4096, "training.activation_checkpointing selective"),
+        ({"global_batch_size": 2}, 4096, "training.activation_checkpointing full"),
         (
-            {"rows_per_step": 2, "processes": 2, "parallelism": "ddp", "activation_checkpointing": "full"}, 36_864,
+            {"global_batch_size": 2, "nproc_per_node": 2, "parallelism": "ddp", "activation_checkpointing": "full"},
+            36_864,
             "training.parallelism fsdp",
         ),
-        ({"rows_per_step": 1, "activation_checkpointing": "full"}, 65_536, "data.context 32768"),
-        ({"rows_per_step": 8}, 8192, "training.rows_per_forward 4, training.activation_checkpointing full"),
+        ({"global_batch_size": 1, "activation_checkpointing": "full"}, 65_536, "data.max_seq_len 32768"),
+        ({"global_batch_size": 8}, 8192, "training.micro_batch_size 4, training.activation_checkpointing full"),
     ],
 )  # fmt: skip
 def test_the_nearest_change_is_named(llama_8b: ModelSize, changes: dict, context: int, mend: str) -> None:
@@ -302,7 +303,7 @@ def test_the_nearest_change_is_named(llama_8b: ModelSize, changes: dict, context
 def test_what_cannot_fit_at_all_is_said(llama_8b: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 4 * GIB}))
     with pytest.raises(ForgeError, match=r"this machine has 2.0 GiB for each of 2 processes; no change of the recipe"):
-        check_fit(llama_8b, training(processes=2), 4096)
+        check_fit(llama_8b, training(nproc_per_node=2), 4096)
 
 
 def test_every_shipped_recipe_fits_its_gpus(llama_8b: ModelSize) -> None:
@@ -310,7 +311,7 @@ def test_every_shipped_recipe_fits_its_gpus(llama_8b: ModelSize) -> None:
     fitted: dict[str, Memory] = {}
     for path in RECIPES.glob("*.yaml"):
         recipe = load_recipe(str(path))
-        context = recipe.data.context
+        context = recipe.data.max_seq_len
         if recipe.model.architecture:
             size, gpu = measure_model(architecture_config(recipe.model.architecture, context)), None
         else:

@@ -26,7 +26,7 @@ def test_nodes_with_gpus_say_so_and_keep_others_away() -> None:
 
 def test_shapes() -> None:
     for shape in SHAPES:
-        assert find_shape(shape.nodes, shape.processes) == shape
+        assert find_shape(shape.nodes, shape.nproc_per_node) == shape
         check_cluster_has(shape)
     with pytest.raises(ForgeError, match="take one of 1x1, 1x2, 2x2"):
         find_shape(2, 1)

@@ -59,10 +59,10 @@ def test_a_recipe_in_a_bucket_is_read(make: str, tmp_path: Path, monkeypatch: py
     ("old", "new", "line", "says"),
     [
         ("learning_rate", "learning_rat", 12, "did you mean learning_rate?"),
-        ("context: 256", "context: ten", 5, "data.context"),
+        ("context: 256", "context: ten", 5, "data.max_seq_len"),
         ("items: 512", "items: 0", 15, "greater than or equal to 1"),
         ("name: dates", "name: My Model", 2, "name"),
-        ("rows_per_step: 8", "rows_per_step: 9", 8, "multiple of nodes x processes"),
+        ("global_batch_size: 8", "global_batch_size: 9", 8, "multiple of nodes x processes"),
         (
             "source: demonstration",
             "source: demonstration\n  source: other",

@@ -75,7 +75,7 @@ def test_a_recipe_is_given_in_each_way_by_flytectl() -> None:
     assert given["recipe_in_store"].startswith("s3://")
     own = load_recipe(given["own_recipe"])
     assert own.name == "first-run"
-    assert own.training.nodes * own.training.processes == 1, "any domain has so many GPUs"
+    assert own.training.nodes * own.training.nproc_per_node == 1, "any domain has so many GPUs"
 
 
 def test_a_recipe_is_given_in_each_way_by_pyflyte() -> None:

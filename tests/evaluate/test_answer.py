@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from forge.core.errors import ForgeError
 from forge.core.recipe import Check, EvaluationRecipe
 from forge.registry.packages import LocalBase
-from tasks.evaluate.answer import Answer, Answerer, answer_all, batches
+from tasks.evaluate.answer import Answer, Answerer, answer_with_transformers, batches
 from tasks.evaluate.ask import Asked, ask, ask_all, render
 from tasks.evaluate.items import Item, digest_items, read_items
 from tests.conftest import Trained, chat, write_jsonl
@@ -46,7 +46,7 @@ def answers(
 ) -> list[Answer]:
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=batch_size, **options)
     of = LocalBase(str(directory))
-    return answer_all(of, ask_all(of, items), recipe, devices, lambda done: None)
+    return answer_with_transformers(of, ask_all(of, items), recipe, devices, lambda done: None)
 
 
 def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:
@@ -61,7 +61,7 @@ def test_two_devices_answer_as_one(directory: Path, items: list[Item]) -> None:
     told: list[int] = []
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=5)
     of = LocalBase(str(directory))
-    found = answer_all(of, ask_all(of, items), recipe, ("cpu", "cpu"), told.append)
+    found = answer_with_transformers(of, ask_all(of, items), recipe, ("cpu", "cpu"), told.append)
     assert [a.text for a in found] == [a.text for a in answers(directory, items, 5)]
     assert sorted(told) == told
     assert told[-1] == len(items)
@@ -143,7 +143,9 @@ def test_what_a_template_refuses_is_not_answered(
     assert asked[:-1] == ask_all(LocalBase(str(directory)), items)[:-1]
     assert asked[-1] == Asked([], [], [])
     assert "refuses 1 of 12 conversations (no system here)" in capfd.readouterr().out
-    *rest, last = answer_all(of, asked, EvaluationRecipe(max_new_tokens=32, batch_size=5), ("cpu",), lambda done: None)
+    *rest, last = answer_with_transformers(
+        of, asked, EvaluationRecipe(max_new_tokens=32, batch_size=5), ("cpu",), lambda done: None
+    )
     assert (last.text, last.tokens, last.ended, last.nll_tokens) == ("", 0, False, 0)
     assert math.isnan(last.nll)
     assert [answer.text for answer in rest] == [answer.text for answer in answers(directory, items, 5)[:-1]]

@@ -23,7 +23,7 @@ from tasks.evaluate.record import EXPERIMENT, record_evaluation
 from tasks.register.register import register
 from tests.conftest import Trained
 
-ANY = GateRecipe(measure="nll", json_validity=0, ended=0)
+ANY = GateRecipe(metric="nll", min_json_validity=0, min_finished=0)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_an_evaluation_that_was_published_is_not_made_again(
     (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert run.data.metrics["score"] == found.score
     assert run.data.tags["dataset"] == trained.dataset.digest
-    for change in ({"items": 30}, {"items": 31, "gate": GateRecipe(margin=0.5)}):
+    for change in ({"items": 30}, {"items": 31, "gate": GateRecipe(non_inferiority_margin=0.5)}):
         with pytest.raises(KeyboardInterrupt):
             judge(trained, recipe, settings, **change)
 
@@ -221,7 +221,7 @@ def test_a_model_that_never_ends_its_turn_is_refused(
     def endless(weights: dict) -> None:
         weights["model.embed_tokens.weight"][end].zero_()  # tied to the output: never the likeliest
 
-    found = judge(trained, recipe, settings, damaged(trained, tmp_path, endless), gate=GateRecipe(json_validity=0))
+    found = judge(trained, recipe, settings, damaged(trained, tmp_path, endless), gate=GateRecipe(min_json_validity=0))
     assert found.verdict == "refuse"
     ended = json.loads((trained.store.path(found.uri) / "evaluation.json").read_text())["scores"]["candidate"]["ended"]
     assert ended < 0.95

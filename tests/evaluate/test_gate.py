@@ -159,7 +159,7 @@ def test_the_champion_itself_passes_on_its_own_figures_alone() -> None:
 
 
 def test_likelihoods_are_compared_where_the_recipe_says_so() -> None:
-    gate = GateRecipe(measure="nll")
+    gate = GateRecipe(metric="nll")
     draw = np.random.default_rng(9)
     old = draw.gamma(2, 0.5, ITEMS)
     score = np.zeros(ITEMS)
@@ -174,7 +174,7 @@ def test_likelihoods_of_other_tokens_are_not_compared() -> None:
     score, nll = np.ones(ITEMS), np.ones(ITEMS)
     others = [replace(answer, nll_tokens=2) for answer in judged(score).answers]
     old = replace(judged(score, 2 * nll), answers=others)
-    found = against(judged(score, nll), old, GateRecipe(measure="nll"))
+    found = against(judged(score, nll), old, GateRecipe(metric="nll"))
     assert found.outcome == "inconclusive"
     assert "their tokenizers differ" in found.reason
     assert against(judged(score), replace(judged(np.zeros(ITEMS)), answers=others)).outcome == "pass"
@@ -184,7 +184,7 @@ def test_likelihoods_of_other_tokens_are_not_compared() -> None:
 def test_few_items_that_both_have_a_figure_of_decide_nothing(both: int) -> None:
     """The champion's context is shorter: of most items it has no likelihood."""
     champion = judged(np.zeros(ITEMS), np.r_[np.full(both, 9.0), np.full(ITEMS - both, np.nan)])
-    found = against(judged(np.ones(ITEMS)), champion, GateRecipe(measure="nll"))
+    found = against(judged(np.ones(ITEMS)), champion, GateRecipe(metric="nll"))
     assert found.outcome == "inconclusive"
     assert f"{both} items have figures of both" in found.reason
 
@@ -197,11 +197,11 @@ def test_few_items_that_both_have_a_figure_of_decide_nothing(both: int) -> None:
         (judged(np.ones(ITEMS), valid=0.9), GATE, "refuse", "valid JSON"),
         (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GATE, "refuse", "finite"),
         (judged(np.ones(ITEMS), np.r_[np.inf, np.ones(ITEMS - 1)]), GATE, "refuse", "finite"),
-        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GateRecipe(measure="nll"), "refuse", "finite"),
+        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GateRecipe(metric="nll"), "refuse", "finite"),
         (judged(np.ones(1)), GATE, "inconclusive", "items"),
         (judged(np.ones(29)), GATE, "inconclusive", "items"),
-        (judged(np.r_[np.ones(300), np.zeros(200)]), GateRecipe(floor=0.7), "refuse", "floor"),
-        (judged(np.r_[np.ones(350), np.zeros(150)]), GateRecipe(floor=0.7), "inconclusive", "floor"),
+        (judged(np.r_[np.ones(300), np.zeros(200)]), GateRecipe(min_score=0.7), "refuse", "floor"),
+        (judged(np.r_[np.ones(350), np.zeros(150)]), GateRecipe(min_score=0.7), "inconclusive", "floor"),
     ],
 )
 def test_rules_about_the_candidate_alone(candidate: Judged, gate: GateRecipe, outcome: str, rule: str) -> None:
@@ -215,7 +215,7 @@ def test_rules_about_the_candidate_alone(candidate: Judged, gate: GateRecipe, ou
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("measure", ["score", "nll"])
 def test_all_equal_figures_tell_nothing(value: float, measure: str) -> None:
-    gate = GateRecipe(measure=measure)
+    gate = GateRecipe(metric=measure)
     same = judged(np.full(ITEMS, value))
     found = against(same, judged(np.full(ITEMS, value)), gate)
     assert found.outcome == "inconclusive"

@@ -91,8 +91,8 @@ def test_both_engines_answer_alike(of: LocalBase, items: list[Item], started: li
     room = 128
     items = [*items, long_item(of, room), long_item(of, room + 1), long_item(of, room + 40)]
     heard: list[int] = []
-    usual = answer.answer_all(of, ask_all(of, items), RECIPE, ["cpu"], lambda done: None)
-    found = vllm_engine.answer_all(of, ask_all(of, items), RECIPE, Settings(), heard.append)
+    usual = answer.answer_with_transformers(of, ask_all(of, items), RECIPE, ["cpu"], lambda done: None)
+    found = vllm_engine.answer_with_vllm(of, ask_all(of, items), RECIPE, Settings(), heard.append)
     assert heard[-1] == len(items)
     assert heard == sorted(heard)
     (session,) = started
@@ -121,13 +121,13 @@ def test_a_broken_model_is_named(of: LocalBase, items: list[Item], tmp_path: Pat
     shutil.copytree(of.location, broken)
     (broken / "config.json").unlink()
     with pytest.raises(ForgeError, match=str(broken)):
-        vllm_engine.answer_all(LocalBase(str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
+        vllm_engine.answer_with_vllm(LocalBase(str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
 
 
 def test_a_python_that_is_not_there_is_named(of: LocalBase, items: list[Item], tmp_path: Path) -> None:
     settings = Settings(serving_python=tmp_path / "nowhere" / "python")
     with pytest.raises(ForgeError, match=r"nowhere/python: No such file.*make setup"):
-        vllm_engine.answer_all(of, ask_all(of, items), RECIPE, settings, lambda done: None)
+        vllm_engine.answer_with_vllm(of, ask_all(of, items), RECIPE, settings, lambda done: None)
 
 
 def test_the_end_of_the_log_says_why_vllm_ended(fake: Path) -> None:

@@ -82,9 +82,9 @@ def write_recipe(path: Path, base: Path | None = None, **training: Any) -> Path:
     architecture = {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 64}
     recipe = {
         "name": "job",
-        "data": {"context": CONTEXT},
+        "data": {"max_seq_len": CONTEXT},
         "model": {"base": str(base)} if base else {"architecture": architecture},
-        "training": {"rows_per_step": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training},
+        "training": {"global_batch_size": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training},
         "evaluation": {"max_new_tokens": 8},
     }
     path.write_text(yaml.safe_dump(recipe))

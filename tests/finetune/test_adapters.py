@@ -16,7 +16,7 @@ from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.core.settings import Settings
 from forge.registry.packages import LocalBase
 from tasks.finetune.process_group import Rank
-from tasks.finetune.train import Job, Trainer
+from tasks.finetune.train import Trainer, TrainingJob
 from tests.finetune.job import PROJECT, SMALL, VOCABULARY, curve, run, write_base, write_data, write_recipe
 
 ROWS, LENGTH = 3, 24
@@ -39,8 +39,8 @@ from forge.core.recipe import Lora, ModelRecipe, TrainingRecipe
 
 here, rows, length = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 recipe = TrainingRecipe(
-    rows_per_step=8, epochs=2, learning_rate=0.01, precision="fp32", processes=2, parallelism="fsdp",
-    method="lora", lora=Lora(rank=4, alpha=8, rslora=True),
+    global_batch_size=8, epochs=2, learning_rate=0.01, precision="fp32", nproc_per_node=2, parallelism="fsdp",
+    method="lora", lora=Lora(rank=4, alpha=8, use_rslora=True),
 )
 base = str(here / "base")
 with joined(here / "failure.json") as rank:
@@ -159,10 +159,10 @@ with joined(checkpoints.with_name("failure.json")) as rank, contextlib.suppress(
 
 
 def test_what_was_trained_on_a_quantised_base_in_shards_goes_on_on_a_whole_one(place: Path, tmp_path: Path) -> None:
-    how = {"rows_per_step": 8, "epochs": 1, "learning_rate": 0.01, "precision": "fp32", "method": "qlora"}
+    how = {"global_batch_size": 8, "epochs": 1, "learning_rate": 0.01, "precision": "fp32", "method": "qlora"}
     recipe = {**how, "lora": {"rank": 4}}
     (tmp_path / "stopped.py").write_text(STOPPED)
-    sharded = json.dumps({**recipe, "processes": 2, "parallelism": "fsdp"})
+    sharded = json.dumps({**recipe, "nproc_per_node": 2, "parallelism": "fsdp"})
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     arguments = [str(tmp_path / "stopped.py"), str(place), str(tmp_path / "checkpoints"), sharded]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
@@ -170,7 +170,7 @@ def test_what_was_trained_on_a_quantised_base_in_shards_goes_on_on_a_whole_one(p
     losses = []
     for checkpoints, begins in (("checkpoints", 1), ("others", 0)):
         base = str(place / "base")
-        whole = Job(
+        whole = TrainingJob(
             place / "data",
             LocalBase(base),
             ModelRecipe(base=base),
@@ -188,7 +188,7 @@ def test_what_was_trained_on_a_quantised_base_in_shards_goes_on_on_a_whole_one(p
 def test_a_quantised_base_in_shards_is_trained_as_a_whole_one_is(place: Path, tmp_path: Path) -> None:
     curves = []
     for how in ("ddp", "fsdp"):
-        training = {"method": "qlora", "lora": {"rank": 4}, "processes": 2, "parallelism": how}
+        training = {"method": "qlora", "lora": {"rank": 4}, "nproc_per_node": 2, "parallelism": how}
         recipe = write_recipe(tmp_path / f"{how}.yaml", place / "base", **training)
         run(recipe, place / "data", tmp_path / how, processes=2)
         curves.append([point["loss"] for point in curve(tmp_path / how)])

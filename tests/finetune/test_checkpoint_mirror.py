@@ -19,7 +19,7 @@ from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from tasks.finetune.checkpoint_mirror import FACTS, Bucket
 from tasks.finetune.process_group import Stopped
-from tasks.finetune.train import Job, Trainer
+from tasks.finetune.train import Trainer, TrainingJob
 from tasks.preflight.checks import check_copies
 from tests.finetune.job import CONFIGS, start, write_base, write_data, write_recipe
 from tests.finetune.test_trainer import in_step, job, rank, same, stopped, trained
@@ -55,10 +55,10 @@ def names(settings: Settings) -> list[str]:
     return sorted(item.object_name or "" for item in client(settings).list_objects("night", recursive=True))
 
 
-def copied(places: tuple[Path, Path], checkpoints: Path, settings: Settings, **training: Any) -> Job:
+def copied(places: tuple[Path, Path], checkpoints: Path, settings: Settings, **training: Any) -> TrainingJob:
     plain = job(places, checkpoints, **{"checkpoint_steps": 2, "keep_checkpoints": 2, **training})
     copies = Bucket(f"{settings.checkpoint_copies}/job", settings)
-    return Job(plain.data, plain.base, plain.model, plain.training, checkpoints, copies)
+    return TrainingJob(plain.data, plain.base, plain.model, plain.training, checkpoints, copies)
 
 
 def test_a_run_goes_on_where_only_the_copies_are_left(
@@ -94,7 +94,13 @@ def test_copies_that_fail_are_told_and_end_nothing(
 
 
 def test_the_best_checkpoint_is_fetched_too(places: tuple[Path, Path], tmp_path: Path, settings: Settings) -> None:
-    how = {"epochs": 40, "learning_rate": 0.02, "early_stopping": 2, "checkpoint_steps": None, "keep_checkpoints": 1}
+    how = {
+        "epochs": 40,
+        "learning_rate": 0.02,
+        "early_stopping_patience": 2,
+        "checkpoint_steps": None,
+        "keep_checkpoints": 1,
+    }
     whole = trained(job(places, tmp_path / "whole", **how))
     best, last = whole.facts.best_step, whole.facts.step
     assert best is not None
@@ -180,7 +186,7 @@ def test_under_torchrun_no_rank_leaves_before_the_first_one_has_made_its_copy(
             assert go_on.wait(60)
         return [serve()]
 
-    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=200, checkpoint_steps=1000)
+    recipe = write_recipe(tmp_path / "recipe.yaml", nproc_per_node=2, epochs=200, checkpoint_steps=1000)
     with tampering(hold) as url:
         monkeypatch.setenv("FORGE_CHECKPOINT_COPIES", settings.checkpoint_copies)
         monkeypatch.setenv("FORGE_S3_ENDPOINT", url)

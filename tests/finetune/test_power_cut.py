@@ -53,7 +53,7 @@ def latest(checkpoints: Path) -> int:
 
 
 def test_two_processes_that_are_told_to_stop_save_and_go_on(data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=200, checkpoint_steps=1000)
+    recipe = write_recipe(tmp_path / "recipe.yaml", nproc_per_node=2, epochs=200, checkpoint_steps=1000)
     process = start(recipe, data, tmp_path / "out", 2)
     assert process.stdout is not None
     while "train: " not in process.stdout.readline():
@@ -70,7 +70,7 @@ def test_two_processes_that_are_told_to_stop_save_and_go_on(data: Path, tmp_path
 
 @pytest.mark.long
 def test_a_power_cut_at_any_moment_changes_no_bit(data: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", processes=2, epochs=100, checkpoint_steps=2)
+    recipe = write_recipe(tmp_path / "recipe.yaml", nproc_per_node=2, epochs=100, checkpoint_steps=2)
     run(recipe, data, tmp_path / "whole", 2)
     draw = random.Random(5)
     steps = []
@@ -95,7 +95,7 @@ def test_a_power_cut_at_any_moment_changes_no_bit(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_it_goes_on_with_fewer_processes_and_with_more(parallelism: str, data: Path, tmp_path: Path) -> None:
     how = {"epochs": 60, "checkpoint_steps": 2, "parallelism": parallelism, "learning_rate": 1e-3}
-    recipes = {n: write_recipe(tmp_path / f"{n}.yaml", processes=n, **how) for n in (1, 2)}
+    recipes = {n: write_recipe(tmp_path / f"{n}.yaml", nproc_per_node=n, **how) for n in (1, 2)}
     run(recipes[2], data, tmp_path / "whole", 2)
     seen = [0]
     for processes in (2, 1):

@@ -20,13 +20,13 @@ from torch import distributed
 from forge.core.contracts import Base
 from forge.core.errors import ForgeError
 from forge.core.recipe import Recipe, TrainingRecipe
-from tasks.finetune import process_group
-from tasks.finetune.process_group import Stopped, joined
+from tasks.finetune import process_group as module
+from tasks.finetune.process_group import Stopped, process_group
 from tasks.finetune.task import ENVIRONMENT, RETRIES, Processes, failure_file, train_on_1x1
 from tests.conftest import Trained, start_task
 from tests.finetune.job import PROJECT
 
-TRAINING = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, processes=2)
+TRAINING = TrainingRecipe(global_batch_size=2, epochs=1, learning_rate=0.1, nproc_per_node=2)
 
 
 @task(task_config=Processes(nnodes=1, monitor_interval=0.2))
@@ -35,8 +35,8 @@ def fails(training: TrainingRecipe, how: str) -> str:
     if how == "early" and os.environ["RANK"] == "1":
         raise ValueError("not even joined")
     if how == "hang":
-        process_group.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
-    with joined(failure_file(os.getppid())) as rank:
+        module.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
+    with process_group(failure_file(os.getppid())) as rank:
         rank.alive()
         distributed.barrier()
         if rank.rank == 1:
@@ -267,7 +267,7 @@ if __name__ == "__main__":
     context = FlyteContextManager.current_context()
     state = context.new_execution_state().with_params(mode=ExecutionState.Mode.TASK_EXECUTION)
     pod = context.with_execution_state(state)
-    training = TrainingRecipe(rows_per_step=2, epochs=1, learning_rate=0.1, nodes=2, processes=1)
+    training = TrainingRecipe(global_batch_size=2, epochs=1, learning_rate=0.1, nodes=2, nproc_per_node=1)
     with FlyteContextManager.with_context(pod):
         try:
             print("outputs:", trains.execute(training=training).uri)

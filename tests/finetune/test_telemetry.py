@@ -37,7 +37,7 @@ def watch(settings: Settings, training: str = "one", params: dict[str, object] |
     return Telemetry(
         settings,
         "dates",
-        {"rows_per_step": 8} if params is None else params,
+        {"global_batch_size": 8} if params is None else params,
         training=training,
         steps=10,
         device=CPU,
@@ -79,7 +79,7 @@ def test_a_run_is_in_mlflow(settings: Settings) -> None:
         watched.log(3, {"heldout_loss": 2.5})
     (run,) = runs(settings)
     assert (run.info.run_name, run.info.status, run.data.tags[TRAINING]) == ("dates", "FINISHED", "one")
-    assert run.data.params == {"rows_per_step": "8"}
+    assert run.data.params == {"global_batch_size": "8"}
     assert history(settings, run, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert history(settings, run, "heldout_loss") == [(3, 2.5)]
     assert history(settings, run, "mfu") == [(1, 0.2), (2, 0.4), (3, pytest.approx(0.6))]
@@ -102,13 +102,13 @@ def test_a_resumed_training_goes_on_in_its_run(settings: Settings) -> None:
         raise KeyboardInterrupt
     (before,) = runs(settings)
     assert before.info.status == "KILLED"
-    with watch(settings, params={"rows_per_step": 16, "seed": 3}) as watched:  # from a checkpoint of step 3
+    with watch(settings, params={"global_batch_size": 16, "seed": 3}) as watched:  # from a checkpoint of step 3
         for step in range(4, 9):
             watched.log(step, {"loss": 2.0})
     (run,) = runs(settings)
     assert (run.info.run_id, run.info.status) == (before.info.run_id, "FINISHED")
     assert history(settings, run, "loss") == [(step, 1.0) for step in range(1, 6)] + [(s, 2.0) for s in (6, 7, 8)]
-    assert run.data.params == {"rows_per_step": "8", "seed": "3"}
+    assert run.data.params == {"global_batch_size": "8", "seed": "3"}
     with watch(settings, training="two"):
         pass
     assert len(runs(settings)) == 2

@@ -41,7 +41,7 @@ def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: 
 def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> None:
     data = trained.store.path(trained.dataset.uri)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    model = build_model(recipe.model, LocalBase(), tokenizer, recipe.data.context, 3, torch.float32)
+    model = build_model(recipe.model, LocalBase(), tokenizer, recipe.data.max_seq_len, 3, torch.float32)
     rows = PackedRows(data / "train")
     chosen = torch.arange(4).numpy()
     packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
@@ -117,7 +117,7 @@ def test_two_processes_train_as_one_does(
     job = {
         "dataset": trained.dataset.model_dump(),
         "model": recipe.model.model_dump(),
-        "training": recipe.training.model_copy(update={"epochs": 0.3, "processes": 2}).model_dump(),
+        "training": recipe.training.model_copy(update={"epochs": 0.3, "nproc_per_node": 2}).model_dump(),
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]

@@ -24,7 +24,7 @@ from tasks.finetune.export import export
 from tasks.finetune.model import build_quantised
 from tasks.finetune.process_group import Rank, Stopped
 from tasks.finetune.schedule import share
-from tasks.finetune.train import Job, Trainer
+from tasks.finetune.train import Trainer, TrainingJob
 from tests.finetune.job import CONFIGS, SMALL, write_base, write_data
 
 STEPS = 12  # of the recipe below on the rows below
@@ -37,25 +37,25 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_data(directory / "data"), write_base(CONFIGS["llama"], directory / "base")
 
 
-def job(places: tuple[Path, Path], checkpoints: Path, **training: Any) -> Job:
+def job(places: tuple[Path, Path], checkpoints: Path, **training: Any) -> TrainingJob:
     """Twelve steps of full fine-tuning, or what the keywords say."""
     data, base = places
-    recipe = {"rows_per_step": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training}
-    return Job(data, LocalBase(str(base)), ModelRecipe(base=str(base)), TrainingRecipe(**recipe), checkpoints)
+    recipe = {"global_batch_size": 8, "epochs": 2, "learning_rate": 0.01, "precision": "fp32", **training}
+    return TrainingJob(data, LocalBase(str(base)), ModelRecipe(base=str(base)), TrainingRecipe(**recipe), checkpoints)
 
 
 def rank() -> Rank:
     return Rank(0, 1, torch.device("cpu"))
 
 
-def trained(job: Job) -> Trainer:
+def trained(job: TrainingJob) -> Trainer:
     """The job, done."""
     trainer = Trainer(rank(), job)
     trainer.train()
     return trainer
 
 
-def stopped(job: Job, after: int) -> None:
+def stopped(job: TrainingJob, after: int) -> None:
     """The job, told to stop in the middle of a step."""
     trainer = Trainer(rank(), job)
     in_step(trainer, after, trainer.rank.stop.set)
@@ -176,7 +176,7 @@ def test_how_rows_are_taken_changes_nothing(places: tuple[Path, Path], tmp_path:
         for number, how in enumerate(
             (
                 {},
-                {"rows_per_forward": 2},
+                {"micro_batch_size": 2},
                 {"activation_checkpointing": "selective"},
                 {"activation_checkpointing": "full"},
             )
@@ -187,7 +187,7 @@ def test_how_rows_are_taken_changes_nothing(places: tuple[Path, Path], tmp_path:
 
 
 def test_training_stops_early_and_leaves_the_best_weights(places: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = trained(job(places, tmp_path / "checkpoints", epochs=40, learning_rate=0.02, early_stopping=2))
+    trainer = trained(job(places, tmp_path / "checkpoints", epochs=40, learning_rate=0.02, early_stopping_patience=2))
     held_out = [point for point in trainer.facts.curve if "heldout_loss" in point]
     best = min(held_out, key=lambda point: point["heldout_loss"])
     assert trainer.facts.step < trainer.order.steps, "48 rows are soon learned by heart"
@@ -231,7 +231,7 @@ def test_too_many_bad_steps_end_the_job_with_their_rows(places: tuple[Path, Path
 @pytest.mark.parametrize("shape", ["llama", "gemma2", "phi3"])
 def test_an_adapter_that_was_exported_has_the_logits_that_training_had(shape: str, tmp_path: Path) -> None:
     here = write_data(tmp_path / "data"), write_base(CONFIGS[shape], tmp_path / "base")
-    lora = Lora(rank=4, alpha=8, rslora=True)
+    lora = Lora(rank=4, alpha=8, use_rslora=True)
     trainer = trained(job(here, tmp_path / "checkpoints", method="lora", lora=lora, epochs=1))
     export(trainer, tmp_path / "out")
     tokens = trainer.heldout.batch(torch.arange(2).numpy()).tokens[:, :20]
@@ -292,5 +292,5 @@ def test_out_of_memory_names_what_was_estimated_and_what_helps(tmp_path: Path) -
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert re.search(r"out of memory: you tried to allocate \d+ bytes", caught.value.message)
-    for part in ("estimated to need", "GiB (weights", "less is needed with training.rows_per_forward"):
+    for part in ("estimated to need", "GiB (weights", "less is needed with training.micro_batch_size"):
         assert part in caught.value.message

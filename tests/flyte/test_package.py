@@ -165,14 +165,14 @@ def test_two_pods_of_half_a_node_fit_it_together(package: Package) -> None:
 def test_what_trains_in_which_shape(package: Package) -> None:
     for shape in SHAPES:
         task = package.tasks[f"tasks.finetune.task.train_on_{shape}"]
-        assert quantity(pod_of(task)[1]["resources"]["requests"]["gpu"]) == shape.processes
+        assert quantity(pod_of(task)[1]["resources"]["requests"]["gpu"]) == shape.nproc_per_node
         assert task["type"] == ("pytorch" if shape.nodes > 1 else "python-task")
         if shape.nodes > 1:
             job = task["custom"]
             assert job["workerReplicas"]["replicas"] == shape.nodes
             elastic = job["elasticConfig"]
             assert (elastic["minReplicas"], elastic["maxReplicas"]) == (shape.nodes, shape.nodes)
-            assert elastic["nprocPerNode"] == shape.processes
+            assert elastic["nprocPerNode"] == shape.nproc_per_node
             assert job["runPolicy"]["cleanPodPolicy"] == "CLEANPOD_POLICY_ALL"
             claims = [
                 one["persistentVolumeClaim"] for one in pod_of(task)[0]["volumes"] if "persistentVolumeClaim" in one

@@ -6,7 +6,7 @@ import pytest
 
 from forge.capacity.serving_memory import check_serving
 from forge.cluster.gpus import gpus_of
-from forge.cluster.nodes import SERVING, TRAINING_HOURS, Shape
+from forge.cluster.nodes import SERVING, TRAINING_HOURS, TrainingShape
 from forge.core.errors import ForgeError
 from forge.serving.desired import read_document
 from infra.check.placement import check_placement, hours, nodes_of_tree, place, pods_at
@@ -27,7 +27,7 @@ def test_all_pods_have_a_node(tree: Tree) -> None:
 
 def test_every_gpu_is_accounted_for(tree: Tree) -> None:
     nodes = nodes_of_tree(tree)
-    for hour, trainings in ((12, [Shape(2, 2)]), (22, [])):
+    for hour, trainings in ((12, [TrainingShape(2, 2)]), (22, [])):
         rooms, missing = place(nodes, pods_at(tree, hour), trainings)
         assert missing == []
         assert sum(room.gpus for room in rooms) == 0, hour  # by day two serve and four train; by night all six serve
@@ -40,7 +40,7 @@ def test_a_gpu_ollama_beside_a_full_vllm_is_caught(tree: Tree) -> None:
 
 
 def test_two_trainings_at_once_are_caught(tree: Tree) -> None:
-    _, missing = place(nodes_of_tree(tree), pods_at(tree, 12), [Shape(2, 2), Shape(1, 2)])
+    _, missing = place(nodes_of_tree(tree), pods_at(tree, 12), [TrainingShape(2, 2), TrainingShape(1, 2)])
     assert len(missing) == 1
     assert missing[0].startswith("a training of shape")
 

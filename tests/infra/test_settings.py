@@ -97,7 +97,7 @@ def test_preflight_knows_the_quota_of_its_namespace(tree: Tree, settings: dict[s
     }
     for domain in DOMAINS:
         assert settings[f"homelab-{domain}"].gpu_quota == quotas[f"homelab-{domain}"]
-    assert max(shape.nodes * shape.processes for shape in SHAPES) <= quotas["homelab-production"]
+    assert max(shape.nodes * shape.nproc_per_node for shape in SHAPES) <= quotas["homelab-production"]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=[one.name.rpartition(".")[2] for one in TASKS])

@@ -18,16 +18,16 @@ import yaml
 from forge.core.settings import Settings
 from forge.serving.desired import Desired
 from forge.serving.local_target import LocalTarget
-from forge.serving.vllm_process import LocalServer, Running
+from forge.serving.vllm_process import LocalServer, RunningServer
 
 PROJECT = Path(__file__).parents[2]
 RECIPE = {
     "name": "dates",
-    "data": {"source": "demonstration", "demonstration": {"rows": 6000}, "context": 128},
+    "data": {"source": "demonstration", "demonstration": {"rows": 6000}, "max_seq_len": 128},
     "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
-    "training": {"processes": 2, "rows_per_step": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
+    "training": {"nproc_per_node": 2, "global_batch_size": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 64, "max_new_tokens": 32},
-    "gate": {"measure": "nll", "json_validity": 0.0, "ended": 0.0},  # a model of a few seconds answers badly
+    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},  # a model of a few seconds answers badly
     "serving": {"replay": 8, "watch_seconds": 1},
 }
 
@@ -91,7 +91,7 @@ class Home:
         """What the last run came to."""
         return json.loads((self.settings.home / "last-run.json").read_text())
 
-    def served(self) -> Running | None:
+    def served(self) -> RunningServer | None:
         """The server that lives."""
         return LocalServer(self.settings).running()
 

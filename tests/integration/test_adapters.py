@@ -17,12 +17,12 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import Lora, ModelRecipe, Recipe
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import find_champion, open_registry
-from forge.registry.packages import fetch, local_base, open_package
+from forge.registry.packages import fetch_package, local_base, open_package
 from forge.registry.promotion import promote
 from forge.storage import Store, open_store
 from tasks.evaluate import answer_cache
-from tasks.evaluate.champion import champion_model, find_package, merged
-from tasks.evaluate.evaluate import base_of, evaluate
+from tasks.evaluate.champion import champion_model, find_package, merged_champion
+from tasks.evaluate.evaluate import evaluate, evaluated_base
 from tasks.finetune.process_group import Rank
 from tasks.finetune.run import train
 from tasks.preflight.checks import check_all, find_base
@@ -53,7 +53,7 @@ class Adapted:
 
     @property
     def package(self) -> Path:
-        return fetch(self.version.uri, self.settings, self.store)
+        return fetch_package(self.version.uri, self.settings, self.store)
 
     @property
     def champion(self) -> Champion:
@@ -100,7 +100,7 @@ def test_a_run_starts_from_the_champion_s_weights_tokenizer_and_template(adapted
     assert card["recipe"]["model"]["base"] == "models:/dates@champion"
     assert adapted.evaluation.champion == "1"
     assert adapted.evaluation.score_base == adapted.evaluation.score_champion == trained.evaluation.score
-    _, its_digest = base_of(adapted.model, adapted.settings, adapted.store)
+    _, its_digest = evaluated_base(adapted.model, adapted.settings, adapted.store)
     assert its_digest == digest_directory(trained.store.path(trained.model.uri) / "model")[0], "its answers are kept"
 
 
@@ -173,8 +173,8 @@ def test_an_adapter_of_a_directory_wants_it_as_it_was(adapted: Adapted, trained:
     base = {"location": str(directory), "revision": digest_directory(directory)[0]}
     changed = {**manifest, "base": {**base, "revision": "0" * 64}}
     with pytest.raises(ForgeError, match="is gone or was changed"):
-        merged(adapted.package, changed, settings, adapted.store)
-    whole = merged(adapted.package, {**manifest, "base": base}, settings, adapted.store)
+        merged_champion(adapted.package, changed, settings, adapted.store)
+    whole = merged_champion(adapted.package, {**manifest, "base": base}, settings, adapted.store)
     assert digest_directory(whole, exclude={"manifest.json"})[0] == manifest["model_digest"]
 
 
@@ -235,7 +235,7 @@ def test_preflight_finds_a_registered_base(adapted: Adapted, tmp_path: Path, mon
 
 
 def test_a_flipped_byte_in_the_base_is_found_before_training(adapted: Adapted, tmp_path: Path) -> None:
-    weights = fetch(adapted.first.uri, adapted.settings, adapted.store) / "model.safetensors"
+    weights = fetch_package(adapted.first.uri, adapted.settings, adapted.store) / "model.safetensors"
     whole = weights.read_bytes()
     training = adapted.recipe.training.model_copy(update={"seed": 1})  # which was not done yet
     weights.unlink()  # it shares its bytes with the trained model
@@ -259,7 +259,7 @@ def test_a_flipped_byte_in_the_base_is_found_before_training(adapted: Adapted, t
 
 
 def test_a_champion_whose_base_is_gone_is_told_before_anything_starts(adapted: Adapted, tmp_path: Path) -> None:
-    package = fetch(adapted.first.uri, adapted.settings, adapted.store)
+    package = fetch_package(adapted.first.uri, adapted.settings, adapted.store)
     package.rename(tmp_path / "kept")
     try:
         with pytest.raises(ForgeError, match=f"champion dates version 2: store: {adapted.first.uri} is gone"):

@@ -69,7 +69,7 @@ def test_a_changed_file_in_a_directory_is_changed_data(recipe: Recipe, rows: Pat
 
 def test_a_changed_section_runs_again(recipe: Recipe, rows: Path) -> None:
     first = preprocess(recipe, rows)
-    wider = recipe.model_copy(update={"data": recipe.data.model_copy(update={"context": 256})})
+    wider = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_seq_len": 256})})
     assert preprocess(wider, rows).digest != first.digest
 
 

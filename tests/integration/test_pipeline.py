@@ -155,7 +155,7 @@ def test_the_champion_is_asked_again_and_its_fall_is_told(home: Home) -> None:
         client.log_metric(run_id, "score", promoted)
     assert status == 1
     text = " ".join(output.replace("│", " ").split())
-    assert "99.0% when it was promoted: it has fallen by more than gate.margin" in text
+    assert "99.0% when it was promoted: it fell by more than gate.non_inferiority_margin" in text
     assert "Traceback" not in output
     checks = client.search_runs(
         [client.get_experiment_by_name("forge-evaluation").experiment_id],

@@ -18,7 +18,7 @@ from forge.core.contracts import Evaluation, Version
 from forge.core.errors import ForgeError
 from forge.core.recipe import ServingRecipe
 from forge.registry.mlflow_registry import champion_version, open_registry
-from forge.registry.packages import fetch
+from forge.registry.packages import fetch_package
 from forge.registry.promotion import promotions
 from forge.serving.local_target import LocalTarget
 from forge.storage import open_store
@@ -120,7 +120,7 @@ def test_act_2_new_data_become_an_adapter_that_is_swapped_in_under_load(home: Ho
         data={"demonstration": {"rows": ROWS, "locales": MORE}},
         model={"architecture": None, "base": "models:/dates@champion"},
         training=LORA,
-        gate={"measure": "nll", "slice_items": 10},
+        gate={"metric": "nll", "min_slice_items": 10},
     )
     process = home.start()
     output = wait_for(process, "evaluate: ")  # until then the two cores train
@@ -155,7 +155,7 @@ def registered(home: Home, of: str, breakage: str) -> tuple[Version, Evaluation]
     for the breakage.
     """
     store, client = open_store(home.settings), open_registry(home.settings)
-    package = fetch(f"models:/dates/{of}", home.settings, store)
+    package = fetch_package(f"models:/dates/{of}", home.settings, store)
     facts = json.loads((package / "manifest.json").read_text())
     facts = {name: facts[name] for name in ("name", "kind", "base", "rank", "model_digest") if name in facts}
     if breakage == "base":
@@ -197,7 +197,7 @@ def another_base(home: Home) -> dict[str, str]:
     """What a manifest says of a base like version 1, with other weights."""
     store = open_store(home.settings)
     with store.stage() as staged:
-        for path in fetch("models:/dates/1", home.settings, store).iterdir():
+        for path in fetch_package("models:/dates/1", home.settings, store).iterdir():
             if path.name != "manifest.json":
                 (staged / path.name).write_bytes(path.read_bytes())
         weights = load_file(staged / "model.safetensors")
@@ -220,7 +220,7 @@ def test_act_5_power_cuts_leave_nothing_half_done(home: Home) -> None:
         "data": {"demonstration": {"rows": ROWS, "locales": MORE}},
         "model": {"architecture": None, "base": "models:/dates/1"},
         "training": {**LORA, "epochs": 2},
-        "gate": {"slice_items": 10},
+        "gate": {"min_slice_items": 10},
     }
     for moment in ("train: step", "register: ", "trial"):
         home.write_recipe(**changed)

@@ -89,10 +89,10 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
     [
         (
             {"training": {**SMALL["training"], "nodes": 2}},
-            "training.nodes 2 with training.processes 1: there is no such shape; take one of 1x1, 1x2, 2x2",
+            "training.nodes 2 with training.nproc_per_node 1: there is no such shape; take one of 1x1, 1x2, 2x2",
         ),
-        ({"data": {"context": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
-        ({"data": {"context": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
+        ({"data": {"max_seq_len": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
+        ({"data": {"max_seq_len": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
         ({"model": {"base": "/nowhere/model"}}, "base model /nowhere/model"),
         (
             {
@@ -118,7 +118,7 @@ def test_adapters_are_trained_where_there_is_no_gpu() -> None:
 
 
 def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = TrainingRecipe.model_validate({**SMALL["training"], "processes": 2})
+    two = TrainingRecipe.model_validate({**SMALL["training"], "nproc_per_node": 2})
     monkeypatch.setattr(gpus, "find_gpus", lambda: [gpus.GPUS["A100-40GB"]])
     with pytest.raises(ForgeError, match=r"processes 2: each process takes a GPU, and there are 1; lower them"):
         check_training(two)
@@ -127,14 +127,16 @@ def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
+    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "nproc_per_node": 2, "global_batch_size": 4})
     monkeypatch.setattr(gpus, "find_gpus", lambda: [])
     assert check_training(four) == [], "here, four processes train side by side"
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
     assert check_training(four) == gpus.gpus_of(nodes.TRAINING)
     one = [node for node in nodes.all_nodes() if node.pool != "secondary"]
     monkeypatch.setattr(nodes, "all_nodes", lambda: one)
-    with pytest.raises(ForgeError, match=r"nodes 2 with training.processes 2: 1 of the cluster's nodes of role train"):
+    with pytest.raises(
+        ForgeError, match=r"nodes 2 with training.nproc_per_node 2: 1 of the cluster's nodes of role train"
+    ):
         check_training(four)
 
 
@@ -156,7 +158,7 @@ def test_on_the_cluster_all_that_a_run_leaves_needs_a_place(monkeypatch: pytest.
 
 def test_the_quota_of_the_namespace_is_asked_before_pods_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
-    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "processes": 2, "rows_per_step": 4})
+    four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "nproc_per_node": 2, "global_batch_size": 4})
     with pytest.raises(ForgeError, match=r"needs 4 GPUs, and the quota of this namespace allows 2 .*Lower training"):
         check_training(four, Settings(gpu_quota=2))
     assert check_training(four, Settings(gpu_quota=4)) == gpus.gpus_of(nodes.TRAINING)
@@ -241,15 +243,15 @@ def test_what_training_leaves_must_fit_what_serves(tmp_path: Path) -> None:
         "torch_dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(llama))
-    check(context=4096)
+    check(max_model_len=4096)
     with pytest.raises(ForgeError, match=r"adapter of rank 32: .* take serving\.max_lora_rank 32"):
-        check(rank=32, context=4096)
-    check(rank=32, context=4096, max_lora_rank=32)
+        check(rank=32, max_model_len=4096)
+    check(rank=32, max_model_len=4096, max_lora_rank=32)
     places = Settings(serving_target="kubernetes")
     with pytest.raises(ForgeError, match=r"each of 2 x A100-40GB needs .*; it fits with .* or with 4-bit AWQ weights"):
-        check(context=4096)
+        check(max_model_len=4096)
     (tmp_path / "config.json").write_text(json.dumps({**llama, "num_hidden_layers": 16}))
-    check(context=4096)
+    check(max_model_len=4096)
 
 
 def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +266,9 @@ def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypat
 def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "data": {"source": "rows.jsonl", "context": 64}}))
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**SMALL, "data": {"source": "rows.jsonl", "max_seq_len": 64}})
+    )
     assert check_all("", "recipe.yaml")[1].uri == (tmp_path / "rows.jsonl").as_uri()
 
 
@@ -307,7 +311,7 @@ def test_rows_to_evaluate_on_are_checked_and_pinned_too(free_port: int, tmp_path
     write_jsonl(rows, [{"text": "Once upon a time."}])
     write_jsonl(own, [chat("a", "b")])
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**SMALL, "data": {"context": 64, "heldout_source": str(own)}}))
+    recipe.write_text(yaml.safe_dump({**SMALL, "data": {"max_seq_len": 64, "heldout_source": str(own)}}))
     _, source, _ = check_all(str(rows), str(recipe))
     assert source.heldout == own.as_uri()
     write_jsonl(own, [chat("a", "c")])

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     formats.BLOCK = 20_000
     store = DirectoryStore(Path(sys.argv[2]))
     source = Source(uri=Path(sys.argv[1]).as_uri(), digest="", store=store.identity)
-    prepare(source, DataRecipe(source=sys.argv[1], context=128), Base(), store, Settings())
+    prepare(source, DataRecipe(source=sys.argv[1], max_seq_len=128), Base(), store, Settings())
 """
 
 

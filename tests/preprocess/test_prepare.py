@@ -32,7 +32,9 @@ def source_of(recipe: DataRecipe, store: DirectoryStore) -> Source:
 
 
 def prepare_from(path: Path, store: DirectoryStore, base: Base | None = None, **options: object) -> Dataset:
-    recipe = DataRecipe.model_validate({"source": path.as_uri(), "context": 128, "heldout_fraction": 0.1, **options})
+    recipe = DataRecipe.model_validate(
+        {"source": path.as_uri(), "max_seq_len": 128, "heldout_fraction": 0.1, **options}
+    )
     return prepare(source_of(recipe, store), recipe, base or Base(), store, Settings())
 
 
@@ -108,13 +110,13 @@ def test_training_rows_near_evaluation_are_removed_and_boilerplate_is_no_leak(
 ) -> None:
     instruction = sentence(40)
     rows = [chat(f"{instruction} {sentence(20)}", sentence(20), group=str(n)) for n in range(400)]
-    clean = prepare_rows(tmp_path / "a.jsonl", rows, store, context=2048)
+    clean = prepare_rows(tmp_path / "a.jsonl", rows, store, max_seq_len=2048)
     assert card_of(clean, store)["removed"] == {}
     # A held-out question's words again, in another row, of another group.
     leaked = [row["messages"][0]["content"].removeprefix(instruction) for row in heldout(clean, store)[:5]]
     leaks = [chat(f"Now, {text.upper()}!", "something else", group="0") for text in leaked]
     assert "0" not in {row["group"] for row in heldout(clean, store)}
-    dataset = prepare_rows(tmp_path / "b.jsonl", [*rows, *leaks], store, context=2048)
+    dataset = prepare_rows(tmp_path / "b.jsonl", [*rows, *leaks], store, max_seq_len=2048)
     assert card_of(dataset, store)["removed"] == {"near evaluation": 5}
     assert dataset.train_rows == clean.train_rows
 
@@ -123,7 +125,7 @@ def test_near_duplicates_are_removed_if_asked(store: DirectoryStore, tmp_path: P
     own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
     rows = [chat(sentence(30), sentence(30)) for n in range(200)]
     near = [chat(row["messages"][0]["content"] + " Indeed.", row["messages"][1]["content"]) for row in rows[:20]]
-    options = {"context": 2048, "heldout_source": own.as_uri()}
+    options = {"max_seq_len": 2048, "heldout_source": own.as_uri()}
     kept = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options)
     thinned = prepare_rows(tmp_path / "a.jsonl", [*near, *rows], store, **options, near_duplicates=0.8)
     assert card_of(kept, store)["removed"] == {}
@@ -160,8 +162,8 @@ LONG = {
 
 
 def test_long_rows_are_split_between_turns(store: DirectoryStore, tmp_path: Path) -> None:
-    whole = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, context=1024)
-    split = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, over_context="split")
+    whole = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, max_seq_len=1024)
+    split = prepare_rows(tmp_path / "a.jsonl", [*ROWS, LONG], store, overlong="split")
     assert split.train_rows == whole.train_rows + 5
     one, other = card_of(whole, store), card_of(split, store)
     assert one["roles"]["assistant"] == other["roles"]["assistant"]
@@ -173,13 +175,13 @@ def test_long_rows_are_split_between_turns(store: DirectoryStore, tmp_path: Path
 
 def test_a_turn_that_is_too_long_by_itself_is_not_split(store: DirectoryStore, tmp_path: Path) -> None:
     with pytest.raises(Problems, match="one turn alone is 211 tokens long"):
-        prepare_rows(tmp_path / "a.jsonl", [*ROWS[:30], chat("x" * 200, "seven c")], store, over_context="split")
+        prepare_rows(tmp_path / "a.jsonl", [*ROWS[:30], chat("x" * 200, "seven c")], store, overlong="split")
 
 
 def test_a_row_is_split_whole_or_not_at_all(store: DirectoryStore, tmp_path: Path) -> None:
     turns = [("user", "x" * 200), ("assistant", "y"), ("user", "short"), ("assistant", "y")] * 2
     bad = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    dataset = prepare_rows(tmp_path / "a.jsonl", [*ROWS, bad], store, over_context="split")
+    dataset = prepare_rows(tmp_path / "a.jsonl", [*ROWS, bad], store, overlong="split")
     assert dataset.train_rows + dataset.heldout_rows == len(ROWS)
     assert card_of(dataset, store)["rejected"] == {"over the context": 1}
 
@@ -193,7 +195,7 @@ def test_the_order_of_keys_is_told_apart_and_changes_nothing(store: DirectorySto
         return {"messages": [{"role": "user", "content": "x"}, said]}
 
     rows = [*ROWS, call({"a": 1, "b": 2}), call({"b": 2, "a": 1})]
-    options = {"base": Base(location=tokenizer.as_uri()), "context": 512}
+    options = {"base": Base(location=tokenizer.as_uri()), "max_seq_len": 512}
     one, other = (prepare_rows(tmp_path / "a.jsonl", list(order), store, **options) for order in (rows, reversed(rows)))
     assert one.digest == other.digest
     assert one.train_rows + one.heldout_rows == len(rows)
@@ -207,18 +209,18 @@ def test_a_secret_is_found_each_time(store: DirectoryStore, tmp_path: Path) -> N
 
 def test_long_rows_are_truncated_and_counted(store: DirectoryStore, tmp_path: Path) -> None:
     dataset = prepare_rows(
-        tmp_path / "a.jsonl", [*ROWS, chat("a", "b" * 200, group="long")], store, over_context="truncate"
+        tmp_path / "a.jsonl", [*ROWS, chat("a", "b" * 200, group="long")], store, overlong="truncate"
     )
     card = card_of(dataset, store)
     assert (card["documents_cut"], card["tokens_dropped"]) == (1, 77)
     with pytest.raises(Problems, match="no token of an assistant's is left to train on"):
-        prepare_rows(tmp_path / "b.jsonl", [*ROWS[:30], chat("a" * 200, "b")], store, over_context="truncate")
+        prepare_rows(tmp_path / "b.jsonl", [*ROWS[:30], chat("a" * 200, "b")], store, overlong="truncate")
 
 
 def test_plain_texts_are_packed_and_split(store: DirectoryStore, tmp_path: Path) -> None:
     own = write_jsonl(tmp_path / "own.jsonl", [chat("a", "b")])
     rows = [{"text": sentence(4)} for _ in range(20)] + [{"text": sentence(100)}]
-    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store, over_context="split", heldout_source=own.as_uri())
+    dataset = prepare_rows(tmp_path / "a.jsonl", rows, store, overlong="split", heldout_source=own.as_uri())
     card = card_of(dataset, store)
     assert card["documents"]["train"] > 25
     assert card["rejected"] == {}
@@ -288,7 +290,7 @@ def test_shards_come_to_the_same_bytes(
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     whole = prepare_from(path, store)
     recipe = DataRecipe.model_validate(
-        {"source": path.as_uri(), "context": 128, "heldout_fraction": 0.1, "shards": shards}
+        {"source": path.as_uri(), "max_seq_len": 128, "heldout_fraction": 0.1, "shards": shards}
     )
     other = DirectoryStore(tmp_path / "other")
     source = source_of(recipe, other)
@@ -305,7 +307,7 @@ def test_rows_that_change_while_they_are_read_are_refused(store: DirectoryStore,
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     source = Source(uri=path.as_uri(), digest="another", store=store.identity)
     with pytest.raises(ForgeError, match="changed while they were read"):
-        prepare(source, DataRecipe(source=str(path), context=128), Base(), store, Settings())
+        prepare(source, DataRecipe(source=str(path), max_seq_len=128), Base(), store, Settings())
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[:3]])

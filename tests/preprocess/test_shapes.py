@@ -22,7 +22,7 @@ from tasks.preprocess.worker import heldout_row, split_row
 from tests.conftest import chat, write_jsonl
 from tests.preprocess.test_zoo import prepare_file
 
-RECIPE = DataRecipe(context=128)
+RECIPE = DataRecipe(max_seq_len=128)
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 

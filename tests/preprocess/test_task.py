@@ -23,7 +23,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> DirectoryStore:
 
 
 def run(store: DirectoryStore, **options: object) -> Dataset:
-    recipe = DataRecipe.model_validate({"context": 128, "heldout_fraction": 0.2, **options})
+    recipe = DataRecipe.model_validate({"max_seq_len": 128, "heldout_fraction": 0.2, **options})
     uri, _ = pin(recipe, recipe.source)
     source = Source(uri=uri, digest=digest_source(recipe), store=store.identity)
     return preprocess_data(source=source, data=recipe, base=Base())
@@ -98,7 +98,7 @@ def test_shards_that_were_read_are_not_read_again(
 
 def test_the_log_of_a_task_that_succeeded_has_no_errors(store: DirectoryStore, tmp_path: Path) -> None:
     """As a pod runs it, with Flyte's values in a bucket: sessions are closed, and there is no deck of dependencies."""
-    data = DataRecipe.model_validate({"source": "demonstration", "demonstration": {"rows": 300}, "context": 128})
+    data = DataRecipe.model_validate({"source": "demonstration", "demonstration": {"rows": 300}, "max_seq_len": 128})
     source = Source(uri="demonstration", digest=digest_source(data), store=store.identity)
     (tmp_path / "server" / "flyte").mkdir(parents=True)
     with rclone(tmp_path / "server") as url:

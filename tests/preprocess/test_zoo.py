@@ -25,7 +25,7 @@ GOOD = CHAT % (b"a", b"b")
 
 def prepare_file(path: Path, store: DirectoryStore, **options: object) -> Dataset:
     """Prepare a file of rows as the pipeline does."""
-    recipe = DataRecipe.model_validate({"source": str(path), "context": 128, "heldout_fraction": 0.5, **options})
+    recipe = DataRecipe.model_validate({"source": str(path), "max_seq_len": 128, "heldout_fraction": 0.5, **options})
     source = Source(uri=path.as_uri(), digest=digest_source(recipe), store=store.identity)
     return prepare(source, recipe, Base(), store, Settings())
 
@@ -97,7 +97,9 @@ LINES = {  # a line among good ones, and what is said of it
     "tools no list": (messages(("user", "a"), ("assistant", "b"), tools={"a": 1}), "tools must be a list"),
     "group a list": (messages(("user", "a"), ("assistant", "b"), group=["x"]), "group must be a text or a whole"),
     "slice a fraction": (messages(("user", "a"), ("assistant", "b"), slice=0.5), "slice must be a text or a whole"),
-    "too long": (CHAT % (b"x" * 200, b"y"), "205 tokens long, and data.context is 128; shorten it, raise data.context"),
+    "too long": (
+        CHAT % (b"x" * 200, b"y"), "205 tokens long, and data.max_seq_len is 128; shorten it, raise the limit",
+    ),
     "a control token": (CHAT % (b"a<|end|>", b"b"), "control token <|end|>, which it would not read as text"),
     "a cloud key": (CHAT % (SECRET.encode(), b"b"), "holds a credential (AWS Access Key); take it out"),
     "a key in the system's words": (

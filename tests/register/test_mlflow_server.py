@@ -9,7 +9,7 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import Recipe
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import champion_version, open_registry
-from forge.registry.packages import fetch
+from forge.registry.packages import fetch_package
 from forge.registry.promotion import promote
 from forge.storage import open_store
 from tasks.register.history import history, lineage
@@ -57,7 +57,7 @@ def test_a_server_does_what_the_embedded_registry_does(settings: Settings, recip
         ("3", ()), ("2", ("champion",)), ("1", ()),
     ]  # fmt: skip
     assert lineage("models:/dates@champion", settings, store)["package"]["digest"] == second.digest
-    assert fetch("models:/dates@champion", settings, store) == store.path(second.uri)
+    assert fetch_package("models:/dates@champion", settings, store) == store.path(second.uri)
     promote(client, store, "dates", "3", "2", "better")
     (removal,) = retain("dates", 1, 0, True, settings, store)
     assert removal.versions == ("1",)

@@ -12,7 +12,7 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import Recipe
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import open_registry
-from forge.registry.packages import fetch
+from forge.registry.packages import fetch_package
 from forge.storage import DirectoryStore, open_store
 from forge.storage.manifest import verify
 from tasks.register import register as module
@@ -68,9 +68,9 @@ def test_a_version_from_before_there_was_a_key_is_signed_when_it_is_registered_a
     first = given.register(settings)
     signing = settings.model_copy(update=keys(tmp_path))
     with pytest.raises(ForgeError, match="is not signed"):
-        fetch("models:/dates/1", signing, open_store(signing))
+        fetch_package("models:/dates/1", signing, open_store(signing))
     assert given.register(signing).digest == first.digest
-    fetch("models:/dates/1", signing, open_store(signing))
+    fetch_package("models:/dates/1", signing, open_store(signing))
 
 
 def run_experiment(client) -> str:

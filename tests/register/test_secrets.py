@@ -9,7 +9,7 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import Recipe
 from forge.core.settings import load_settings
 from forge.registry.mlflow_registry import open_registry
-from forge.registry.packages import fetch
+from forge.registry.packages import fetch_package
 from forge.registry.promotion import promote
 from forge.storage import open_store
 from tasks.register.history import lineage, lineage_tree
@@ -54,7 +54,7 @@ def test_no_secret_is_written_anywhere(
         store = open_store(settings)
         version = inputs(tmp_path, settings, recipe).register(settings)
         promote(open_registry(settings), store, "dates", version.version, "", "better")
-        fetch("models:/dates@champion", settings, store)
+        fetch_package("models:/dates@champion", settings, store)
         print(lineage_tree(lineage("models:/dates@champion", settings, store)), settings)
         monkeypatch.setenv("FORGE_S3_SECRET_KEY", f"wrong-{SECRET}")
         with pytest.raises(ForgeError) as refused:

@@ -16,7 +16,7 @@ from forge.core.contracts import Base
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import open_registry
-from forge.registry.packages import LocalBase, fetch, local_base, portable_name
+from forge.registry.packages import LocalBase, fetch_package, local_base, portable_name
 from forge.registry.signature import check_keys
 from forge.storage import open_store
 from tests.register.packages import make, settings
@@ -64,7 +64,7 @@ def test_a_package_is_found_by_alias_by_version_and_by_its_uri(settings: Setting
     client.create_model_version("dates", source=uri, tags={"package_digest": digest})
     client.set_registered_model_alias("dates", "champion", "1")
     for model_uri in ("models:/dates@champion", "models:/dates/1", uri):
-        found = fetch(model_uri, settings, store)
+        found = fetch_package(model_uri, settings, store)
         assert (found / "model.safetensors").read_bytes() == b"1" * 100_000
     assert uri.endswith(f"/models/dates/sha256-{digest}")
 
@@ -82,7 +82,7 @@ def test_the_card_says_in_the_hub_s_form_what_the_model_is(tmp_path: Path) -> No
     store = open_store(settings)
     model = {"location": "meta/llama", "revision": "abc"}
     uri, _ = make(tmp_path / "model", settings, store, base=model)
-    _, head, text = (fetch(uri, settings, store) / "README.md").read_text().split("---\n", 2)
+    _, head, text = (fetch_package(uri, settings, store) / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(head)
     assert (card["base_model"], card["library_name"], card["pipeline_tag"]) == (
         "meta/llama", "transformers", "text-generation",
@@ -97,7 +97,7 @@ def test_the_card_of_an_adapter_names_its_base_for_the_hub(tmp_path: Path) -> No
     for number, (location, named) in enumerate({"meta/llama": "meta/llama", "/home/me/base": None}.items()):
         adapter = {"kind": "adapter", "rank": 4, "base": {"location": location, "revision": "abc"}}
         uri, _ = make(tmp_path / str(number), settings, store, **adapter)
-        _, head, text = (fetch(uri, settings, store) / "README.md").read_text().split("---\n", 2)
+        _, head, text = (fetch_package(uri, settings, store) / "README.md").read_text().split("---\n", 2)
         card = yaml.safe_load(head)
         assert (card.get("base_model"), card["library_name"]) == (named, "peft")
         assert f'from_pretrained("{named or "BASE"}")' in text
@@ -141,7 +141,7 @@ def test_what_leads_to_no_package_is_told(tmp_path: Path, model_uri: str, says: 
     client.create_registered_model("dates")
     client.create_model_version("dates", source=f"file:///a/sha256-{'0' * 64}", tags={"package_digest": "1" * 64})
     with pytest.raises(ForgeError, match=says):
-        fetch(model_uri, settings, open_store(settings))
+        fetch_package(model_uri, settings, open_store(settings))
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_what_is_not_as_it_was_published_is_refused_by_name(
             settings,
             uri,
             "manifest.json",
-            (fetch(another, settings, open_store(settings)) / "manifest.json").read_bytes(),
+            (fetch_package(another, settings, open_store(settings)) / "manifest.json").read_bytes(),
         )
     else:  # all of another model's files
-        for path in fetch(another, settings, open_store(settings)).iterdir():
+        for path in fetch_package(another, settings, open_store(settings)).iterdir():
             change(settings, uri, path.name, path.read_bytes())
     there = elsewhere(settings)
     with pytest.raises(ForgeError, match=says):
-        fetch(uri, there, open_store(there))
+        fetch_package(uri, there, open_store(there))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_package_is_signed_and_a_bad_signature_is_refused(
     uri, _ = make(tmp_path / "model", signing, store)
     there = elsewhere(signing)
     reader = there.model_copy(update={"signing_key": None})
-    directory = fetch(uri, reader, open_store(reader))
+    directory = fetch_package(uri, reader, open_store(reader))
     command = [Path(sys.executable).with_name("model_signing"), "verify", "key", directory]
     options = ["--signature", directory / "model.sig", "--public_key", signing.verify_key]
     subprocess.run([*command, *options], check=True, capture_output=True)  # as anybody can do by hand
@@ -218,10 +218,10 @@ def test_a_package_is_signed_and_a_bad_signature_is_refused(
         seed = b"1" if damage == "another key's" else b"2"
         home = other.model_copy(update={"home": tmp_path / "other", "store": ""})
         their, _ = make(tmp_path / "their", home, open_store(home), seed)
-        change(signing, uri, "model.sig", (fetch(their, home, open_store(home)) / "model.sig").read_bytes())
+        change(signing, uri, "model.sig", (fetch_package(their, home, open_store(home)) / "model.sig").read_bytes())
     fresh = reader.model_copy(update={"home": tmp_path / "fresh"}) if signing.store else reader
     with pytest.raises(ForgeError, match=says):
-        fetch(uri, fresh, open_store(fresh))
+        fetch_package(uri, fresh, open_store(fresh))
 
 
 def test_what_was_published_before_there_was_a_key_is_signed_when_it_is_registered_again(
@@ -230,10 +230,10 @@ def test_what_was_published_before_there_was_a_key_is_signed_when_it_is_register
     uri, _ = make(tmp_path / "model", settings, open_store(settings))
     signing = settings.model_copy(update=keys(tmp_path))
     with pytest.raises(ForgeError, match="is not signed"):
-        fetch(uri, signing, open_store(signing))
+        fetch_package(uri, signing, open_store(signing))
     assert make(tmp_path / "again", signing, open_store(signing))[0] == uri
     there = elsewhere(signing)
-    fetch(uri, there, open_store(there))
+    fetch_package(uri, there, open_store(there))
 
 
 def test_keys_are_looked_at_before_anything_costly(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_keys_are_looked_at_before_anything_costly(tmp_path: Path) -> None:
 
 
 def _fetch(settings: Settings, uri: str) -> int:
-    return len((fetch(uri, settings, open_store(settings)) / "model.safetensors").read_bytes())
+    return len((fetch_package(uri, settings, open_store(settings)) / "model.safetensors").read_bytes())
 
 
 def test_many_may_fetch_at_once(settings: Settings, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from forge.registry.mlflow_registry import champion_version, open_registry, vers
 from forge.registry.promotion import drop_challenger, promote, promotions
 from forge.storage import Store, open_store
 from forge.storage import lease as module
-from forge.storage.lease import lease, whoami
+from forge.storage.lease import current_owner, lease
 from tests.register.packages import KINDS, machine
 
 
@@ -49,7 +49,7 @@ def test_the_champion_moves_and_it_is_recorded_who_moved_it_and_why(settings: Se
     assert chain(store) == [("", "1"), ("1", "2"), ("2", "1")]
     assert client.get_model_version("dates", "2").tags["previous_champion"] == "1"
     second = promotions(store, "dates")[1]
-    assert (second.who, second.why) == (whoami(), "better than 1")
+    assert (second.who, second.why) == (current_owner(), "better than 1")
     assert promotions(store, "dates")[0].when <= second.when
     assert store.names("leases/promotion-dates") == [], "nothing is held afterwards"
 
@@ -173,7 +173,7 @@ def test_an_earlier_attempt_of_the_same_execution_holds_nobody_up(
 ) -> None:
     store = open_store(settings)
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123")
-    store.put("leases/dates/ours", json.dumps({"owner": whoami(), "number": 1, "renewals": 1}).encode())
+    store.put("leases/dates/ours", json.dumps({"owner": current_owner(), "number": 1, "renewals": 1}).encode())
     with lease(store, "dates"):
         assert "ours" not in store.names("leases/dates")
     monkeypatch.setattr(module, "ABANDONED", 0.5)

@@ -13,7 +13,7 @@ def test_a_version_is_served_as_its_own_recipe_said(tmp_path: Path) -> None:
     client = open_registry(settings)
     client.create_registered_model("dates")
     run = client.create_run(client.create_experiment("dates"))
-    recipe = ServingRecipe(context=4096, max_lora_rank=64, min_agreement=0.5, replay=3)
+    recipe = ServingRecipe(max_model_len=4096, max_lora_rank=64, min_agreement=0.5, replay=3)
     for name, value in recipe.model_dump(mode="json").items():  # as registration writes them
         client.log_param(run.info.run_id, f"serving.{name}", str(value))
     client.log_param(run.info.run_id, "serving.of_an_older_release", "x")

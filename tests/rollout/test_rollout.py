@@ -22,7 +22,7 @@ from forge.registry.mlflow_registry import open_registry
 from forge.registry.promotion import promotions
 from forge.serving import trial as trials
 from forge.serving.desired import Conflict
-from forge.serving.trial import BROKEN_OFF, Ended, trying
+from forge.serving.trial import BROKEN_OFF, TrialLost, active_rollout
 from tasks.rollout.rollout import roll_out
 from tests.serving.place import QUICK, Place, rollout_place
 
@@ -140,7 +140,7 @@ def test_a_rollout_whose_trial_somebody_has_ended_ends_with_that_reason(
         ending.start()
     else:  # four questions measure what serves, and one is the proof
         asked = when_asked(place, 5 if during == "the proof" else 7)
-    with pytest.raises(Ended, match=r"somebody else has ended the rollout of dates-.*; run again") as ended:
+    with pytest.raises(TrialLost, match=r"somebody else has ended the rollout of dates-.*; run again") as ended:
         place.serve("2", "1", LONG)
     assert ended.value.__cause__ is None, "nothing else had to go wrong first"
     assert len(asked) < 20, "nor had the watch to end"
@@ -174,11 +174,11 @@ def test_another_version_stays_the_challenger(place: Place) -> None:
 def test_a_version_that_has_no_place_beside_what_serves_is_no_challenger_any_more(place: Place) -> None:
     place.challenge("2")
     desired, revision = place.document.read()
-    serving = desired.serving.model_copy(update={"engine": Engine(adapter_slots=0)})
+    serving = desired.serving.model_copy(update={"engine": Engine(max_loras=0)})
     place.document.write(desired.model_copy(update={"serving": serving}), revision)
-    with pytest.raises(ForgeError, match="adapter_slots 0: 1 adapters are loaded at once"):
-        place.serve("2", "1", QUICK.model_copy(update={"adapter_slots": 0}))
-    assert "adapter_slots 0" in place.failed("2")
+    with pytest.raises(ForgeError, match="max_loras 0: 1 adapters are loaded at once"):
+        place.serve("2", "1", QUICK.model_copy(update={"max_loras": 0}))
+    assert "max_loras 0" in place.failed("2")
     assert place.aliases() == {"champion": "1"}
 
 
@@ -186,7 +186,9 @@ def test_a_version_whose_turn_does_not_come_is_no_challenger_any_more(place: Pla
     place.challenge("2")
     impatient = ServingRecipe.model_construct(**{**QUICK.model_dump(), "startup_timeout": 0.1})
     with (
-        trying(place.document, place.versions["3"], "1", lambda _: False, lambda trial, error: True, 1) as other,
+        active_rollout(
+            place.document, place.versions["3"], "1", lambda _: False, lambda trial, error: True, 1
+        ) as other,
         pytest.raises(ForgeError, match="another rollout"),
     ):
         place.serve("2", "1", impatient)

@@ -20,8 +20,8 @@ from forge.core.processes import start_ticks
 from forge.core.recipe import ServingRecipe
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import PACKAGE_DIGEST, open_registry
-from forge.serving.desired import Document, Served
-from forge.serving.local_target import FileDocument, made_of, reconciler_lock
+from forge.serving.desired import DesiredStore, Served
+from forge.serving.local_target import FileDocument, reconciler_lock, reconciler_version
 from forge.serving.reconciler import Reconciler, run
 from forge.serving.reconciler_status import Status
 from forge.serving.trial import FAILED, Recovery
@@ -58,7 +58,7 @@ class Place:
     settings: Settings
     store: DirectoryStore
     stand: Stand
-    document: Document
+    document: DesiredStore
     client: MlflowClient
     versions: dict[str, Served]
 
@@ -122,7 +122,12 @@ def rollout_place(home: Path) -> Iterator[Place]:
             lambda line: None,
         )
         status = Status(reconciler, "127.0.0.1", 0)
-        me = {"pid": os.getpid(), "ticks": start_ticks(os.getpid()), "port": status.port, "made_of": made_of(settings)}
+        me = {
+            "pid": os.getpid(),
+            "ticks": start_ticks(os.getpid()),
+            "port": status.port,
+            "made_of": reconciler_version(settings),
+        }
         (settings.serving / "reconciler.json").write_text(json.dumps(me))
         thread = threading.Thread(target=run, args=(reconciler, 0.02, ended.is_set, status.touch, True))
         thread.start()

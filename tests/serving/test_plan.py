@@ -7,17 +7,17 @@ import pytest
 from forge.core.contracts import Engine
 from forge.core.errors import ForgeError
 from forge.serving.desired import Served, Serving
-from forge.serving.plan import loading, plan, remove
+from forge.serving.plan import loading_state, plan, remove
 from tests.serving.states import WEIGHTS, adapter_of, serving, version
 
-ENGINE = Engine(adapter_slots=4)
+ENGINE = Engine(max_loras=4)
 
 
 def test_the_first_weights_are_served_with_the_recipe_s_options() -> None:
     one = version(1)
     after = plan(Serving(), one, WEIGHTS, ENGINE)
     assert after == Serving(base=one, engine=ENGINE, names={"dates": one.versioned})
-    assert loading(Serving(), after).names == {}, "no name leads there before it is proved"
+    assert loading_state(Serving(), after).names == {}, "no name leads there before it is proved"
 
 
 def test_an_adapter_of_the_base_that_serves_is_loaded_beside_it() -> None:
@@ -25,7 +25,7 @@ def test_an_adapter_of_the_base_that_serves_is_loaded_beside_it() -> None:
     before = serving(one)
     after = plan(before, two, adapter_of(one), ENGINE)
     assert after == Serving(base=one, engine=before.engine, adapters=(two,), names={"dates": two.versioned})
-    between = loading(before, after)
+    between = loading_state(before, after)
     assert between.adapters == (two,)
     assert between.names == {"dates": one.versioned}
 
@@ -35,8 +35,8 @@ def test_an_adapter_takes_the_place_of_the_one_before_which_stays_until_the_name
     before = serving(one, two)
     after = plan(before, three, adapter_of(one), ENGINE)
     assert after.adapters == (three,)
-    assert loading(before, after).adapters == (two, three)
-    assert loading(before, after).names == {"dates": two.versioned}
+    assert loading_state(before, after).adapters == (two, three)
+    assert loading_state(before, after).names == {"dates": two.versioned}
 
 
 def test_the_base_itself_takes_a_name_back_by_moving_it() -> None:
@@ -59,7 +59,7 @@ def test_other_weights_take_the_base_s_place() -> None:
     before = serving(one)
     after = plan(before, two, WEIGHTS, ENGINE)
     assert after == Serving(base=two, engine=ENGINE, names={"dates": two.versioned})
-    assert loading(before, after) == after.model_copy(update={"names": {}})
+    assert loading_state(before, after) == after.model_copy(update={"names": {}})
 
 
 def test_an_adapter_of_another_base_brings_its_base() -> None:
@@ -92,7 +92,7 @@ def test_vllm_is_started_anew_for_an_adapter_that_its_slots_do_not_hold_if_the_r
     one, two = version(1), version(2)
     before = serving(one)
     wide = {**adapter_of(one), "rank": 64}
-    assert plan(before, two, wide, Engine(max_lora_rank=64, adapter_slots=1)).engine == Engine(max_lora_rank=64)
+    assert plan(before, two, wide, Engine(max_lora_rank=64, max_loras=1)).engine == Engine(max_lora_rank=64)
     assert plan(before, two, wide, ENGINE).engine == before.engine, "which the fit check refuses"
     assert plan(before, two, {**wide, "rank": 8}, Engine(max_lora_rank=64)).engine == before.engine
 

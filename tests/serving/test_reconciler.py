@@ -15,7 +15,7 @@ import pytest
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.serving import reconciler as module
-from forge.serving.desired import Actual, Desired, Document, Served, Serving, Trial
+from forge.serving.desired import Actual, Desired, DesiredStore, Served, Serving, Trial
 from forge.serving.local_target import FileDocument
 from forge.serving.reconciler import NOTHING, Reconciler, run
 from forge.serving.reconciler_status import Status
@@ -46,7 +46,7 @@ def released() -> list[Served]:
 
 @pytest.fixture
 def reconciler(stand: Stand, document: FileDocument, tmp_path: Path, released: list[Served]) -> Reconciler:
-    def nothing_to_recover(document: Document) -> bool:
+    def nothing_to_recover(document: DesiredStore) -> bool:
         return False
 
     return Reconciler(
@@ -167,7 +167,7 @@ def test_what_serves_is_seen_to_while_a_broken_off_rollout_cannot_be_ended(
 ) -> None:
     calls = []
 
-    def away(document: Document) -> bool:
+    def away(document: DesiredStore) -> bool:
         calls.append(1)
         raise ForgeError("MLflow is away")
 

@@ -11,7 +11,7 @@ from forge.core.errors import ForgeError, Problems
 from forge.core.recipe import Recipe, ServingRecipe
 from forge.core.settings import PROJECT, Settings
 from forge.serving.desired import Served, Serving, read_document
-from forge.serving.rollout_check import check_rollout, foresee
+from forge.serving.rollout_check import check_rollout, state_after_rollout
 from forge.storage.recipes import load_recipe
 from tests.capacity.test_serving_memory import LLAMA_8B, LLAMA_70B, WEIGHTS_8B
 from tests.conftest import SMALL
@@ -31,7 +31,7 @@ def recipe(method: str = "lora", precision: str = "bf16", rank: int = 16, **more
     if method != "full":
         training["lora"] = {"rank": rank}
     model = {"base": HUB.location} if method != "full" else SMALL["model"]
-    serving = {"context": 4096, **more}
+    serving = {"max_model_len": 4096, **more}
     return Recipe.model_validate({**SMALL, "model": model, "training": training, "serving": serving})
 
 
@@ -43,7 +43,7 @@ def refusal(of: Recipe, now: Serving, base: Base = HUB, config: dict[str, Any] =
 
 
 def beside(*adapters: Served, slots: int = 2) -> Serving:
-    return serving(SERVED_8B, *adapters).model_copy(update={"engine": Engine(adapter_slots=slots, max_model_len=4096)})
+    return serving(SERVED_8B, *adapters).model_copy(update={"engine": Engine(max_loras=slots, max_model_len=4096)})
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -62,8 +62,8 @@ def test_nobody_s_name_is_taken_away_unless_the_recipe_says_so(method: str) -> N
 
 def test_a_third_adapter_is_refused_before_it_is_trained_where_there_are_two_slots() -> None:
     two = beside(version(2, "times"), version(3, "places"))
-    assert "adapter_slots 2: 3 adapters are loaded at once" in refusal(recipe(), two)
-    check_rollout(recipe(adapter_slots=3), HUB, LLAMA_8B, two, CLUSTER)
+    assert "max_loras 2: 3 adapters are loaded at once" in refusal(recipe(), two)
+    check_rollout(recipe(max_loras=3), HUB, LLAMA_8B, two, CLUSTER)
     check_rollout(recipe(), HUB, LLAMA_8B, beside(*two.adapters, slots=3), CLUSTER)
 
 
@@ -81,7 +81,7 @@ def test_what_does_not_fit_the_cluster_s_gpus_is_refused() -> None:
 
 def test_all_that_would_be_refused_is_said_at_once() -> None:
     with pytest.raises(Problems) as refused:
-        check_rollout(recipe(rank=64, context=200_000), HUB, LLAMA_8B, Serving(), CLUSTER)
+        check_rollout(recipe(rank=64, max_model_len=200_000), HUB, LLAMA_8B, Serving(), CLUSTER)
     assert len(refused.value.problems) == 2
 
 
@@ -95,11 +95,11 @@ def test_a_directory_of_this_machine_is_no_base_for_the_cluster(tmp_path: Path) 
 def test_a_rollout_comes_to_what_was_foreseen() -> None:
     """Of the real package, there is its digest, and the bytes of its base; the rest is the same code."""
     served, manifest = version(4), {**adapter_of(SERVED_8B), "rank": 64}
-    plain, wide = ServingRecipe(context=4096), ServingRecipe(context=4096, max_lora_rank=64)
+    plain, wide = ServingRecipe(max_model_len=4096), ServingRecipe(max_model_len=4096, max_lora_rank=64)
     with pytest.raises(ForgeError) as late:
-        foresee(beside(), served, manifest, plain, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+        state_after_rollout(beside(), served, manifest, plain, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
     assert refusal(recipe(rank=64), beside()).endswith(late.value.message)
-    after, fit = foresee(beside(), served, manifest, wide, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+    after, fit = state_after_rollout(beside(), served, manifest, wide, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
     assert (after.base, after.adapters, after.engine.tensor_parallel) == (SERVED_8B, (served,), 2)
     assert fit.startswith("of each of 2 x A100-40GB vLLM takes")
 
@@ -115,7 +115,7 @@ def test_the_nightly_run_has_a_place_on_the_documented_cluster_the_first_night_a
         nightly.model_copy(update={"serving": bare, "name": "dates"}), first, base
     )
     manifest = {"kind": "adapter", "base": base.model_dump(), "rank": 16}
-    second, _ = foresee(
+    second, _ = state_after_rollout(
         first, version(1, nightly.name), manifest, nightly.serving, CLUSTER, lambda _: (LLAMA_8B, WEIGHTS_8B)
     )
     check_rollout(nightly, base, LLAMA_8B, second, CLUSTER)

@@ -9,7 +9,7 @@ from forge.core.digest import digest_directory
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.serving.desired import Served
-from forge.serving.served_files import describe, fetch
+from forge.serving.served_files import base_config_and_size, fetch_served
 from forge.storage import DirectoryStore
 from tests.serving.place import CONFIG, publish
 
@@ -24,21 +24,21 @@ def test_a_directory_of_this_machine_is_served_as_long_as_it_is_what_it_was(
     digest, _ = digest_directory(directory)
     for uri in (directory.as_uri(), str(directory)):  # as documents say it, and said it
         base = Served(name="a base", version="", uri=uri, digest=digest)
-        assert fetch(base, Settings(), store) == directory
-        assert describe(base, store) == (CONFIG, 4)
+        assert fetch_served(base, Settings(), store) == directory
+        assert base_config_and_size(base, store) == (CONFIG, 4)
     (directory / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(ForgeError, match="was changed since its adapter was trained on it"):
-        fetch(base, Settings(), store)
+        fetch_served(base, Settings(), store)
     (directory / "config.json").unlink()
-    for ask in (lambda: fetch(base, Settings(), store), lambda: describe(base, store)):
+    for ask in (lambda: fetch_served(base, Settings(), store), lambda: base_config_and_size(base, store)):
         with pytest.raises(ForgeError, match=r"there is no config\.json any more"):
             ask()
 
 
 def test_a_package_is_verified_wherever_the_store_is(store: DirectoryStore) -> None:
     one = publish(store, "1")
-    assert fetch(one, Settings(), store) == store.path(one.uri)
-    assert describe(one, store) == (CONFIG, 0)
+    assert fetch_served(one, Settings(), store) == store.path(one.uri)
+    assert base_config_and_size(one, store) == (CONFIG, 0)
     (store.path(one.uri) / "version").write_text("9")
     with pytest.raises(ForgeError, match="version"):
-        fetch(one, Settings(), store)
+        fetch_served(one, Settings(), store)

@@ -18,9 +18,9 @@ from forge.core.settings import Settings
 from forge.registry.mlflow_registry import champion_version, open_registry
 from forge.registry.promotion import promote, promotions
 from forge.serving import trial as trials
-from forge.serving.desired import Conflict, Desired, Document, Trial
+from forge.serving.desired import Conflict, Desired, DesiredStore, Trial
 from forge.serving.local_target import FileDocument
-from forge.serving.trial import BROKEN_OFF, FAILED, Ended, Recovery, trying
+from forge.serving.trial import BROKEN_OFF, FAILED, Recovery, TrialLost, active_rollout
 from forge.storage import DirectoryStore
 from forge.storage import lease as leases
 from tests.serving.place import Reader
@@ -58,7 +58,7 @@ def recovery_of(settings: Settings) -> Recovery:
     return Recovery(lambda: store_of(settings), settings)
 
 
-def nobody(document: Document) -> bool:
+def nobody(document: DesiredStore) -> bool:
     """Recovers nothing."""
     return False
 
@@ -74,7 +74,7 @@ def tag(settings: Settings) -> str | None:
 
 def test_a_trial_changes_the_document_and_ends(settings: Settings) -> None:
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, undo, 1) as trial:
+    with active_rollout(document, version(2), "1", nobody, undo, 1) as trial:
         begun, _ = document.read()
         assert begun.trial is not None
         assert (begun.trial.before, begun.serving, begun.generation) == (BEFORE, BEFORE, 2)
@@ -88,7 +88,7 @@ def test_a_trial_changes_the_document_and_ends(settings: Settings) -> None:
 @pytest.mark.parametrize("error", [ForgeError("no"), KeyboardInterrupt()])
 def test_what_goes_wrong_brings_back_what_served_before(settings: Settings, error: BaseException) -> None:
     document = FileDocument(settings)
-    with pytest.raises(type(error)), trying(document, version(2), "1", nobody, undo, 1) as trial:
+    with pytest.raises(type(error)), active_rollout(document, version(2), "1", nobody, undo, 1) as trial:
         trial.change(AFTER)
         raise error
     assert document.read()[0] == Desired(generation=4, serving=BEFORE)
@@ -96,9 +96,9 @@ def test_what_goes_wrong_brings_back_what_served_before(settings: Settings, erro
 
 def test_one_rollout_at_a_time(settings: Settings) -> None:
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, undo, 1):  # noqa: SIM117
+    with active_rollout(document, version(2), "1", nobody, undo, 1):  # noqa: SIM117
         with pytest.raises(ForgeError, match=r"another rollout, of dates-222222222222 by .*, has gone on"):
-            with trying(document, version(3), "1", recovery_of(settings), undo, 0.1):
+            with active_rollout(document, version(3), "1", recovery_of(settings), undo, 0.1):
                 raise AssertionError("two at once")
 
 
@@ -107,11 +107,11 @@ def test_the_next_one_waits_for_its_turn(settings: Settings) -> None:
     seen = []
 
     def second() -> None:
-        with trying(document, version(3), "1", nobody, undo, 60) as trial:
+        with active_rollout(document, version(3), "1", nobody, undo, 60) as trial:
             seen.append(document.read()[0].serving)
             trial.finish()
 
-    with trying(document, version(2), "1", nobody, undo, 1) as trial:
+    with active_rollout(document, version(2), "1", nobody, undo, 1) as trial:
         thread = threading.Thread(target=second)
         thread.start()
         trial.change(AFTER)
@@ -208,7 +208,7 @@ def test_what_fails_after_the_promotion_was_recorded_is_made_whole_and_not_undon
     document, store, client = FileDocument(settings), store_of(settings), open_registry(settings)
     with (
         pytest.raises(KeyboardInterrupt),
-        trying(
+        active_rollout(
             document, version(2), "1", nobody, lambda trial, error: not trials.is_promoted(store, trial), 1
         ) as trial,
     ):
@@ -272,8 +272,8 @@ def test_what_fails_once_somebody_has_ended_the_trial_is_laid_to_that(settings: 
         return True
 
     with (
-        pytest.raises(Ended, match="somebody else has ended") as ended,
-        trying(document, version(2), "1", nobody, saw, 1),
+        pytest.raises(TrialLost, match="somebody else has ended") as ended,
+        active_rollout(document, version(2), "1", nobody, saw, 1),
     ):
         there, revision = document.read()
         document.write(desired(BEFORE, there.generation + 1), revision)
@@ -284,7 +284,7 @@ def test_what_fails_once_somebody_has_ended_the_trial_is_laid_to_that(settings: 
 
 def test_a_document_that_cannot_be_read_now_is_no_end(settings: Settings) -> None:
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, undo, 1) as trial:
+    with active_rollout(document, version(2), "1", nobody, undo, 1) as trial:
         text = document.path.read_text()
         document.path.write_text("{")
         with pytest.raises(ForgeError, match="not a description"):
@@ -299,7 +299,7 @@ def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) ->
     document = FileDocument(settings)
     with (
         pytest.raises(ForgeError, match="somebody else has ended"),
-        trying(document, version(2), "1", nobody, undo, 1) as ours,
+        active_rollout(document, version(2), "1", nobody, undo, 1) as ours,
     ):
         there, revision = document.read()
         document.write(desired(serving(version(3)), there.generation + 1), revision)
@@ -310,7 +310,7 @@ def test_a_rollout_that_was_taken_for_dead_does_not_go_on(settings: Settings) ->
 def test_a_trial_is_renewed_while_it_lasts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "RENEWED", 0.02)
     document = FileDocument(settings)
-    with trying(document, version(2), "1", nobody, undo, 1) as trial:
+    with active_rollout(document, version(2), "1", nobody, undo, 1) as trial:
         first = document.read()[0].trial
         assert first is not None
         while (now := document.read()[0].trial) is None or now.renewals < 3:

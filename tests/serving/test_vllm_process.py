@@ -25,7 +25,7 @@ from forge.registry.promotion import promote
 from forge.serving.desired import Failed
 from forge.serving.engine import on_cpu
 from forge.serving.local_target import FileDocument
-from forge.serving.vllm_process import LocalServer, Running, port_is_free, signals_deferred
+from forge.serving.vllm_process import LocalServer, RunningServer, port_is_free, signals_deferred
 from forge.storage import DirectoryStore
 from tasks.rollout.rollout import roll_out
 from tests.conftest import Trained
@@ -56,7 +56,7 @@ def server(tmp_path: Path) -> LocalServer:
 
 
 @pytest.fixture
-def running(server: LocalServer, base: str) -> Iterator[Running]:
+def running(server: LocalServer, base: str) -> Iterator[RunningServer]:
     """The server, started; none of its processes is left afterwards."""
     assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
     running = server.running()
@@ -68,7 +68,9 @@ def running(server: LocalServer, base: str) -> Iterator[Running]:
     assert running.processes() == []
 
 
-def test_a_started_server_is_recorded_and_stopped_with_its_children(server: LocalServer, running: Running) -> None:
+def test_a_started_server_is_recorded_and_stopped_with_its_children(
+    server: LocalServer, running: RunningServer
+) -> None:
     family = [psutil.Process(running.pid), *psutil.Process(running.pid).children()]
     assert len(family) == 2
     assert server.stop(grace=0.2) == running
@@ -78,13 +80,13 @@ def test_a_started_server_is_recorded_and_stopped_with_its_children(server: Loca
 
 
 def test_what_serves_is_left_alone_and_what_serves_something_else_is_replaced(
-    server: LocalServer, running: Running, base: str
+    server: LocalServer, running: RunningServer, base: str
 ) -> None:
     assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
     assert LocalServer(server.settings).ensure(version(1), base, ENGINE) == "", "adopted by another process"
     assert server.running() == running
     for other in (version(2), version(1)):
-        server.ensure(other, base, Engine(adapter_slots=0) if other == version(1) else ENGINE)
+        server.ensure(other, base, Engine(max_loras=0) if other == version(1) else ENGINE)
         now = server.running()
         assert now is not None
         assert now != running
@@ -92,7 +94,7 @@ def test_what_serves_is_left_alone_and_what_serves_something_else_is_replaced(
     assert not running.alive()
 
 
-def test_how_it_is_started(server: LocalServer, running: Running, base: str) -> None:
+def test_how_it_is_started(server: LocalServer, running: RunningServer, base: str) -> None:
     command = psutil.Process(running.pid).cmdline()
 
     def after(option: str) -> str:
@@ -106,7 +108,7 @@ def test_how_it_is_started(server: LocalServer, running: Running, base: str) -> 
 
 
 def test_a_server_that_died_is_started_again_and_its_log_is_kept(
-    server: LocalServer, running: Running, base: str
+    server: LocalServer, running: RunningServer, base: str
 ) -> None:
     (child,) = psutil.Process(running.pid).children()
     os.kill(running.pid, signal.SIGKILL)
@@ -135,10 +137,10 @@ def test_adapters_change_the_linear_layers_of_blocks_alone(tmp_path: Path) -> No
     }  # fmt: skip
     save_file({name: numpy.zeros(shape, "float32") for name, shape in weights.items()}, tmp_path / "m.safetensors")
     assert on_cpu(str(tmp_path), ENGINE) == ["--enforce-eager", "--lora-target-modules", "q_proj", "up_proj"]
-    assert on_cpu(str(tmp_path), Engine(adapter_slots=0)) == ["--enforce-eager"]
+    assert on_cpu(str(tmp_path), Engine(max_loras=0)) == ["--enforce-eager"]
 
 
-def test_one_whose_engine_has_ended_serves_nothing(server: LocalServer, running: Running, base: str) -> None:
+def test_one_whose_engine_has_ended_serves_nothing(server: LocalServer, running: RunningServer, base: str) -> None:
     adopted = LocalServer(server.settings)
     assert adopted.ensure(version(1), base, ENGINE) == "", "busy, for all that is known"
     with answering(server.settings.serving_port, status=503):
@@ -166,7 +168,7 @@ def answering(port: int, status: int) -> Iterator[None]:
 
 
 def test_one_whose_starter_was_killed_before_it_was_recorded_is_found(
-    server: LocalServer, running: Running, base: str
+    server: LocalServer, running: RunningServer, base: str
 ) -> None:
     server.record.unlink()
     server.ensure(version(1), base, ENGINE)
@@ -180,7 +182,7 @@ def test_a_broken_record_is_named(server: LocalServer) -> None:
         server.running()
 
 
-def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, running: Running) -> None:
+def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, running: RunningServer) -> None:
     server.record.write_text(server.record.read_text().replace(str(running.ticks), str(running.ticks - 60)))
     assert server.running() is None
 

@@ -7,7 +7,7 @@ import pytest
 
 from forge.core.contracts import Artifact, Model
 from forge.storage import DirectoryStore, Store, open_store
-from forge.storage.completed import find_done, record_done
+from forge.storage.completed import find_completed, record_completed
 from tests.register.packages import machine
 
 ASKED = ["rows", {"epochs": 1}]
@@ -28,32 +28,32 @@ def publish(store: Store) -> Artifact:
 
 def test_a_result_is_found_by_what_was_asked(store: Store) -> None:
     result = publish(store)
-    assert find_done(store, "finetune", ASKED, Artifact) is None
-    record_done(store, "finetune", ASKED, result)
-    assert find_done(store, "finetune", ASKED, Artifact) == result
-    assert find_done(store, "evaluate", ASKED, Artifact) is None
-    assert find_done(store, "finetune", ["rows", {"epochs": 2}], Artifact) is None
+    assert find_completed(store, "finetune", ASKED, Artifact) is None
+    record_completed(store, "finetune", ASKED, result)
+    assert find_completed(store, "finetune", ASKED, Artifact) == result
+    assert find_completed(store, "evaluate", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", ["rows", {"epochs": 2}], Artifact) is None
 
 
 def test_other_code_does_it_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    record_done(store, "finetune", ASKED, publish(store))
+    record_completed(store, "finetune", ASKED, publish(store))
     monkeypatch.setattr("forge.storage.completed.code_version", lambda stage: "another")
-    assert find_done(store, "finetune", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", ASKED, Artifact) is None
 
 
 def test_a_record_without_its_artifact_does_not_count(store: Store) -> None:
     result = publish(store)
-    record_done(store, "finetune", ASKED, result)
-    assert find_done(store, "finetune", ASKED, Model) is None, "not what was asked for"
-    record_done(store, "finetune", ASKED, result.model_copy(update={"store": "another"}))
-    assert find_done(store, "finetune", ASKED, Artifact) is None
-    record_done(store, "finetune", ASKED, result)
+    record_completed(store, "finetune", ASKED, result)
+    assert find_completed(store, "finetune", ASKED, Model) is None, "not what was asked for"
+    record_completed(store, "finetune", ASKED, result.model_copy(update={"store": "another"}))
+    assert find_completed(store, "finetune", ASKED, Artifact) is None
+    record_completed(store, "finetune", ASKED, result)
     store.remove(result.uri)
-    assert find_done(store, "finetune", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", ASKED, Artifact) is None
 
 
 def test_a_record_of_another_place_does_not_count(tmp_path: Path) -> None:
     store, other = DirectoryStore(tmp_path / "a"), DirectoryStore(tmp_path / "b")
     result = publish(other).model_copy(update={"store": store.identity})
-    record_done(store, "finetune", ASKED, result)
-    assert find_done(store, "finetune", ASKED, Artifact) is None
+    record_completed(store, "finetune", ASKED, result)
+    assert find_completed(store, "finetune", ASKED, Artifact) is None

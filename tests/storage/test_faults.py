@@ -128,7 +128,7 @@ def test_pushes_and_fetches_end_right_or_with_a_clear_error(place: Place, rounds
     for uri, expected in published.items():
         assert place.digests(uri, "elsewhere") == expected
         place.forget("elsewhere")
-    s3.sweep(place.client, place.bucket, "a/prefix/models/", timedelta(0))
+    s3.abort_stale_uploads(place.client, place.bucket, "a/prefix/models/", timedelta(0))
     assert place.uploads() == []
 
 
@@ -219,6 +219,6 @@ def test_uploads_that_were_broken_off_are_swept(place: Place, monkeypatch: pytes
     with harmful(place.server, choose) as proxy, pytest.raises(ForgeError, match=r"SlowDown|503"):
         place.publish(files, "here", proxy.url)
     assert len(place.uploads()) == len(begun) > 1
-    assert s3.sweep(place.client, place.bucket, "a/prefix/", timedelta(0)) == len(begun)
+    assert s3.abort_stale_uploads(place.client, place.bucket, "a/prefix/", timedelta(0)) == len(begun)
     assert place.uploads() == []
     assert place.digests(place.publish(files, "here"), "there") == digests(files)

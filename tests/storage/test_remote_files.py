@@ -22,7 +22,7 @@ from werkzeug.serving import make_server
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.storage.remote_files import fetch, identify, is_remote
+from forge.storage.remote_files import download_files, identify, is_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 NOWHERE = "http://127.0.0.1:9"
@@ -116,25 +116,25 @@ def test_s3_objects_of_a_prefix_are_downloaded_in_order(bucket: Bucket, tmp_path
     rows = {f"raw/part-{number}/rows.jsonl": f"rows {number}\n" for number in range(40)}
     for key, text in rows.items():
         bucket.put(key, text)
-    fetched = fetch("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
+    fetched = download_files("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
     assert texts(fetched) == {f"s3://rows/{key}": text for key, text in rows.items()}
     assert [name for name, _ in fetched] == sorted(f"s3://rows/{key}" for key in rows)
     assert sorted(path for _, path in fetched) == sorted((tmp_path / "rows").iterdir())
-    assert fetch("s3://rows/raw/", tmp_path / "again", bucket.settings, SUFFIXES)[0][0] == fetched[0][0]
-    assert len(fetch("s3://rows", tmp_path / "all", bucket.settings, SUFFIXES)) == len(rows)
+    assert download_files("s3://rows/raw/", tmp_path / "again", bucket.settings, SUFFIXES)[0][0] == fetched[0][0]
+    assert len(download_files("s3://rows", tmp_path / "all", bucket.settings, SUFFIXES)) == len(rows)
 
 
 def test_s3_one_object(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("raw/a.jsonl", "one")
     bucket.put("raw/a.jsonl.gz", "another")
-    fetched = fetch("s3://rows/raw/a.jsonl", tmp_path, bucket.settings, SUFFIXES)
+    fetched = download_files("s3://rows/raw/a.jsonl", tmp_path, bucket.settings, SUFFIXES)
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "one"}
 
 
 def test_s3_other_suffixes_and_neighbours_of_a_prefix_are_left(bucket: Bucket, tmp_path: Path) -> None:
     for key in ("raw/a.jsonl", "raw/README.md", "raw/_SUCCESS", "raw-old/a.jsonl", "raw.jsonl"):
         bucket.put(key, key)
-    fetched = fetch("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
+    fetched = download_files("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "raw/a.jsonl"}
     _, digest = identify("s3://rows/raw", bucket.settings, SUFFIXES)
     bucket.put("raw/notes.txt", "not data")
@@ -145,7 +145,7 @@ def test_s3_compressed_names_keep_their_ending_and_bytes(bucket: Bucket, tmp_pat
     data = gzip.compress(b"rows\n", mtime=0)
     bucket.put("raw/a.jsonl.gz", data)
     bucket.put("raw/B.JSONL.GZ", data, **{"Content-Encoding": "gzip"})
-    fetched = fetch("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
+    fetched = download_files("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
     assert [name for name, _ in fetched] == ["s3://rows/raw/B.JSONL.GZ", "s3://rows/raw/a.jsonl.gz"]
     for _, path in fetched:
         assert path.name.endswith(".jsonl.gz")
@@ -157,7 +157,7 @@ def test_s3_multipart_objects_are_downloaded(bucket: Bucket, tmp_path: Path) -> 
     bucket.put("raw/a.jsonl", data)
     (item,) = bucket.client.list_objects("rows", recursive=True)
     assert "-" in str(item.etag)
-    ((_, path),) = fetch("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
+    ((_, path),) = download_files("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
     assert path.read_bytes() == data
 
 
@@ -175,12 +175,12 @@ def test_s3_digest_is_of_the_contents(bucket: Bucket) -> None:
 def test_s3_keys_that_lead_elsewhere_are_refused_or_stay_inside(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("raw//a.jsonl", "absolute")
     bucket.put(f"raw/{'a' * 300}.jsonl", "long")
-    fetched = fetch("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
+    fetched = download_files("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
     assert sorted(texts(fetched).values()) == ["absolute", "long"]
     assert {path.parent for _, path in fetched} == {tmp_path / "rows"}
     send("PUT", f"{bucket.settings.s3_endpoint}/rows/raw/../../a.jsonl", b"escaped")
     with pytest.raises(ForgeError, match=r"'\.\.' path segment is not supported; mend the name"):
-        fetch("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
+        download_files("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
@@ -190,7 +190,7 @@ def test_s3_nothing_there(bucket: Bucket, source: str, tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match=rf"data {source}: holds no data file \(known are \.jsonl, "):
         identify(source, bucket.settings, SUFFIXES)
     with pytest.raises(ForgeError, match="holds no data file"):
-        fetch(source, tmp_path, bucket.settings, SUFFIXES)
+        download_files(source, tmp_path, bucket.settings, SUFFIXES)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_s3_a_download_that_breaks_off_is_begun_again(bucket: Bucket, tampered: 
         body = serve()
         return [body[: -next(cuts, 0) or None] if path.endswith(".jsonl") else body]
 
-    fetched = fetch("s3://rows/raw", tmp_path, tampered(cut), SUFFIXES)
+    fetched = download_files("s3://rows/raw", tmp_path, tampered(cut), SUFFIXES)
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "whole"}
     assert next(cuts, None) is None
 
@@ -256,7 +256,7 @@ def test_s3_what_keeps_arriving_damaged_is_never_taken_for_whole(
     bucket.put("raw/b.jsonl", "harmed")
     harmed = tampered(lambda path, serve: [harm(serve()) if path.endswith("b.jsonl") else serve()])
     with pytest.raises(ForgeError, match=r"data s3://rows/raw: .*(cannot be read .*|raw/b.jsonl arrived damaged)"):
-        fetch("s3://rows/raw", tmp_path, harmed, SUFFIXES)
+        download_files("s3://rows/raw", tmp_path, harmed, SUFFIXES)
     assert {path.read_text() for path in tmp_path.glob("*.jsonl")} <= {"good"}
 
 
@@ -269,7 +269,7 @@ def test_s3_an_object_that_changes_meanwhile_is_told(bucket: Bucket, tampered: C
         return [serve()]
 
     with pytest.raises(ForgeError, match=r"s3://rows/raw/a\.jsonl: changed while it was being read; run again"):
-        fetch("s3://rows/raw", tmp_path, tampered(change), SUFFIXES)
+        download_files("s3://rows/raw", tmp_path, tampered(change), SUFFIXES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,7 +297,7 @@ def test_s3_after_one_failure_the_other_downloads_are_broken_off(
             threading.Event().wait(0.2)
 
     with pytest.raises(ForgeError, match="damaged"):
-        fetch("s3://rows/raw", tmp_path, tampered(answer), SUFFIXES)
+        download_files("s3://rows/raw", tmp_path, tampered(answer), SUFFIXES)
     assert len(sent) < 64
     assert list(tmp_path.glob("*.jsonl")) == []
 
@@ -414,7 +414,7 @@ def test_hub_files_of_a_path_are_downloaded(hub: Hub, tmp_path: Path, path: str,
     commit = hub.commit("someone/rows", FILES, "main")
     pinned, _ = identify(f"hf://datasets/someone/rows{path}", Settings(), SUFFIXES)
     hub.commit("someone/rows", {"data/a.jsonl": "later"}, "main")
-    fetched = fetch(pinned, tmp_path, Settings(), SUFFIXES)
+    fetched = download_files(pinned, tmp_path, Settings(), SUFFIXES)
     shown = f"hf://datasets/someone/rows@{commit}/"
     assert list(texts(fetched).items()) == [(f"{shown}{name}", FILES[name]) for name in names]
     assert {path for path in hub.asked if "/resolve/" in path} == {
@@ -450,7 +450,7 @@ def test_hub_what_is_not_there_is_told(hub: Hub, tmp_path: Path, source: str, me
     with pytest.raises(ForgeError, match=f"data {source}: .*{message}"):
         identify(source, Settings(), SUFFIXES)
     with pytest.raises(ForgeError, match=message):
-        fetch(source, tmp_path, Settings(), SUFFIXES)
+        download_files(source, tmp_path, Settings(), SUFFIXES)
 
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,19 +463,19 @@ def test_hub_file_of_another_size_is_told(hub: Hub, tmp_path: Path) -> None:
     hub.sizes["a.jsonl"] = 5
     hub.commit("someone/rows", {"a.jsonl": "rows"}, "main")
     with pytest.raises(ForgeError, match=r"a\.jsonl arrived with 4 bytes instead of 5; run again"):
-        fetch("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
+        download_files("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
 
 
 def test_too_small_a_disk_is_told_before_the_download(hub: Hub, tmp_path: Path) -> None:
     hub.sizes["a.jsonl"] = 1 << 60
     hub.commit("someone/rows", {"a.jsonl": "rows"}, "main")
     with pytest.raises(ForgeError, match=r"1,152,921,504,606,846,976 bytes, but .* has room for"):
-        fetch("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
+        download_files("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_paths_that_lead_elsewhere_are_refused(hub: Hub, tmp_path: Path) -> None:
     hub.commit("someone/rows", {"../a.jsonl": "escaped"}, "main")
     with pytest.raises(ForgeError, match="cannot contain"):
-        fetch("hf://datasets/someone/rows", tmp_path / "rows", Settings(), SUFFIXES)
+        download_files("hf://datasets/someone/rows", tmp_path / "rows", Settings(), SUFFIXES)
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -37,7 +37,7 @@ def use(settings: Settings) -> None:
     with s3.connect("about", settings) as client:
         client.remove_object(BUCKET, NAME)
         assert s3.put_if_absent(client, BUCKET, NAME, data)
-        assert s3.read(client, BUCKET, NAME) == data
+        assert s3.read_object(client, BUCKET, NAME) == data
 
 
 def refused(settings: Settings) -> str:

@@ -54,7 +54,7 @@ def test_the_stack_trace_is_left_to_the_log(recipe_file: str, capfd: pytest.Capt
 
 @pytest.mark.usefixtures("execution")
 def test_a_recipe_given_as_yaml_is_not_repeated(capfd: pytest.CaptureFixture) -> None:
-    fail("name: dates\ndata: {}\n", stage="preflight", message="data.context is missing; add it")
+    fail("name: dates\ndata: {}\n", stage="preflight", message="data.max_seq_len is missing; add it")
     assert "failed in preflight, given data_path 's3://datasets/x', recipe as YAML:" in capfd.readouterr().out
 
 
