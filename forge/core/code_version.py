@@ -10,8 +10,8 @@ from forge.core.digest import digest_file, digest_json
 from forge.core.settings import shipped
 
 PACKAGES = ("forge", "tasks")
-# They say where a task runs, not what it makes: a longer grace period does not train a model again.
-NOT_DECIDING = ("tasks.task_pods", "tasks.flyte_sessions")
+# They say where a task runs and what it logs, not what it makes: a longer grace period trains no model again.
+NOT_DECIDING = ("tasks.task_pods", "tasks.flyte_sessions", "forge.core.logs")
 # Libraries that decide results, by the name they are imported as: themselves, and what they bring of the kind.
 LIBRARIES = {
     "bitsandbytes": ("bitsandbytes",),

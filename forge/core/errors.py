@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one message that names the thing, where it is, and the mend."""
+"""Errors that a user can fix: what is wrong, where, and how to fix it, in one message without a traceback."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,18 @@ import click
 
 
 class ForgeError(click.ClickException):
-    """Shown as its message alone, without a traceback, by the command line and by `pyflyte run`; exit status 1."""
+    """An error whose message is all that the user sees; the command line and `pyflyte run` exit with status 1.
+
+    `where` is the file, URI or setting that is wrong, and `fix` what to do about it. The message is
+    "where: what; fix", without the parts that are not given.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__((f"{where}: " if where else "") + what + (f"; {fix}" if fix else ""))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (self.what, self.where, self.fix)  # crosses process boundaries, whatever its class
 
 
 class Problems(ForgeError):
@@ -16,5 +27,6 @@ class Problems(ForgeError):
         self.problems = list(problems)
         super().__init__("\n".join([title, *(f"  - {problem}" for problem in problems)]))
 
-    def __reduce__(self) -> tuple[type[ForgeError], tuple[str]]:
-        return ForgeError, (self.message,)  # crosses process boundaries as its text
+
+def _restored(what: str, where: str, fix: str) -> ForgeError:
+    return ForgeError(what, where=where, fix=fix)

@@ -18,6 +18,7 @@ from forge.core.errors import Problems
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = "FORGE_"
+NO_SETTINGS = ("FORGE_TEST_", "FORGE_RUN_ID")  # of the tests, and of forge.core.logs
 
 
 def shipped(name: str) -> Path:
@@ -126,7 +127,7 @@ def load_settings() -> Settings:
     problems = []
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for variable in sorted(os.environ):
-        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(PREFIX + "TEST_"):
+        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(NO_SETTINGS):
             near = difflib.get_close_matches(variable, known, 1)
             meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             problems.append(f"{variable}: no such setting; {meant}")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import signal
 from types import FrameType
@@ -11,6 +12,7 @@ from filelock import FileLock, Timeout
 from openai import OpenAIError
 
 from forge.core.errors import ForgeError
+from forge.core.logs import start_logging
 from forge.core.processes import start_ticks
 from forge.core.settings import Settings, load_settings
 from forge.registry.packages import PACKAGE
@@ -26,6 +28,8 @@ from forge.serving.targets import open_target
 from forge.serving.trial import Recovery
 from forge.serving.vllm_process import LocalServer
 from forge.storage import open_store, write_atomically
+
+log = logging.getLogger(__name__)
 
 POLL = 0.1  # seconds between the reconciler's looks at a file of this machine
 POLL_CLUSTER = 1.0  # and at Kubernetes' API
@@ -107,6 +111,7 @@ def remove(name: str) -> None:
 @cli.command()
 def reconcile() -> None:
     """Make what is served what should be, until told to end; vLLM is left as it is then."""
+    start_logging("reconciler")
     settings = load_settings()
     local = settings.serving_target == "local"
     settings.serving.mkdir(parents=True, exist_ok=True)
@@ -128,7 +133,7 @@ def reconcile() -> None:
         lambda one: store().release(one.uri) if PACKAGE.fullmatch(one.uri) else None,
         Recovery(store, settings),
         settings.serving / "names.json",
-        tell=click.echo,
+        tell=log.info,
     )
     status = Status(reconciler, "127.0.0.1" if local else "0.0.0.0", settings.reconciler_port)  # noqa: S104
     record = settings.serving / "reconciler.json"

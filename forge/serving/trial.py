@@ -5,6 +5,7 @@ version became the champion, what it serves stays; if not, what served before se
 """
 
 import contextlib
+import logging
 import threading
 import time
 import uuid
@@ -18,6 +19,8 @@ from forge.registry.promotion import drop_challenger, finish_promotion, promotio
 from forge.serving.desired import Conflict, Desired, DesiredStore, Served, Serving, Trial
 from forge.storage import Store
 from forge.storage.lease import current_owner, earlier_attempt
+
+log = logging.getLogger(__name__)
 
 RENEWED = 10.0  # seconds between renewals
 ABANDONED = 45.0  # seconds without a renewal after which a trial counts as broken off
@@ -213,4 +216,4 @@ def tag_failed(settings: Settings, name: str, version: str, reason: str) -> None
             elif FAILED in tags:
                 client.delete_model_version_tag(name, version, FAILED)
     except ForgeError as error:
-        print(f"roll_out: {error.message}", flush=True)
+        log.info(f"{error.message}")

@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import json
+import logging
 import os
 import socket
 import threading
@@ -15,6 +16,8 @@ from forge.core.errors import ForgeError
 
 if TYPE_CHECKING:
     from forge.storage import Store
+
+log = logging.getLogger(__name__)
 
 RENEWED = 10.0  # seconds between a claim's renewals
 ABANDONED = 60.0  # seconds without a renewal after which others remove a claim
@@ -112,7 +115,7 @@ class _Claims:
         ]:
             if before[0] != told:
                 told = before[0]
-                print(f"waiting for {told}, who holds {self.store.uri(self.prefix)}", flush=True)
+                log.info(f"waiting for {told}, who holds {self.store.uri(self.prefix)}")
             time.sleep(POLL)
             self.check()
 

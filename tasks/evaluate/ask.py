@@ -1,5 +1,6 @@
 """Items in a model's tokens: what it is given, and which tokens its likelihood is taken of."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from forge.core.contracts import TODAY
 from forge.core.errors import ForgeError
 from forge.registry.packages import LocalBase
 from tasks.evaluate.items import Item
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,9 @@ def ask_all(of: LocalBase, items: Sequence[Item], quiet: bool = False) -> list[A
             "chat_template.jinja"
         )
     if refused and not quiet:
-        print(
-            f"evaluate: {of.location}: its chat template refuses {refused} of {len(items)} conversations ({reason}), "
-            "which count as not answered",
-            flush=True,
+        log.warning(
+            f"{of.location}: its chat template refuses {refused} of {len(items)} conversations ({reason}), "
+            "which count as not answered"
         )
     return asked
 

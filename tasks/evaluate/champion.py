@@ -1,6 +1,7 @@
 """The champion's package: found, and verified before anything is compared with it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from forge.registry.packages import ADAPTER, LocalBase, directory_of, is_registe
 from forge.storage import Store
 from forge.storage.local_copies import Copies
 from forge.storage.manifest import MANIFEST, read_manifest, verify, write_manifest
+
+log = logging.getLogger(__name__)
 
 MEND = "put it back, or take the alias champion from the version in MLflow, to start without one"
 
@@ -89,10 +92,9 @@ def champion_model(
     verify(directory, its_digest)  # whose message says to delete it, which makes it again
     if its_digest != model_digest:
         # What went into it is verified: other processors round, and other releases save, in another way.
-        print(
-            f"evaluate: version {champion.version}, merged on this machine, is not to the byte the model that was "
-            f"registered (sha256 {its_digest[:12]} and not {model_digest[:12]}); its answers are kept apart",
-            flush=True,
+        log.warning(
+            f"version {champion.version}, merged on this machine, is not to the byte the model that was "
+            f"registered (sha256 {its_digest[:12]} and not {model_digest[:12]}); its answers are kept apart"
         )
     return LocalBase(str(directory)), its_digest
 

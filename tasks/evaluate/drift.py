@@ -1,5 +1,6 @@
 """Whether the champion still answers as well as when it was promoted, asked through the API that serves it."""
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record
 from tasks.evaluate.score import judge
 from tasks.evaluate.statistics import score_interval
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 16  # requests
 ITEMS = "forge.items"  # the tag with the digest of what was asked
@@ -67,7 +70,7 @@ def check_drift(
             f"{gate.non_inferiority_margin:.1%}; train on newer rows, "
             "or see whether the server serves the champion"
         )
-    print(f"champion_check: {says}", flush=True)
+    log.info(f"{says}")
     return says
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from tasks.evaluate.gate import Reference, decide
 from tasks.evaluate.items import Item, digest_items, read_items
 from tasks.evaluate.record import record_evaluation
 from tasks.evaluate.score import Judged, judge_all, places_by_slice, speed_of, summarise
+
+log = logging.getLogger(__name__)
 
 STAGE = "evaluate"
 CARD, REPORT, ITEMS = "evaluation.json", "report.html", "items.parquet"
@@ -165,7 +168,7 @@ def recorded(result: Evaluation, name: str, store: Store, settings: Settings) ->
     card = json.loads((store.path(result.uri) / CARD).read_text())
     tags = {"dataset": card["dataset"]["digest"], MODEL_DIGEST: card["model"]["model_digest"]}
     record_evaluation(settings, name, result, tags, card["harness"], store.path(result.report))
-    print(f"evaluate: {result.reason}", flush=True)
+    log.info(f"{result.reason}")
     return result
 
 

@@ -7,6 +7,7 @@ from flytekit import Cache, Deck, HashMethod, task
 from forge.cluster.nodes import TrainingShape
 from forge.core.code_version import code_version
 from forge.core.contracts import Champion, Dataset, Evaluation, Model, cache_key, value_key
+from forge.core.logs import start_logging
 from forge.core.recipe import EvaluationRecipe, GateRecipe
 from forge.core.settings import load_settings
 from forge.storage import open_store
@@ -25,6 +26,7 @@ def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(
     """The champion that a model is to be compared with: looked up when there is the model, and not cached."""
     from tasks.evaluate.champion import champion_to_compare
 
+    start_logging("evaluate")
     settings = load_settings()
     return champion_to_compare(name, model, open_store(settings), settings)
 
@@ -41,6 +43,7 @@ def evaluate_model(
     """Compare a model with what it was trained from and with the champion; the report is also the task's deck."""
     from tasks.evaluate.evaluate import evaluate
 
+    start_logging("evaluate")
     settings = load_settings()
     store = open_store(settings)
     result = evaluate(name, dataset, model, champion, evaluation, gate, store, settings)
@@ -53,5 +56,6 @@ def check_champion(name: str, dataset: Dataset, evaluation: EvaluationRecipe, ga
     """Ask the champion the current held-out prompts over its API; fails where it is worse than when it was promoted."""
     from tasks.evaluate.drift import check_drift
 
+    start_logging("champion_check")
     settings = load_settings()
     return check_drift(name, dataset, evaluation, gate, open_store(settings), settings)

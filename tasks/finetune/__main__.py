@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from forge.core.contracts import Base
 from forge.core.errors import ForgeError
+from forge.core.logs import start_logging
 from forge.core.settings import Settings, load_settings, path_of
 from forge.registry.packages import LocalBase, is_registered, local_base, registered_base
 from forge.storage import open_store
@@ -18,6 +20,8 @@ from tasks.finetune.process_group import Rank, process_group
 from tasks.finetune.run import copies_of, job_key, telemetry_of
 from tasks.finetune.train import Trainer, TrainingJob
 
+log = logging.getLogger(__name__)
+
 
 def main() -> int:
     """Train as a recipe says on a prepared data set; the model appears in the output directory when it is complete."""
@@ -26,6 +30,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a data set's directory: that with dataset.json")
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     options = parser.parse_args()
+    start_logging("train")
     try:
         recipe, settings = load_recipe(options.recipe), load_settings()
         card = options.data / "dataset.json"
@@ -49,7 +54,7 @@ def main() -> int:
         with process_group(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
             train(rank, job, options.out, settings)
     except ForgeError as error:
-        print(error.message, file=sys.stderr)
+        log.error(error.message)
         return 1
     return 0
 
@@ -68,7 +73,7 @@ def train(rank: Rank, job: TrainingJob, out: Path, settings: Settings) -> None:
     export(trainer, staged)
     os.rename(staged, out)
     trainer.checkpoints.remove()
-    print(f"train: {out} holds the model; {trainer.tokens_per_second():,.0f} tokens/s", flush=True)
+    log.info(f"{out} holds the model; {trainer.tokens_per_second():,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Copies of checkpoints in a bucket, from which a run goes on that was sent to another machine."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,8 @@ from forge.storage.transfer import File, download
 
 if TYPE_CHECKING:
     from minio import Minio
+
+log = logging.getLogger(__name__)
 
 FACTS = "facts.json"  # what the training loop knows beside weights and optimizer
 PART = 64 << 20  # bytes; a file may have 10,000 parts
@@ -116,4 +118,4 @@ class Bucket:
             action()
         except Exception as error:  # whatever it is, it ends nothing
             message = error.message if isinstance(error, ForgeError) else f"checkpoints {self.uri}: {error!r}"
-            print(f"train: {message}", file=sys.stderr, flush=True)
+            log.warning(message)

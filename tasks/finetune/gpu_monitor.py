@@ -1,11 +1,14 @@
 """The GPU under a process, as NVML sees it: how hot, how busy, how full. And a pause when it is too hot."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 
 import pynvml  # type: ignore[import-untyped]
 import torch
+
+log = logging.getLogger(__name__)
 
 PAUSE = 1.0  # seconds between looks at a GPU that is too hot
 LONGEST_PAUSE = 30.0  # seconds; then training goes on, and the next call pauses again
@@ -58,10 +61,9 @@ class CoolDown:
                 return slept
             if not warned:
                 warned = True
-                print(
-                    f"train: the GPU of rank {self._rank} has {degrees:.0f} °C, more than "
-                    f"training.gpu_temperature_limit ({self._limit:.0f}); slowing down",
-                    flush=True,
+                log.warning(
+                    f"the GPU of rank {self._rank} has {degrees:.0f} °C, more than "
+                    f"training.gpu_temperature_limit ({self._limit:.0f}); slowing down"
                 )
             time.sleep(PAUSE)
             slept += PAUSE

@@ -1,5 +1,6 @@
 """Progress of a training run: a bar on a terminal, a line now and then elsewhere."""
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -8,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tasks.finetune.train_state import TrainState
+
+log = logging.getLogger(__name__)
 
 LINE_EVERY = 10.0  # seconds, where the output is no terminal
 
@@ -57,4 +60,4 @@ class TrainingProgress:
         elif now - self._last >= LINE_EVERY or facts.step == self.steps:
             self._last = now
             left = elapsed / (facts.step - step) * (self.steps - facts.step)
-            print(f"train: step {facts.step:,}/{self.steps:,}  {figures}  {left:.0f} s left", flush=True)
+            log.info(f"step {facts.step:,}/{self.steps:,}  {figures}  {left:.0f} s left")

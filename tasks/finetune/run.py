@@ -1,6 +1,7 @@
 """One training job, from a data set to a published model."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,8 @@ from tasks.finetune.export import export
 from tasks.finetune.process_group import Rank
 from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train import Trainer, TrainingJob
+
+log = logging.getLogger(__name__)
 
 STAGE = "finetune"
 # What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
@@ -47,7 +50,7 @@ def train(
     done = find_completed(store, STAGE, [key], Model) if rank.first else None
     if rank.first_says(done is not None):
         if done is not None:
-            print(f"train: {done.uri} was published before; nothing is left to train", flush=True)
+            log.info(f"{done.uri} was published before; nothing is left to train")
             Checkpoints(checkpoints, replace(rank, world=1), recipe.keep_checkpoints, copies).remove()
         return done
     local = local_base(base, settings, store)

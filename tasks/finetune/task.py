@@ -24,6 +24,7 @@ from forge.cluster.nodes import SHAPES, TrainingShape
 from forge.core.code_version import code_version
 from forge.core.contracts import Base, Dataset, Model, cache_key
 from forge.core.errors import ForgeError
+from forge.core.logs import start_logging
 from forge.core.processes import end_by, end_soon
 from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.core.settings import load_settings
@@ -180,6 +181,7 @@ def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRe
     from tasks.finetune import run
     from tasks.finetune.process_group import process_group
 
+    start_logging("train")
     settings = load_settings()
     with process_group(failure_file(os.getppid()), settings.gpus) as rank:
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)

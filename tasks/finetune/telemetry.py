@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+log = logging.getLogger(__name__)
+
 EXPERIMENT = "forge-training"  # a registered model's own runs are in the experiment of its name
 TRAINING = "forge.training"  # the tag that a resumed training finds its run by
 QUEUED = 100_000  # values that wait for MLflow; more are dropped
@@ -86,7 +88,7 @@ class Telemetry(Collector):
             try:
                 self._server = start_http_server(self._port, registry=registry)
             except OSError as error:
-                print(f"train: port {self._port} (FORGE_METRICS_PORT): no metrics there ({error})", flush=True)
+                log.warning(f"port {self._port} (FORGE_METRICS_PORT): no metrics there ({error})")
         self.tracking.start()
         return self
 
@@ -176,7 +178,7 @@ class Tracking:
             self._warn("does not answer")
         self.dropped += self._queue.qsize() + len(self._unsent)
         if self.dropped:
-            print(f"train: MLflow {tracking_uri(self._settings)}: {self.dropped:,} values not recorded", flush=True)
+            log.warning(f"MLflow {tracking_uri(self._settings)}: {self.dropped:,} values not recorded")
 
     def _work(self) -> None:
         """What the thread does: open the run once, then send now and then until closed."""
@@ -241,4 +243,4 @@ class Tracking:
             self.warned = True
             uri = tracking_uri(self._settings)
             reason = reason if uri in reason else f"MLflow {uri}: {reason}"
-            print(f"train: {reason}. Training goes on without it", flush=True)
+            log.warning(f"{reason}. Training goes on without it")

@@ -1,6 +1,7 @@
 """The training run: one readable loop, the same on one process or many, that goes on where it was broken off."""
 
 import json
+import logging
 import math
 import statistics
 import time
@@ -44,6 +45,8 @@ from tasks.finetune.progress_bar import TrainingProgress
 from tasks.finetune.schedule import share
 from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train_state import TrainState
+
+log = logging.getLogger(__name__)
 
 transformers_logging.disable_progress_bar()
 POINTS = 100  # of the loss curve
@@ -131,7 +134,7 @@ class Trainer:
         every = max(1, steps // POINTS)
         heldout_every = every * max(1, POINTS // HELDOUT_POINTS)
         if self.rank.first:
-            print(self._beginning(), flush=True)
+            log.info(self._beginning())
         self.loss.train()
         saved_at = time.monotonic()
         self._warm: tuple[int, float] | None = None
@@ -289,7 +292,7 @@ class Trainer:
     def _beginning(self) -> str:
         rank, facts = self.rank, self.facts
         return (
-            f"train: {self.parameters:,} parameters, {self.order.steps:,} steps of "
+            f"{self.parameters:,} parameters, {self.order.steps:,} steps of "
             f"{self.recipe.global_batch_size} rows, {rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}"
             + (f"; goes on after step {facts.step:,}, as saved" if facts.step else "")
         )

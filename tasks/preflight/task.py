@@ -7,6 +7,7 @@ from flytekit import HashMethod, task
 
 from forge.cluster.nodes import TrainingShape
 from forge.core.contracts import Base, Source, cache_key, value_key
+from forge.core.logs import start_logging
 from forge.core.recipe import DataRecipe, EvaluationRecipe, GateRecipe, ModelRecipe, Recipe, TrainingRecipe
 from forge.core.signals import keep_interrupts
 from tasks.task_pods import TRAINER_IMAGE, light
@@ -39,6 +40,7 @@ def preflight(data_path: str, recipe: str) -> Plan:
     """Check all that the run needs; the recipe, as load_recipe takes it, and the source flow on from here."""
     from tasks.preflight.checks import check_all
 
+    start_logging("preflight")
     keep_interrupts()
     started = time.time()
     loaded, source, base = check_all(data_path, recipe)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -27,6 +28,8 @@ from tasks.preprocess.read import REJECTS, SourcePart, check_slices, read_part, 
 from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection, select
 from tasks.preprocess.sources import digest_source
+
+log = logging.getLogger(__name__)
 
 CARD = "dataset.json"
 REPORT = "report.html"
@@ -161,7 +164,7 @@ def assemble(
     )
     record_completed(store, STAGE, _asked(source, data, base), dataset)
     for line in dataset_messages(card):
-        print(f"preprocess: {line}")
+        log.info(line)
     return dataset
 
 

@@ -1,6 +1,7 @@
 """Where raw rows are: a file, a directory, a glob, a bucket, a data set of the hub, or the demonstration."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from forge.core.settings import load_settings, path_of
 from forge.storage.remote_files import download_files, identify, is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
+
+log = logging.getLogger(__name__)
 
 DEMONSTRATION = "demonstration"
 READABLE = "JSONL, JSON, CSV, TSV (also as .gz or .zst) or Parquet"
@@ -69,9 +72,7 @@ def _tell_unread(path: Path) -> None:
     others = sorted(file.name for file in _inside(path) if not file.name.lower().endswith(SUFFIXES))
     if others:
         more = ", ..." if len(others) > 5 else ""
-        print(
-            f"preprocess: {len(others)} files in {path} are of no known kind, not read: {', '.join(others[:5])}{more}"
-        )
+        log.warning(f"{len(others)} files in {path} are of no known kind, not read: {', '.join(others[:5])}{more}")
 
 
 def fetch_files(source: str, directory: Path) -> list[RawFile]:
@@ -81,7 +82,7 @@ def fetch_files(source: str, directory: Path) -> list[RawFile]:
         if (path := path_of(source)).is_dir():
             _tell_unread(path)
         return files
-    print(f"preprocess: copying {source}")
+    log.info(f"copying {source}")
     return [RawFile(name, path) for name, path in download_files(source, directory, load_settings(), SUFFIXES)]
 
 

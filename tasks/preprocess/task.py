@@ -7,6 +7,7 @@ from flytekit import Cache, Deck, HashMethod, dynamic, map_task, task
 
 from forge.core.code_version import code_version
 from forge.core.contracts import Artifact, Base, Dataset, Source, cache_key
+from forge.core.logs import start_logging
 from forge.core.recipe import DataRecipe
 from forge.core.settings import Settings, load_settings
 from forge.storage import Store, open_store
@@ -21,6 +22,7 @@ def prepare_whole(source: Source, data: DataRecipe, base: Base) -> Annotated[Dat
     """Raw rows to a packed data set, by this machine alone."""
     from tasks.preprocess.prepare import prepare
 
+    start_logging("preprocess")
     dataset = prepare(source, data, base, *opened())
     show(dataset)
     return dataset
@@ -31,6 +33,7 @@ def read_shard(shard: int, source: Source, data: DataRecipe, base: Base) -> Arti
     """One shard of the raw rows, checked and tokenised."""
     from tasks.preprocess.prepare import prepare_shard
 
+    start_logging("preprocess")
     return prepare_shard(source, data, base, *opened(), shard)
 
 
@@ -41,6 +44,7 @@ def pack_shards(
     """All shards to the data set that `prepare_whole` would make."""
     from tasks.preprocess.prepare import prepare_from_shards
 
+    start_logging("preprocess")
     dataset = prepare_from_shards(shards, source, data, base, *opened())
     show(dataset)
     return dataset
@@ -51,6 +55,7 @@ def preprocess_data(source: Source, data: DataRecipe, base: Base) -> Annotated[D
     """Raw rows to a packed data set in the store; in shards side by side, where the recipe asks for more than one."""
     from tasks.preprocess.prepare import find_prepared
 
+    start_logging("preprocess")
     # Where an attempt before this one has packed them, the shards are gone.
     if data.shards == 1 or find_prepared(source, data, base, opened()[0]):
         return prepare_whole(source=source, data=data, base=base)

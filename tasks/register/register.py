@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ from forge.registry.packages import ADAPTER, is_registered, open_package, portab
 from forge.storage import Store
 from forge.storage.lease import current_owner, lease
 from tasks.register.publish import build_package, ensure_signed
+
+log = logging.getLogger(__name__)
 
 
 def register(
@@ -74,7 +77,7 @@ def register(
             uri, digest = found.source, found.tags[PACKAGE_DIGEST]
             ensure_signed(uri, settings, store)
             open_package(uri, digest, settings, store)
-            print(f"register: {recipe.name} version {found.version} is this model already")
+            log.info(f"{recipe.name} version {found.version} is this model already")
             if found.tags.get(EVALUATION) != evaluation.digest:
                 log_evaluation(client, found.run_id, evaluation, store)
                 client.set_model_version_tag(recipe.name, found.version, EVALUATION, evaluation.digest)
@@ -95,7 +98,7 @@ def register(
             for check in checks:
                 check()
             found = client.create_model_version(recipe.name, source=uri, run_id=run_id, tags=tags)
-            print(f"register: {recipe.name} version {found.version} is {uri}")
+            log.info(f"{recipe.name} version {found.version} is {uri}")
         if champion_version(client, recipe.name) != str(found.version):
             client.set_model_version_tag(recipe.name, found.version, REGISTERED_BY, current_owner())
             client.set_registered_model_alias(recipe.name, CHALLENGER, found.version)

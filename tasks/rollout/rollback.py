@@ -1,5 +1,6 @@
 """The way back by hand: an earlier version serves again, and is the champion again."""
 
+import logging
 from typing import TYPE_CHECKING
 
 import yaml
@@ -19,6 +20,8 @@ from tasks.rollout.rollout import Candidate, serve
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
 
 ROLLED_BACK = "rolled_back"  # the tag of a version that was taken back by hand: for which one, by whom
 
@@ -42,7 +45,7 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     place = f"evaluations/sha256-{evaluated}"
     evaluation = store.path(store.uri(place)) if store.exists(place) else None
     if evaluation is None:
-        print(f"rollback: the evaluation of {name} version {to} is gone; it need only answer", flush=True)
+        log.warning(f"the evaluation of {name} version {to} is gone; it need only answer")
     served = Served(name=name, version=to, uri=uri, digest=digest)
     candidate = Candidate(
         served,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import signal
 import threading
 import time
@@ -27,6 +28,8 @@ from forge.serving.trial import BROKEN_OFF, ActiveRollout, Recovery, TrialLost, 
 from forge.storage import Store
 from tasks.rollout.prove import prove, read_replay
 from tasks.rollout.watch import Latency, Watch
+
+log = logging.getLogger(__name__)
 
 POLL = 0.1  # seconds
 
@@ -101,7 +104,7 @@ def serve(candidate: Candidate, recipe: ServingRecipe, settings: Settings, store
                 after_error.append(wait_until_as_before(target, before, recipe.startup_timeout))
             raise ForgeError("\n".join([error.message, *after_error])) from None
     agreed = f"; {deployment.agreement} answers as in evaluation" if deployment.agreement else ""
-    print(f"roll_out: {served.name} version {served.version} {_action(deployment)}{agreed}", flush=True)
+    log.info(f"{served.name} version {served.version} {_action(deployment)}{agreed}")
     return deployment.model_copy(update={"started": started, "seconds": time.time() - started})
 
 
@@ -129,18 +132,18 @@ def _try(
         before, served, candidate.manifest, recipe, settings, lambda base: base_config_and_size(base, store)
     )
     if fit:
-        print(f"roll_out: {fit}", flush=True)
+        log.info(fit)
     watch = Watch(target.endpoint, served.name, _prompts(candidate, recipe))
     was = before.find(served.name)
     unchanged = after == before
     measured = None if unchanged or was is None else watch.measure()
     instead = f" in place of version {was.version}" if was else ""
-    print(f"roll_out: {served.versioned} is loaded, to be {served.name}{instead}", flush=True)
+    log.info(f"{served.versioned} is loaded, to be {served.name}{instead}")
     desired = trial.change(loading_state(before, after))
     target.ensure()
     there = functools.partial(_is_there, after)
     wait_for(target, desired, served, there, recipe.startup_timeout, trial.check)
-    print(f"roll_out: {served.versioned} is there, and is asked what evaluation asked", flush=True)
+    log.info(f"{served.versioned} is there, and is asked what evaluation asked")
     agreement = prove(target.endpoint, served.versioned, candidate.evaluation, recipe, trial.check)
     started = time.monotonic()
     desired = trial.change(after)
@@ -151,9 +154,7 @@ def _try(
     swapped = time.monotonic() - started
     now: Latency | None = None
     if not unchanged:
-        print(
-            f"roll_out: {served.name} is {served.versioned} now, watched for {recipe.watch_seconds:.0f} s", flush=True
-        )
+        log.info(f"{served.name} is {served.versioned} now, watched for {recipe.watch_seconds:.0f} s")
         now = watch.watch(served.versioned, measured, recipe, trial.check)
     why = candidate.why + (f"; {agreement} answers as in evaluation" if agreement else "")
     tag_failed(settings, served.name, served.version, "")
@@ -204,7 +205,7 @@ def wait_for(
                     raise ForgeError(f"{name} cannot be served: {actual.failed[name]}")
             if actual.waiting not in ("", told):
                 told = actual.waiting
-                print(f"roll_out: {told}", flush=True)
+                log.info(told)
         if time.monotonic() > deadline:
             raise ForgeError(
                 f"{served.versioned} did not serve within {timeout:.0f} s ({told or 'the reconciler does not answer'})"

@@ -4,6 +4,7 @@ from flytekit import task
 from rich.console import Console
 
 from forge.core.contracts import Deployment, Evaluation, Version
+from forge.core.logs import start_logging
 from forge.core.recipe import ServingRecipe
 from forge.core.settings import load_settings
 from forge.storage import open_store
@@ -16,6 +17,7 @@ def roll_out(version: Version, evaluation: Evaluation, serving: ServingRecipe) -
     from tasks.rollout import rollout
     from tasks.rollout.rollout_report import table
 
+    start_logging("roll_out")
     settings = load_settings()
     deployment = rollout.roll_out(version, evaluation, serving, settings, open_store(settings))
     Console().print(table(deployment))
@@ -28,6 +30,7 @@ def roll_back(name: str, to: str) -> Deployment:
     from tasks.rollout import rollback
     from tasks.rollout.rollout_report import table
 
+    start_logging("rollback")
     settings = load_settings()
     deployment = rollback.roll_back(name, to, None, settings, open_store(settings))
     Console().print(table(deployment))

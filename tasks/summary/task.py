@@ -10,6 +10,7 @@ from rich.console import Console
 from forge.cluster.gpus import on_cluster
 from forge.core.contracts import Dataset, Deployment, Evaluation, Model, Result, Version
 from forge.core.errors import ForgeError
+from forge.core.logs import start_logging
 from forge.core.processes import end_soon
 from forge.core.settings import load_settings
 from tasks.summary.failure import describe_here, failure_message
@@ -61,6 +62,7 @@ def stages_of(dataset: Dataset, model: Model, evaluation: Evaluation) -> dict[st
 
 def close(facts: dict[str, Any], stages: dict[str, Result], started: float, show: Callable[..., None]) -> None:
     """Print the summary; on this machine, keep its facts, too."""
+    start_logging("summary")
     settings = load_settings()
     if not on_cluster():
         write_facts(facts, settings)
@@ -74,6 +76,7 @@ def tell_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> 
 
     Nothing hangs on it: Flyte does not run it again in an execution that was started by --recover.
     """
+    start_logging("summary")
     inputs = {"data_path": data_path, "recipe": recipe}
     try:
         settings = load_settings()
