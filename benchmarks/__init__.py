@@ -1,1 +1,1 @@
-"""Benchmarks: what Forge's speed is, measured beside what it is compared with."""
+"""Benchmarks: Forge's speed, measured on its own and against other tools."""

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.evaluate`: Forge's answers to the demonstration's held-out prompts, beside transformers'.
+"""`python -m benchmarks.evaluate`: the speed of Forge's greedy answers, compared with transformers.
+
+The prompts are held-out rows of the demonstration.
 
 The last line on stdout is one JSON object. See docs/benchmarks.md.
 """
@@ -19,10 +21,11 @@ from transformers import pipeline
 from forge.core.contracts import Base, Source
 from forge.core.recipe import EvaluationRecipe
 from forge.core.settings import Settings
+from forge.models.chat import ChatTokenizer
 from forge.registry.packages import LocalBase
 from forge.storage import DirectoryStore
 from forge.storage.recipes import load_recipe
-from tasks.evaluate.answer import Answerer, answer_with_transformers, batches
+from tasks.evaluate.answer import TransformersEngine, answer_with_transformers, batches
 from tasks.evaluate.ask import ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tasks.finetune.process_group import Rank
@@ -30,14 +33,14 @@ from tasks.finetune.run import train
 from tasks.preprocess.prepare import prepare
 from tasks.preprocess.sources import digest_source
 
-BATCH = 32  # the peer's
+PIPELINE_BATCH = 32
 
 
 def main() -> None:
-    """Train the demonstration's model for a part of its epoch, and measure."""
+    """Train the demonstration's model briefly, and measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="the median counts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as home:
         model, items = make_model(Path(home), options.prompts)
@@ -46,12 +49,12 @@ def main() -> None:
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
-    """The default recipe's model after a third of its epoch, which ends its answers, and held-out prompts."""
+    """The default recipe's model after a third of an epoch (enough to end its answers), and held-out prompts."""
     recipe = load_recipe("tiny-cpu")
     store = DirectoryStore(home / "store")
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)
@@ -67,38 +70,48 @@ def make_model(home: Path, prompts: int) -> tuple[Path, list[Item]]:
 
 
 def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
-    """Seconds of each way to answer all prompts, in turn, several times."""
+    """Seconds to answer all prompts in each way, measured in turn for several rounds."""
     recipe = EvaluationRecipe.model_validate({"max_new_tokens": 48})
     base = LocalBase(str(directory))
-    mine = Answerer(base, recipe, "cpu")
-    prompts = [ask(mine.tokenizer, item).prompt for item in items]
-    generator: Any = pipeline("text-generation", model=mine.model, tokenizer=mine.tokenizer)
+    answerer = TransformersEngine(base, recipe, "cpu")
+    chat = ChatTokenizer(answerer.tokenizer, str(directory))
+    prompts = [ask(chat, item).prompt for item in items]
+    generator: Any = pipeline("text-generation", model=answerer.model, tokenizer=answerer.tokenizer)
     chats = [item.messages for item in items]
 
     def forge() -> list[str]:
         texts = [""] * len(prompts)
         for batch in batches([len(prompt) for prompt in prompts], recipe.batch_size):
-            for at, tokens in zip(batch, mine.generate([prompts[at] for at in batch]), strict=True):
-                texts[at] = mine.text(tokens)
+            for at, tokens in zip(batch, answerer.generate([prompts[at] for at in batch]), strict=True):
+                texts[at] = answerer.text(tokens)
         return texts
 
     @torch.inference_mode()
-    def one() -> list[str]:
-        return [one_answer(mine, prompt, recipe.max_new_tokens) for prompt in prompts]
+    def one_by_one() -> list[str]:
+        return [one_answer(answerer, prompt, recipe.max_new_tokens) for prompt in prompts]
 
-    def piped() -> list[str]:
-        found = generator(
-            chats, batch_size=BATCH, do_sample=False, max_new_tokens=recipe.max_new_tokens, return_full_text=False
+    def with_pipeline() -> list[str]:
+        answers = generator(
+            chats,
+            batch_size=PIPELINE_BATCH,
+            do_sample=False,
+            max_new_tokens=recipe.max_new_tokens,
+            return_full_text=False,
         )
-        return [answer[0]["generated_text"] for answer in found]
+        return [answer[0]["generated_text"] for answer in answers]
 
-    def whole() -> list[str]:
+    def whole_stage() -> list[str]:
         return [
             answer.text
             for answer in answer_with_transformers(base, ask_all(base, items), recipe, ["cpu"], lambda done: None)
         ]
 
-    ways: dict[str, Callable[[], Sequence[str]]] = {"forge": forge, "one": one, "pipeline": piped, "whole": whole}
+    ways: dict[str, Callable[[], Sequence[str]]] = {
+        "forge": forge,
+        "one": one_by_one,
+        "pipeline": with_pipeline,
+        "whole": whole_stage,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     texts: dict[str, Sequence[str]] = {}
     for number in range(rounds):
@@ -121,8 +134,8 @@ def measure(directory: Path, items: list[Item], rounds: int) -> dict[str, Any]:
     }
 
 
-def one_answer(model: Answerer, prompt: list[int], max_new_tokens: int) -> str:
-    """One prompt's answer by transformers alone."""
+def one_answer(model: TransformersEngine, prompt: list[int], max_new_tokens: int) -> str:
+    """The answer to one prompt by transformers alone."""
     tokens = torch.tensor([prompt])
     output = model.model.generate(
         tokens,

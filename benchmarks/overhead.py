@@ -1,9 +1,8 @@
-"""`python -m benchmarks.overhead`: what the default pipeline takes beside its stages' own work.
+"""`python -m benchmarks.overhead`: the pipeline's overhead, on top of its stages' own work.
 
-The pipeline runs in a home of its own, twice: cold, and again, when nothing needs to be done. The wall time less the
-seconds that stages say they worked is what Flyte, imports, preflight and the summary take. A stage's own work begins
-when it starts its processes, those of training and vLLM. The last line on stdout is one JSON object. See
-docs/benchmarks.md.
+Runs the pipeline twice in a home of its own: cold, and again when nothing is left to do. The overhead is the wall time
+minus the seconds that the stages report: Flyte, imports, preflight and the summary. A stage's own work includes
+starting its processes (for example vLLM). The last line on stdout is one JSON object. See docs/benchmarks.md.
 """
 
 import argparse
@@ -25,20 +24,20 @@ from forge.serving.vllm_process import LocalServer
 
 PYFLYTE = str(Path(sys.executable).with_name("pyflyte"))
 RUN = [PYFLYTE, "run", "workflows/training_pipeline.py", "training_pipeline"]
-LIGHT = ", ".join(f"tasks.{room}.task" for room in ("preflight", "preprocess", "register", "rollout", "summary"))
+LIGHT = ", ".join(f"tasks.{stage}.task" for stage in ("preflight", "preprocess", "register", "rollout", "summary"))
 STARTS = {
     "import_workflow_seconds": [sys.executable, "-c", "import workflows.training_pipeline"],
-    "import_light_doors_seconds": [sys.executable, "-c", f"import {LIGHT}"],
+    "import_light_tasks_seconds": [sys.executable, "-c", f"import {LIGHT}"],
     "help_seconds": [*RUN, "--help"],
 }
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
     parser.add_argument("--recipe", default="tiny-cpu")
     options = parser.parse_args()
-    found: dict[str, Any] = {name: median(command) for name, command in STARTS.items()}
+    result: dict[str, Any] = {name: median(command) for name, command in STARTS.items()}
     with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         settings = Settings(home=Path(folder) / "forge", serving_port=probe.getsockname()[1])
@@ -52,34 +51,34 @@ def main() -> None:
                 wall = seconds_of([*RUN, "--recipe", options.recipe], **environment)
                 facts = json.loads((settings.home / "last-run.json").read_text())
                 own = sum(value for key, value in facts.items() if key.startswith("seconds_"))
-                found |= {f"{name}_seconds": round(wall, 1), f"{name}_own_seconds": round(own, 1)}
+                result |= {f"{name}_seconds": round(wall, 1), f"{name}_own_seconds": round(own, 1)}
         finally:
             LocalTarget(settings).stop()
             LocalServer(settings).stop()
-    overhead = {name: found[f"{name}_seconds"] - found[f"{name}_own_seconds"] for name in ("cold", "warm")}
-    found |= {
+    overhead = {name: result[f"{name}_seconds"] - result[f"{name}_own_seconds"] for name in ("cold", "warm")}
+    result |= {
         "overhead_seconds": round(overhead["cold"], 1),
         "overhead_warm_seconds": round(overhead["warm"], 1),
-        "share": round(overhead["cold"] / found["cold_seconds"], 3),
+        "share": round(overhead["cold"] / result["cold_seconds"], 3),
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def median(command: list[str], times: int = 5) -> float:
-    """The median of some runs, after one that fills the page cache."""
+    """Median seconds of several runs, after one that fills the page cache."""
     seconds_of(command)
     return round(statistics.median(seconds_of(command) for _ in range(times)), 2)
 
 
 def seconds_of(command: list[str], **variables: str) -> float:
-    """Run a command of this project to its end; returns the seconds that it took."""
+    """Run a command of this project; returns the seconds that it took."""
     started = time.perf_counter()
-    done = subprocess.run(
+    finished = subprocess.run(
         command, cwd=PROJECT, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
     )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}")
+    if finished.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{finished.stdout}")
     return time.perf_counter() - started
 
 

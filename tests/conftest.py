@@ -1,27 +1,22 @@
-"""What the tests share: a small recipe, a store of their own, and a model trained once."""
+"""Shared fixtures: a small recipe, an empty store, and a model that is trained once."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from flytekit import FlyteContextManager
-from flytekit.core.type_engine import TypeEngine
 
 from forge.core.contracts import Base, Champion, Dataset, Evaluation, Model, Source
+from forge.core.logs import LOGGERS
 from forge.core.recipe import Recipe
 from forge.core.settings import Settings
 from forge.storage import DirectoryStore
-from tasks.evaluate.evaluate import evaluate
-from tasks.finetune.process_group import Rank
-from tasks.finetune.run import train
-from tasks.preprocess.prepare import prepare
-from tasks.preprocess.sources import digest_source
 
 PROJECT = Path(__file__).parent.parent
 SMALL = {
@@ -30,13 +25,25 @@ SMALL = {
     "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
     "training": {"global_batch_size": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 32, "max_new_tokens": 32},
-    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},  # a model of a few seconds answers badly
+    # After seconds of training it answers badly.
+    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},
 }
 
 
 @pytest.fixture(autouse=True)
+def _log_info() -> Iterator[None]:
+    """Log from level INFO, so that `caplog` sees it; handlers that a test adds are removed."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+    yield
+    for logger in loggers:
+        logger.handlers = []
+
+
+@pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each test has a home of its own, whatever the developer's environment says."""
+    """Give each test its own home, whatever the developer's environment says."""
     for name in list(os.environ):
         if name.startswith(("FORGE_", "AWS_")) and not name.startswith("FORGE_TEST_"):
             monkeypatch.delenv(name)
@@ -46,7 +53,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    """A run of a few seconds."""
+    """A recipe that runs in seconds."""
     return Recipe.model_validate(SMALL)
 
 
@@ -64,36 +71,39 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def chat(question: str, answer: str, **columns: str) -> dict:
-    """A row of one question and its answer."""
+    """A row with one question and its answer."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **columns}
 
 
 def start_task(
-    door: Any, inputs: dict[str, Any], outputs: str, folder: Path, **environment: str
+    flyte_task: Any, inputs: dict[str, Any], outputs: str, folder: Path, **environment: str
 ) -> subprocess.Popen[str]:
-    """Run a task as Flyte does in a pod, in a process of its own; its outputs go to a directory or a URI.
+    """Start a Flyte task in a process of its own, as a pod does; its outputs go to a directory or a URI.
 
-    Its errors are written to `stderr` in the folder, and what it prints is to be read.
+    The file `stderr` in the folder gets its standard error; the caller reads its standard output.
     """
+    from flytekit import FlyteContextManager
+    from flytekit.core.type_engine import TypeEngine
+
     literals = TypeEngine.dict_to_literal_map(
-        FlyteContextManager.current_context(), inputs, door.python_interface.inputs
+        FlyteContextManager.current_context(), inputs, flyte_task.python_interface.inputs
     )
-    given = folder / "inputs.pb"
-    given.write_bytes(literals.to_flyte_idl().SerializeToString())
-    module, _, name = door.name.rpartition(".")
+    inputs_file = folder / "inputs.pb"
+    inputs_file.write_bytes(literals.to_flyte_idl().SerializeToString())
+    module, _, name = flyte_task.name.rpartition(".")
     command = [
-        Path(sys.executable).with_name("pyflyte-execute"), "--inputs", given, "--output-prefix", outputs,
+        Path(sys.executable).with_name("pyflyte-execute"), "--inputs", inputs_file, "--output-prefix", outputs,
         "--raw-output-data-prefix", f"{outputs}/raw", "--checkpoint-path", f"{outputs}/checkpoint",
         "--prev-checkpoint", "", "--resolver", "flytekit.core.python_auto_container.default_task_resolver", "--",
         "task-module", module, "task-name", name,
     ]  # fmt: skip
-    kept = {name: os.environ[name] for name in ("PATH", "FORGE_HOME")}
+    inherited = {name: os.environ[name] for name in ("PATH", "FORGE_HOME")}
     with (folder / "stderr").open("w") as stderr:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env={**kept, "PYTHONPATH": str(PROJECT), "HOME": str(folder), **environment},
+            env={**inherited, "PYTHONPATH": str(PROJECT), "HOME": str(folder), **environment},
             text=True,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -102,7 +112,7 @@ def start_task(
 
 @dataclass(frozen=True)
 class Trained:
-    """A run up to evaluation: shared by the session, so not to be changed."""
+    """A run up to evaluation. The session shares it, so tests must not change it."""
 
     settings: Settings
     store: DirectoryStore
@@ -113,7 +123,15 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The small recipe's data set, model and evaluation, made once."""
+    """The small recipe's data set, model and evaluation, created once per session."""
+    import torch  # here, since many tests need neither torch nor the stages
+
+    from tasks.evaluate.evaluate import evaluate
+    from tasks.finetune.process_group import Rank
+    from tasks.finetune.run import train
+    from tasks.preprocess.prepare import prepare
+    from tasks.preprocess.sources import digest_source
+
     settings = Settings(home=tmp_path_factory.mktemp("trained"))
     store = DirectoryStore(settings.store_root)
     source = Source(uri="demonstration", digest=digest_source(recipe.data), store=store.identity)

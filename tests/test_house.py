@@ -20,7 +20,7 @@ EVERYWHERE = {"__init__", "__main__", "task"}
 def modules() -> dict[str, Path]:
     """The modules of the project, by their dotted names."""
     found = {}
-    for package in ("forge", "tasks", "workflows"):
+    for package in ("forge", "tasks", "workflows", "cli"):
         for path in (PROJECT / package).rglob("*.py"):
             parts = path.relative_to(PROJECT).with_suffix("").parts
             found[".".join(part for part in parts if part != "__init__")] = path
@@ -52,7 +52,7 @@ def test_what_stages_share_knows_neither_flytekit_nor_a_stage() -> None:
     for name, path in MODULES.items():
         if name.startswith("forge"):
             roots = {imported.split(".")[0] for imported in imports(path)}
-            assert not roots & {"flytekit", "flytekitplugins", "tasks", "workflows"}, name
+            assert not roots & {"flytekit", "flytekitplugins", "tasks", "workflows", "cli"}, name
 
 
 @pytest.mark.parametrize("at", range(len(ROOMS)), ids=ROOMS)
@@ -84,6 +84,14 @@ def test_stages_never_import_one_another(stage: str) -> None:
     for name, path in MODULES.items():
         if room(name) == f"tasks.{stage}" and stage != "preflight":
             assert {room(one) for one in imports(path)} & others == set(), name
+
+
+def test_only_the_command_line_imports_the_command_line() -> None:
+    for name, path in MODULES.items():
+        if not name.startswith("cli"):
+            assert not {one for one in imports(path) if one.split(".")[0] == "cli"}, name
+        elif name != "cli.pipeline":
+            assert not {one for one in imports(path) if one.split(".")[0] in ("flytekit", "workflows")}, name
 
 
 def test_workflows_import_doors_and_what_they_take() -> None:

@@ -1,1 +1,1 @@
-"""What runs: the workflows that tie the stages together."""
+"""The workflows, which connect the stages, and their launch plans."""

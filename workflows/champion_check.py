@@ -1,4 +1,4 @@
-"""The nightly look at what serves: is the champion as good as when it was promoted?"""
+"""The scheduled drift check: is the champion still as good as when it was promoted?"""
 
 from flytekit import workflow
 
@@ -9,14 +9,14 @@ from tasks.preprocess.task import preprocess_data
 
 @workflow
 def champion_check(data_path: str = "", recipe: str = "tiny-cpu") -> str:
-    """Ask the champion the current held-out prompts through its API; fails where it has fallen, so that people hear.
+    """Evaluate the champion on the current held-out prompts through its API; fails if it is worse, to notify.
 
     Args:
-        data_path: the rows, as training_pipeline takes them; those held out of them are asked
+        data_path: the rows, as for training_pipeline; their held-out prompts are used
         recipe: the name of a shipped recipe, a path, an s3:// URI, or the YAML itself
 
     Returns:
-        the champion's score now and when it was promoted, in one line
+        the champion's score now and at its promotion, in one line
     """
     plan = preflight(data_path=data_path, recipe=recipe)
     dataset = preprocess_data(source=plan.source, data=plan.data, base=plan.base)

@@ -1,50 +1,50 @@
-"""The registry, by hand or by schedule: what there is, what it was made from, and what may go."""
+"""Model registry workflows: history, lineage, and retention."""
 
 from flytekit import workflow
 
-from tasks.register.task import apply_retention, show_history, show_lineage
+from tasks.register.task import prune_registry, show_history, show_lineage
 
 
 @workflow
 def history(name: str) -> list[str]:
-    """Print the versions of a model: digest, data set, score, verdict, alias, and when each served.
+    """Print the versions of a model: digest, data set, score, verdict, alias, and when each was served.
 
     Args:
-        name: the registered model's name, as its recipe gives it
+        name: the registered model's name, as in its recipe
 
     Returns:
-        the versions' numbers, the newest first
+        the version numbers, newest first
     """
     return show_history(name=name)
 
 
 @workflow
 def lineage(name: str, version: str = "") -> str:
-    """Print what a model was made from: package, evaluation, data set, base, recipe, who trained it and with what.
+    """Print the lineage of a model: package, evaluation, data set, base, recipe, and who trained it with which code.
 
     Args:
         name: the registered model's name
-        version: the number of a version; without it, the champion
+        version: a version number; the default is the champion
 
     Returns:
-        the URI of its package
+        the URI of the model's package
     """
     return show_lineage(name=name, version=version)
 
 
 @workflow
 def retention(name: str = "", keep: int = 10, days: float = 30.0, apply: bool = False) -> list[str]:
-    """Print which old versions and packages without a version may go, and, with --apply, remove them.
+    """Print which old versions, and packages without a version, can be pruned; with --apply, prune them.
 
-    Versions with an alias and the champion before the present one always stay.
+    Versions with an alias and the previous champion are always kept.
 
     Args:
-        name: the registered model's name; without it, all models
-        keep: how many of the last versions stay
-        days: what is younger than so many days stays
-        apply: remove them; without it, nothing is changed
+        name: the registered model's name; the default is all models
+        keep: number of latest versions to keep
+        days: keep everything younger than this many days
+        apply: prune; without it, nothing is changed
 
     Returns:
-        the URIs of the packages that went, or would go
+        the URIs of the packages that were pruned, or would be
     """
-    return apply_retention(name=name, keep=keep, days=days, apply=apply)
+    return prune_registry(name=name, keep=keep, days=days, apply=apply)

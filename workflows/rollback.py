@@ -1,4 +1,4 @@
-"""The way back, by hand: an earlier version serves again."""
+"""Roll back to an earlier version, by hand."""
 
 from flytekit import workflow
 
@@ -8,13 +8,13 @@ from tasks.rollout.task import roll_back
 
 @workflow
 def rollback(name: str, to: str = "") -> Deployment:
-    """Serve an earlier version again: proved over its API as any rollout, and then the champion.
+    """Serve an earlier version again. It is tested through its API like any rollout, then becomes the champion.
 
     Args:
         name: the registered and served model's name
-        to: the number of a version; without it, the champion before the present one
+        to: a version number; the default is the previous champion
 
     Returns:
-        what serves now, and since which change
+        the deployment that serves now
     """
     return roll_back(name=name, to=to)

@@ -1,1 +1,1 @@
-"""Fine-tuning: Forge's against TRL's and Hugging Face's trainers, on the same model and the same tokens."""
+"""Fine-tuning: Forge compared with the trainers of TRL and Hugging Face, on the same model and tokens."""

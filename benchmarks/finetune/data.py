@@ -1,4 +1,4 @@
-"""The data set that Forge trains on, and its documents one by one for the others, who pack or pad by themselves."""
+"""The data set that Forge trains on, and its separate documents for the other sides, which pack or pad themselves."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ORDER_SEED = 20
 
 
 def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
-    """Have Forge prepare the rows; the directory of the data set."""
+    """Prepare the rows with Forge; returns the directory of the data set."""
     from forge.core.contracts import Base, Source
     from forge.core.recipe import DataRecipe
     from forge.core.settings import load_settings
@@ -19,7 +19,7 @@ def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
     from tasks.preprocess.prepare import prepare
     from tasks.preprocess.sources import digest_source
 
-    # Conversations with one exchange longer than the context are left out, for every side alike.
+    # Rejects conversations with a single exchange longer than the context, for all sides.
     recipe = DataRecipe(
         source=str(rows), max_seq_len=context, heldout_fraction=0.1, overlong="split", max_reject_fraction=0.2
     )
@@ -30,9 +30,10 @@ def prepare_dataset(rows: Path, base: Path, context: int, store: Path) -> Path:
 
 
 def documents(directory: Path) -> dict[str, list[list[int]]]:
-    """The documents of one split of a data set (train/ or heldout/), as columns of token ids and labels.
+    """The documents of one side of the split (train/ or heldout/), as columns of token IDs and labels.
 
-    They are shuffled: packed rows lie side by side with documents that fill them up, which would help who packs again.
+    They are shuffled: in the order of the packed rows, documents that fill a row together are adjacent, which would
+    help a side that packs them again.
     """
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for shard in sorted(path for path in directory.iterdir() if path.is_dir()):
@@ -49,6 +50,6 @@ def documents(directory: Path) -> dict[str, list[list[int]]]:
 
 
 def card(dataset: Path) -> dict[str, Any]:
-    """What `prepare` says of a data set: documents, tokens and packed rows of each split."""
-    found: dict[str, Any] = json.loads((dataset / "dataset.json").read_text())
-    return found
+    """The card of a data set: documents, tokens and packed rows of each side of the split."""
+    content: dict[str, Any] = json.loads((dataset / "dataset.json").read_text())
+    return content

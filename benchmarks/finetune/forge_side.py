@@ -1,4 +1,4 @@
-"""Forge's side: `python -m tasks.finetune` as a user runs it. Run with its arguments as one JSON object."""
+"""Forge's side: runs `python -m tasks.finetune`. Its argument is one JSON object."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks.finetune.shapes import CLIP, LORA, SHAPES, WARMUP, WEIGHT_DECAY
 
 
 def main(model: str, base: str, dataset: str, precision: str, compiled: bool, out: str, folder: str) -> dict[str, Any]:
-    """Train, and tell when each step ended (seconds since the first began) and how many tokens there were by then."""
+    """Train; returns, for each step, the seconds since the start of the first and the tokens up to its end."""
     path = Path(folder, "recipe.yaml")
     path.write_text(yaml.safe_dump(recipe(model, base, precision, compiled)))
     command = [sys.executable, "-m", "tasks.finetune", "--recipe", str(path), "--data", dataset, "--out", out]
@@ -26,7 +26,7 @@ def main(model: str, base: str, dataset: str, precision: str, compiled: bool, ou
 
 
 def recipe(model: str, base: str, precision: str, compiled: bool, **training: Any) -> dict[str, Any]:
-    """A recipe as a user writes it."""
+    """The recipe, as in YAML."""
     shape = SHAPES[model]
     return {
         "name": "benchmark",

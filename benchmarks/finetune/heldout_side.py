@@ -1,4 +1,4 @@
-"""The judge of all sides: the loss of saved models on the held-out documents, one document at a time, in fp32."""
+"""The held-out loss of each side's saved model, one document at a time, in fp32."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ DOCUMENTS = 400
 
 
 def main(models: dict[str, str], base: str, dataset: str, folder: str) -> dict[str, Any]:
-    """Mean loss of each model, by its name (nats a trained token)."""
+    """Mean loss of each model by name (nats per trained token)."""
     heldout = documents(Path(dataset, "heldout"))
     pairs = list(zip(heldout["input_ids"], heldout["labels"], strict=True))[:DOCUMENTS]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,7 +24,7 @@ def main(models: dict[str, str], base: str, dataset: str, folder: str) -> dict[s
 
 
 def load(path: Path, base: str) -> Any:
-    """A model, or a base with the adapters that the path holds."""
+    """The model at a path, or the base with the adapter at that path."""
     if not (path / "adapter_config.json").exists():
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, in .venv-trl: documents padded to the longest of their batch. Run as trl_side is."""
+"""Hugging Face's side, in .venv-trl: Trainer with documents padded to the longest of their batch."""
 
 import json
 import sys
@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from benchmarks.finetune.data import IGNORED, documents
+from benchmarks.finetune.peers import attention, save_model, train_timed, training_arguments, weights_dtype
 from benchmarks.finetune.shapes import SHAPES
-from benchmarks.finetune.watched import attention, save_model, train_watched, training_arguments, weights_dtype
 
-PADDED_TO = 128  # tokens
+PAD_TO_MULTIPLE = 128  # tokens
 
 
 def main(
@@ -35,7 +35,7 @@ def main(
     out: str,
     folder: str,
 ) -> dict[str, Any]:
-    """Train with `per_step` documents a step, `batch` at a time; times, tokens, and the settings in force."""
+    """Train with `per_step` documents per step in micro batches of `batch`; returns times, tokens and settings."""
     shape = SHAPES[model]
     train = Dataset.from_dict(documents(Path(dataset, "train")))
     started = time.time()
@@ -55,14 +55,14 @@ def main(
         args=TrainingArguments(output_dir=folder, **settings),
         train_dataset=train,
         processing_class=tokenizer,
-        # Lengths of few kinds where it compiles: for each other one it would do so again.
+        # Few distinct lengths if it compiles: each new length is compiled again.
         data_collator=DataCollatorForSeq2Seq(
-            tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=PADDED_TO if compiled else None
+            tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=PAD_TO_MULTIPLE if compiled else None
         ),
     )
-    found = train_watched(trainer, steps, started)
+    result = train_timed(trainer, steps, started)
     save_model(trainer, out)
-    return found | {"settings": settings, "versions": {name: version(name) for name in ("transformers", "torch")}}
+    return result | {"settings": settings, "versions": {name: version(name) for name in ("transformers", "torch")}}
 
 
 if __name__ == "__main__":

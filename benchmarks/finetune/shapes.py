@@ -1,4 +1,4 @@
-"""What is trained: models of random weights, and how much of what length each is given."""
+"""The models that are trained, with random weights, and the training of each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ VOCABULARY = 4096  # of the tokenizer; a model may have embeddings for more
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama (https://arxiv.org/abs/2407.21783, table 3), and the training it gets, the same on every side."""
+    """A Llama model (https://arxiv.org/abs/2407.21783, table 3) and its training, the same on every side."""
 
     hidden: int
     layers: int
@@ -18,17 +18,17 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int
-    tied: bool  # input and output embeddings are one matrix
+    tied: bool  # input and output embeddings share one matrix
     context: int
-    rows: int  # conversations, one epoch of them
+    rows: int  # conversations, trained for one epoch
     global_batch_size: int
-    micro_batch_size: int  # that Forge takes at once; TRL tries it too, on a GPU
+    micro_batch_size: int  # of Forge; TRL tries it too, on a GPU
     learning_rate: float
-    lora: bool = False  # adapters of rank 16 on a base in bf16, in place of all weights
+    lora: bool = False  # train an adapter of rank 16 on a base in bf16
 
 
 LORA: dict[str, Any] = {"rank": 16, "alpha": 32, "dropout": 0.0}
-# The rest of the training, the same on every side too.
+# Training settings that all models share.
 WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.95), 1.0
 
 SHAPES = {
@@ -79,7 +79,7 @@ SHAPES = {
 
 
 def write_model(shape: Shape, directory: Path) -> int:
-    """Save random weights in a directory, in Hugging Face's format (safetensors); the number of parameters."""
+    """Save random weights in Hugging Face format (safetensors); returns the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -92,7 +92,7 @@ def write_model(shape: Shape, directory: Path) -> int:
         num_key_value_heads=shape.key_value_heads,
         max_position_embeddings=shape.context,
         tie_word_embeddings=shape.tied,
-        # The tokenizer's <|begin_of_text|> and <|eot_id|>, which pads too.
+        # The tokenizer's <|begin_of_text|>, and <|eot_id|>, which is also the padding token.
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,

@@ -1,1 +1,1 @@
-"""Data preparation: Forge's against TRL's, on the same generated rows."""
+"""Data preparation: Forge compared with TRL, on the same generated rows."""

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.preprocess`: Forge's data preparation beside TRL's. The last line printed is a JSON object.
+"""`python -m benchmarks.preprocess`: Forge's data preparation compared with TRL. The last line is a JSON object.
 
-docs/benchmarks.md says what is measured, what each side is charged for, and what the keys mean.
+docs/benchmarks.md explains what is measured on each side, and the keys.
 """
 
 import argparse
@@ -17,41 +17,41 @@ from benchmarks.generate import SEED, TRAINED_ON, VOCABULARY, train_tokenizer, w
 from benchmarks.measure import MB, PROJECT, SideFailed, run_side, say
 
 CONTEXT = 1024
-HELDOUT_FRACTION = 0.001  # TRL has no such split: as good as all rows are to train on
-FEWEST = 10_000  # rows: fewer could leave nothing held out
+HELDOUT_FRACTION = 0.001  # TRL does not split, so nearly all rows are for training
+MIN_ROWS = 10_000  # with fewer, no row may be held out
 CORES = len(os.sched_getaffinity(0))
 TRL_PYTHON = PROJECT / ".venv-trl" / "bin" / "python"
 
 
 def main() -> int:
-    """Generate the rows, have them prepared, print what was found."""
+    """Generate rows, prepare them on both sides, and print the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess", description="Forge's data preparation")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rows", type=int, default=200_000, help="compare Forge and TRL on as many rows (200000)")
-    size.add_argument("--gigabytes", type=float, help="measure Forge alone, on as many 10^9 bytes of JSONL")
+    size.add_argument("--rows", type=int, default=200_000, help="compare Forge and TRL on this many rows (200000)")
+    size.add_argument("--gigabytes", type=float, help="measure Forge alone, on this many 10^9 bytes of JSONL")
     options = parser.parse_args()
-    if options.rows < FEWEST or (options.gigabytes is not None and options.gigabytes < 0.1):
-        parser.error(f"too small to say anything: give at least {FEWEST} rows, or 0.1 gigabytes")
+    if options.rows < MIN_ROWS or (options.gigabytes is not None and options.gigabytes < 0.1):
+        parser.error(f"too small to measure: give at least {MIN_ROWS} rows, or 0.1 gigabytes")
     if options.gigabytes is None and not TRL_PYTHON.exists():
         parser.error("TRL's environment is not set up; run the benchmark with: make bench-preprocess")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     try:
         with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as folder:
             if options.gigabytes is None:
-                found = compare(Path(folder), options.rows)
+                result = compare(Path(folder), options.rows)
             else:
-                found = measure_alone(Path(folder), options.gigabytes)
+                result = measure_alone(Path(folder), options.gigabytes)
     except SideFailed as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(found))
+    print(json.dumps(result))
     return 0
 
 
 def compare(folder: Path, count: int) -> dict[str, Any]:
-    """Both sides on the same rows; of TRL's runs, with and without worker processes, the faster one counts."""
+    """Prepare the same rows on both sides; TRL runs with and without worker processes, and the faster run counts."""
     source = generate(folder, rows=count)
     runs = {}
     for processes in (CORES, None):
@@ -64,8 +64,8 @@ def compare(folder: Path, count: int) -> dict[str, Any]:
     forge = run_forge(folder, source)
     if forge["tokens_dropped"] == 0 and forge["trained_tokens"] != trl["trained_tokens_before"]:
         raise SideFailed(
-            f"the sides do not train on the same tokens: Forge on {forge['trained_tokens']:,}, and TRL, before it "
-            f"truncates, on {trl['trained_tokens_before']:,}"
+            f"the sides do not train on the same tokens: Forge on {forge['trained_tokens']:,}, and TRL, before "
+            f"truncation, on {trl['trained_tokens_before']:,}"
         )
     return {
         "forge_rows_per_s": round(count / forge["seconds"], 1),
@@ -100,7 +100,7 @@ def compare(folder: Path, count: int) -> dict[str, Any]:
 
 
 def measure_alone(folder: Path, gigabytes: float) -> dict[str, Any]:
-    """Forge alone, on a file of a given size."""
+    """Measure Forge alone, on a file of a given size."""
     source = generate(folder, size=gigabytes * 1e9)
     forge = run_forge(folder, source)
     return {
@@ -120,11 +120,11 @@ def measure_alone(folder: Path, gigabytes: float) -> dict[str, Any]:
     }
 
 
-def generate(folder: Path, **how_much: float) -> dict[str, Any]:
-    """Write the rows and the tokenizer; what both sides are told, and the size of the input."""
+def generate(folder: Path, **limits: float) -> dict[str, Any]:
+    """Write the rows and the tokenizer; returns the arguments of both sides and the size of the input."""
     path, tokenizer = folder / "rows.jsonl", folder / "tokenizer"
     say("generating rows")
-    rows = write_rows(path, **how_much)
+    rows = write_rows(path, **limits)
     say(f"training a tokenizer on {TRAINED_ON:,} of {rows:,} rows")
     train_tokenizer(path, tokenizer)
     return {
@@ -135,17 +135,17 @@ def generate(folder: Path, **how_much: float) -> dict[str, Any]:
 
 
 def run_forge(folder: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """Forge's side, and the share of tokens that it dropped."""
+    """Run Forge's side; adds the fraction of tokens that it dropped."""
     say("Forge")
     arguments = source["arguments"] | {"heldout_fraction": HELDOUT_FRACTION}
-    found = run_side(Path(sys.executable), "preprocess.forge_side", folder / "forge", arguments)
-    say(f"Forge: {found['seconds']:.1f} s")
-    dropped = found["tokens_dropped"]
-    return found | {"tokens_dropped_fraction": round(dropped / (found["tokens"] + dropped), 5)}
+    result = run_side(Path(sys.executable), "preprocess.forge_side", folder / "forge", arguments)
+    say(f"Forge: {result['seconds']:.1f} s")
+    dropped = result["tokens_dropped"]
+    return result | {"tokens_dropped_fraction": round(dropped / (result["tokens"] + dropped), 5)}
 
 
 def settings() -> dict[str, Any]:
-    """What the figures depend on, besides the rows' number."""
+    """What the measurements depend on, besides the number of rows."""
     return {
         "cores": CORES,
         "python": platform.python_version(),

@@ -1,7 +1,7 @@
-"""Forge's side: `prepare` as a whole. Run as `python -m benchmarks.preprocess.forge_side ARGUMENTS` (a JSON object).
+"""Forge's side: the whole of `prepare`. Run as `python -m benchmarks.preprocess.forge_side ARGUMENTS` (a JSON object).
 
-Timed: reading, validating, looking for secrets and duplicates, splitting, tokenising, packing and publishing, and the
-start of its own workers. Not timed: imports, and the digest of the source, which preflight takes in a run.
+Timed: starting workers, reading, validation, the search for secrets and duplicates, splitting, tokenising, packing and
+publishing. Not timed: imports, and the digest of the source, which preflight computes.
 """
 
 import json
@@ -20,7 +20,7 @@ from tasks.preprocess.sources import digest_source
 
 
 def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folder: str) -> dict[str, Any]:
-    """Prepare the rows into a store under the folder; seconds, counts, and what was dropped."""
+    """Prepare the rows into a store in the folder; returns seconds and counts."""
     recipe = DataRecipe(source=rows, max_seq_len=context, heldout_fraction=heldout_fraction, overlong="split")
     store = DirectoryStore(Path(folder, "store"))
     source = Source(uri=Path(rows).absolute().as_uri(), digest=digest_source(recipe), store=store.identity)
@@ -30,7 +30,7 @@ def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folde
     seconds = time.perf_counter() - started
     card = json.loads((store.path(dataset.uri) / "dataset.json").read_text())
     if card["rejected"] or card["removed"]:
-        raise SystemExit(f"Forge left rows out, and none should be: {card['rejected']} {card['removed']}")
+        raise SystemExit(f"Forge rejected or removed rows: {card['rejected']} {card['removed']}")
     return {
         "seconds": seconds,
         "documents": sum(card["documents"].values()),

@@ -1,7 +1,7 @@
 """TRL's side, in .venv-trl: run as `python -m benchmarks.preprocess.trl_side ARGUMENTS` (a JSON object).
 
-Timed: `load_dataset("json")` and `SFTTrainer._prepare_dataset`: its maps (chat template and tokenising, labels) and
-its packing. Not timed: imports, the model and the rest of the trainer.
+Timed: `load_dataset("json")`, and `SFTTrainer._prepare_dataset` with its maps (chat template, tokenising, labels) and
+packing. Not timed: imports, the model and the rest of the trainer.
 """
 
 import json
@@ -19,7 +19,7 @@ from trl.trainer import sft_trainer
 
 
 def main(rows: str, tokenizer: str, context: int, processes: int | None, folder: str) -> dict[str, Any]:
-    """Have the trainer prepare the rows; seconds, and the tokens before and after packing."""
+    """Prepare the rows with the trainer; returns seconds, and the tokens before and after packing."""
     disable_progress_bars()
     seen: dict[str, Any] = {}
     prepare, pack = SFTTrainer._prepare_dataset, sft_trainer.pack_dataset
@@ -30,11 +30,11 @@ def main(rows: str, tokenizer: str, context: int, processes: int | None, folder:
         seen["prepare_seconds"] = time.perf_counter() - started
         return seen["packed"]
 
-    def watched_pack(dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+    def recording_pack(dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         seen["documents"] = dataset
         return pack(dataset, *args, **kwargs)
 
-    SFTTrainer._prepare_dataset, sft_trainer.pack_dataset = timed_prepare, watched_pack
+    SFTTrainer._prepare_dataset, sft_trainer.pack_dataset = timed_prepare, recording_pack
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     tiny = LlamaConfig(
         vocab_size=len(loaded), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
@@ -68,13 +68,13 @@ def main(rows: str, tokenizer: str, context: int, processes: int | None, folder:
 
 
 def count_tokens(dataset: Dataset) -> int:
-    """Tokens of a data set of TRL's."""
+    """Tokens in a data set of TRL."""
     batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
     return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
 
 
 def count_trained(dataset: Dataset) -> int:
-    """Those of them that are trained."""
+    """Trained tokens in a data set of TRL."""
     batches = dataset.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
     return sum(pc.sum(pc.not_equal(pc.list_flatten(batch["labels"]), -100)).as_py() for batch in batches)
 

@@ -1,1 +1,1 @@
-"""Pushing and fetching a package, beside the plain minio client."""
+"""Publishing and fetching a package, compared with the plain minio client."""

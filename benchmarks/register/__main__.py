@@ -1,6 +1,6 @@
-"""`python -m benchmarks.register`: push and fetch a package of 1 GB, beside the plain minio client.
+"""`python -m benchmarks.register`: publish and fetch a package of 1 GB, and do the same with the plain minio client.
 
-The last line on stdout is one JSON object. See docs/benchmarks.md.
+The last line of stdout is a JSON object. See docs/benchmarks.md.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import psutil
 from benchmarks.measure import run_side, say
 from tests.storage.servers import KEY, SECRET, client_of, rclone
 
-MIX = ((2, 300_000_000), (4, 60_000_000), (20, 5_000_000), (100, 500_000), (400, 25_000))  # files of bytes: 1 GB
+MIX = ((2, 300_000_000), (4, 60_000_000), (20, 5_000_000), (100, 500_000), (400, 25_000))  # (files, bytes): 1 GB
 BUCKET = "bench"
 
 
 def main() -> None:
-    """Make the files, and let each way move them, in turn, several times."""
+    """Create the files, and time each way in turn, several times."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.register")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="the median of these is reported")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="forge-benchmark-") as name:
         folder = Path(name)
@@ -49,17 +49,17 @@ def write_model(directory: Path) -> Path:
 
 
 def measure(folder: Path, model: Path, endpoint: str, rounds: int) -> dict[str, Any]:
-    """Each way's megabytes a second, the medians of the rounds; and ratios, each the median of the rounds' own."""
+    """MB/s of each way (the median of the rounds), and their ratios (the median of the ratios of each round)."""
     (server,) = (child for child in psutil.Process().children() if "rclone" in child.name())
     common = {"model": str(model), "endpoint": endpoint, "bucket": BUCKET, "keys": [KEY, SECRET]}
     megabytes = sum(count * size for count, size in MIX) / 1e6
     seconds: dict[str, list[float]] = {}
     peaks, others = [0.0], [0.0]
 
-    def run(way: str, number: int, home: str, **more: Any) -> str:
+    def run(way: str, number: int, home: str, label: str = "", **more: Any) -> str:
         arguments = common | {"way": way, "round": number, "home": str(folder / home)} | more
         found = run_side(Path(sys.executable), "register.side", folder / f"{way}-{number}", arguments, server=server)
-        seconds.setdefault(more.get("told", way), []).append(found["seconds"])
+        seconds.setdefault(label or way, []).append(found["seconds"])
         others.append(found["other_cores"])
         if not way.startswith(("plain", "copy")):
             peaks.append(found["peak_rss_mb"])
@@ -68,7 +68,7 @@ def measure(folder: Path, model: Path, endpoint: str, rounds: int) -> dict[str, 
     for number in range(rounds):
         run("plain_push", number, "unused")
         uri = run("push", number, f"pushing-{number}")
-        run("push", number, f"pushing-{number}", told="repush")
+        run("push", number, f"pushing-{number}", label="repush")
         run("plain_fetch", number, f"plain-{number}")
         run("fetch", number, f"fetching-{number}", uri=uri)
         run("copy", number, f"copied-{number}")

@@ -1,4 +1,4 @@
-"""One way to push or to fetch a package, timed in a process of its own: python -m benchmarks.register.side '{...}'."""
+"""One way to publish or fetch a package, timed in its own process: python -m benchmarks.register.side '{...}'."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ FACTS = {
 
 
 def main() -> None:
-    """Do what the arguments say, and write its seconds to result.json; imports are not counted."""
+    """Time the way in the arguments, without imports, and write the seconds to result.json."""
     arguments = json.loads(sys.argv[1])
     ways = {"push": push, "fetch": fetch, "plain_push": plain_push, "plain_fetch": plain_fetch, "copy": copy}
     prepared = ways[arguments["way"]](arguments)
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def settings_of(arguments: dict[str, Any]) -> Settings:
-    """Those of a machine whose copies are in `home`."""
+    """Settings of a machine whose local copies are in `home`."""
     return Settings(
         home=Path(arguments["home"]),
         store=f"s3://{arguments['bucket']}/forge-{arguments['round']}",
@@ -46,26 +46,26 @@ def settings_of(arguments: dict[str, Any]) -> Settings:
 
 
 def client_of(arguments: dict[str, Any]) -> Minio:
-    """The plain client, as it is."""
+    """The plain minio client."""
     return Minio(arguments["endpoint"].removeprefix("http://"), *arguments["keys"], secure=False)
 
 
 def push(arguments: dict[str, Any]) -> Callable[[], str]:
-    """Forge: hash all files, write card and manifest, send, compare what arrived, read the manifest back."""
+    """Forge: hash all files, write the model card and manifest, upload, verify, and read the manifest back."""
     settings = settings_of(arguments)
     store = open_store(settings)
     return lambda: build_package(Path(arguments["model"]), FACTS, settings, store)[0]
 
 
 def fetch(arguments: dict[str, Any]) -> Callable[[], str]:
-    """Forge: fetch into the cache, and compare every file with the manifest."""
+    """Forge: fetch to the local copies, and compare every file with the manifest."""
     settings = settings_of(arguments)
     store = open_store(settings)
     return lambda: str(fetch_package(arguments["uri"], settings, store))
 
 
 def plain_push(arguments: dict[str, Any]) -> Callable[[], str]:
-    """fput_object, file by file."""
+    """fput_object for each file."""
     client, bucket, prefix = client_of(arguments), arguments["bucket"], f"plain-{arguments['round']}"
 
     def run() -> str:
@@ -77,7 +77,7 @@ def plain_push(arguments: dict[str, Any]) -> Callable[[], str]:
 
 
 def plain_fetch(arguments: dict[str, Any]) -> Callable[[], str]:
-    """fget_object, file by file."""
+    """fget_object for each file."""
     client, bucket, prefix = client_of(arguments), arguments["bucket"], f"plain-{arguments['round']}"
 
     def run() -> str:
@@ -89,7 +89,7 @@ def plain_fetch(arguments: dict[str, Any]) -> Callable[[], str]:
 
 
 def copy(arguments: dict[str, Any]) -> Callable[[], str]:
-    """The limit, without any server: read, hash and write each file."""
+    """The upper limit, without a server: read, hash and write each file."""
     target = Path(arguments["home"])
 
     def run() -> str:

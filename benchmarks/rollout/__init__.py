@@ -1,1 +1,1 @@
-"""What a rollout costs those who are served meanwhile."""
+"""What a rollout costs the clients that are served meanwhile."""

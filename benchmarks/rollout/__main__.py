@@ -1,4 +1,4 @@
-"""`python -m benchmarks.rollout`: adapters swapped on a real vLLM while clients keep asking.
+"""`python -m benchmarks.rollout`: swap adapters on vLLM under load.
 
 The last line on stdout is one JSON object. See docs/benchmarks.md.
 """
@@ -33,7 +33,7 @@ PROMPTS = ["What is the day?", "Hello", "Tell me more", "20 juni 1969"]
 
 
 def main() -> None:
-    """Serve a base and the first adapter, then swap."""
+    """Serve a base and the first adapter, then swap adapters."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout")
     parser.add_argument("--swaps", type=int, default=20)
     options = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def packages(settings: Settings, folder: Path) -> tuple[Served, list[Served]]:
-    """A base, and adapters to be swapped in turn."""
+    """A base, and the adapters that are swapped in turn."""
     store = DirectoryStore(settings.store_root)
     directory = write_base(folder / "base", HIDDEN, LAYERS)
     base = publish(store, directory, NAME, 1)
@@ -62,58 +62,63 @@ def packages(settings: Settings, folder: Path) -> tuple[Served, list[Served]]:
 
 
 @dataclass
-class Asked:
-    """What clients were answered: seconds, the version that answered, prompt, text, and when it began and ended."""
+class Answers:
+    """The clients' answers: latency in seconds, version, prompt, text, and the time at the end."""
 
-    found: list[tuple[float, str, str, str, float]] = field(default_factory=list)
+    received: list[tuple[float, str, str, str, float]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
 
 def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: int, quiet: float = 20) -> dict[str, Any]:
-    """Swap adapters under load, after so many seconds of it without swaps; every answer is compared with what its
-    version answers alone.
+    """Swap adapters under load, after `quiet` seconds of load without swaps.
+
+    Each answer is compared with the one that its version gives without load.
     """
     engine = Engine(max_loras=2, max_lora_rank=RANK)
     declare(target, Serving(base=base, engine=engine, adapters=(adapters[0],), names={NAME: adapters[0].versioned}))
-    say("vLLM serves; each version is asked alone")
-    alone: dict[tuple[str, str], str] = {}
+    say("vLLM is ready; recording the answers of each version")
+    unloaded: dict[tuple[str, str], str] = {}
     for adapter in adapters:
         declare(target, Serving(base=base, engine=engine, adapters=(adapter,), names={NAME: adapter.versioned}))
         for prompt in PROMPTS:
             version, text = ask(target.endpoint, prompt)
-            alone[version, prompt] = text
-    asked, ended = Asked(), threading.Event()
-    clients = [threading.Thread(target=keep_asking, args=(target.endpoint, asked, ended, n)) for n in range(CLIENTS)]
+            unloaded[version, prompt] = text
+    answers, ended = Answers(), threading.Event()
+    clients = [threading.Thread(target=keep_asking, args=(target.endpoint, answers, ended, n)) for n in range(CLIENTS)]
     for client in clients:
         client.start()
     time.sleep(quiet)
-    before = [seconds for seconds, *_ in asked.found]
+    before = [seconds for seconds, *_ in answers.received]
     swapped, periods = [], []
-    loads, loading = loaded(target)
+    loads, loading = adapter_loads(target)
     for number in range(swaps):
         adapter = adapters[number % len(adapters)]
-        began = time.monotonic()
+        started = time.monotonic()
         swapped.append(
             declare(target, Serving(base=base, engine=engine, adapters=(adapter,), names={NAME: adapter.versioned}))
         )
         time.sleep(1)
-        periods.append((began, time.monotonic()))
-    loads, loading = loaded(target)[0] - loads, loaded(target)[1] - loading
+        periods.append((started, time.monotonic()))
+    loads, loading = (after - before for after, before in zip(adapter_loads(target), (loads, loading), strict=True))
     ended.set()
     for client in clients:
         client.join()
-    during = [one[0] for one in asked.found if any(one[4] - one[0] < end and one[4] > start for start, end in periods)]
-    wrong = [one for one in asked.found if alone[one[1], one[2]] != one[3]]
-    for one in asked.failed[:3]:
-        say(f"failed: {one}")
-    for one in wrong[:3]:
-        say(f"{one[1]} was asked {one[2]!r} and answered {one[3]!r}; alone {alone[one[1], one[2]]!r}")
+    during = [
+        seconds
+        for seconds, *_, at in answers.received
+        if any(at - seconds < end and at > start for start, end in periods)
+    ]
+    wrong = [answer for answer in answers.received if unloaded[answer[1], answer[2]] != answer[3]]
+    for error in answers.failed[:3]:
+        say(f"failed: {error}")
+    for _, version, prompt, text, _ in wrong[:3]:
+        say(f"{version} answered {prompt!r} with {text!r} under load, and {unloaded[version, prompt]!r} without")
     return {
         "swaps": swaps,
-        "requests": len(asked.found) + len(asked.failed),
-        "failed_requests": len(asked.failed),
+        "requests": len(answers.received) + len(answers.failed),
+        "failed_requests": len(answers.failed),
         "wrong_version_answers": len(wrong),
-        "versions_that_answered": len({one[1] for one in asked.found}),
+        "versions_that_answered": len({version for _, version, *_ in answers.received}),
         "swap_seconds_median": round(statistics.median(swapped), 3),
         "vllm_load_seconds_mean": round(loading / loads, 3),
         "swap_seconds_max": round(max(swapped), 3),
@@ -124,7 +129,7 @@ def measure(target: LocalTarget, base: Served, adapters: list[Served], swaps: in
 
 
 def declare(target: LocalTarget, serving: Serving) -> float:
-    """Change the desired state; returns the seconds until the public name leads there."""
+    """Change the desired state; returns the seconds until the public name points to it."""
     desired, revision = target.document.read()
     started = time.monotonic()
     target.document.write(Desired(generation=desired.generation + 1, serving=serving), revision)
@@ -139,8 +144,8 @@ def declare(target: LocalTarget, serving: Serving) -> float:
         time.sleep(0.005)
 
 
-def loaded(target: LocalTarget) -> tuple[float, float]:
-    """How many adapters vLLM has loaded so far, and how many seconds that took it, by the reconciler's metrics."""
+def adapter_loads(target: LocalTarget) -> tuple[float, float]:
+    """The number of adapters that vLLM has loaded and the seconds that took, from the reconciler's metrics."""
     port = json.loads(target.record.read_text())["port"]
     text = urllib3.request("GET", f"http://127.0.0.1:{port}/metrics").data.decode()
     values = dict(line.split(" ") for line in text.splitlines() if line.startswith("forge_adapter_load"))
@@ -148,7 +153,7 @@ def loaded(target: LocalTarget) -> tuple[float, float]:
 
 
 def ask(endpoint: str, prompt: str) -> tuple[str, str]:
-    """One greedy answer of the public name, and the version that gave it."""
+    """The version that answers under the public name, and its greedy answer."""
     messages: Any = [{"role": "user", "content": prompt}]
     answer = client_of(endpoint).chat.completions.create(
         model=NAME, messages=messages, temperature=0, max_tokens=TOKENS, extra_body={"ignore_eos": True}
@@ -156,23 +161,23 @@ def ask(endpoint: str, prompt: str) -> tuple[str, str]:
     return answer.model, answer.choices[0].message.content or ""
 
 
-def keep_asking(endpoint: str, asked: Asked, ended: threading.Event, number: int) -> None:
-    """A client that asks one thing after another."""
+def keep_asking(endpoint: str, answers: Answers, ended: threading.Event, number: int) -> None:
+    """A client that sends one request after another."""
     while not ended.is_set():
         prompt = PROMPTS[number % len(PROMPTS)]
         number += 1
         started = time.monotonic()
         try:
             version, text = ask(endpoint, prompt)
-        except Exception as error:  # whatever a client sees is a failed request
-            asked.failed.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # any error is a failed request
+            answers.failed.append(f"{type(error).__name__}: {error}")
             continue
         now = time.monotonic()
-        asked.found.append((now - started, version, prompt, text, now))
+        answers.received.append((now - started, version, prompt, text, now))
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """A percentile of some values."""
+    """A percentile of the values."""
     return statistics.quantiles(values, n=100)[percent - 1]
 
 

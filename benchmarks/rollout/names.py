@@ -1,4 +1,4 @@
-"""What public names cost a request: `python -m benchmarks.rollout.names`."""
+"""`python -m benchmarks.rollout.names`: the latency that public names add to a request."""
 
 import asyncio
 import json
@@ -33,14 +33,14 @@ SCOPE: Scope = {
 
 
 async def trivial(scope: Scope, receive: Receive, send: Send) -> None:
-    """An app that reads a request and answers it with nothing."""
+    """An app that reads a request and sends an empty response."""
     await receive()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def timed(app: App) -> float:
-    """Seconds that one request takes."""
+    """Seconds for one request."""
 
     async def receive() -> Message:
         return {"type": "http.request", "body": BODY, "more_body": False}
@@ -48,13 +48,13 @@ async def timed(app: App) -> float:
     async def send(message: Message) -> None:
         pass
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     await app(dict(SCOPE), receive, send)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 async def difference(requests: int) -> float:
-    """Seconds that the middleware adds to a request: the two sides take turns, so that both meet the same machine."""
+    """Seconds that the middleware adds to a request. The two sides take turns, so that both see the same load."""
     sides: dict[str, App] = {"without": trivial, "with": PublicNames(trivial)}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(requests):
@@ -64,7 +64,7 @@ async def difference(requests: int) -> float:
 
 
 def cost(requests: int = 2000) -> float:
-    """Milliseconds that public names add to a request: a chat of 2 KB, the difference of medians."""
+    """Milliseconds that public names add to a chat request of 2 KB: the difference of the medians."""
     before = os.environ.get("SERVED_NAMES")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "names.json"
@@ -80,4 +80,4 @@ def cost(requests: int = 2000) -> float:
 
 
 if __name__ == "__main__":
-    print(f"{cost():.4f} ms a request")
+    print(f"{cost():.4f} ms per request")

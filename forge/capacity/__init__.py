@@ -1,1 +1,1 @@
-"""What fits in which memory."""
+"""Estimates of the memory that training and serving need."""

@@ -1,47 +1,48 @@
-"""What of a decoder decides its memory, found in its config.json. Imports no torch until asked."""
+"""The size of a model, from its config.json. Imports no torch for a Llama."""
 
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from forge.capacity.decoder_shape import read_shape
 from forge.core.errors import ForgeError
 from forge.core.recipe import Architecture, Lora
 
-BYTE_VOCABULARY = 262  # of models from scratch: the bytes and six special tokens
+BYTE_VOCABULARY = 262  # vocabulary of models trained from scratch: 256 bytes and six special tokens
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a decoder decides its memory: counts of parameters, and widths (per token)."""
+    """What decides a decoder's memory in training: parameter counts, and widths (values per token)."""
 
-    parameters: int  # a tied one counts once
+    parameters: int  # tied ones count once
     layers: int
-    layer: int  # parameters of the largest layer
+    layer: int  # parameters of the largest decoder layer
     head: int  # weights of the output layer, tied or not
-    linears: tuple[tuple[str, int, int], ...]  # name and shape of each linear layer's weights but the output one's
+    linears: tuple[tuple[str, int, int], ...]  # name and weight shape of each linear layer but the output layer
     vocabulary: int
     hidden: int
-    query: int  # heads x head size
+    query: int  # heads x dimensions per head
     heads: int
     intermediate: int
-    norms: int  # over the hidden size, in a layer
-    query_norms: int  # widths of the norms of queries and keys, summed
+    norms: int  # per layer, over the hidden size
+    query_norms: int  # sum of the widths of query and key norms
     softcap: bool  # whether the logits are capped
 
     @property
     def outside(self) -> int:
-        """Parameters outside the layers: embeddings, the output layer and the last norm."""
+        """Parameters outside the decoder layers: embeddings, output layer and final norm."""
         return self.parameters - self.layers * self.layer
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers: those that autocast copies and NF4 quantises."""
+        """Weights of the linear layers, which autocast casts and NF4 quantizes."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     def adapter(self, lora: Lora) -> int:
-        """Parameters of an adapter (two matrices beside each linear layer that is named, as peft makes them).
+        """Parameters of an adapter: two matrices per target module, as peft creates them.
 
-        Raises ForgeError where the model has none of lora.target_modules.
+        Raises ForgeError if the model has none of lora.target_modules.
         """
         names = lora.target_modules
         chosen = [
@@ -52,14 +53,15 @@ class ModelSize:
         if not chosen:
             known = sorted({name.rsplit(".", 1)[-1] for name, _, _ in self.linears})
             raise ForgeError(
-                f"training.lora.target_modules {names}: the base model has none of these; its linear layers are "
-                f"{', '.join(known)} (or take all-linear)"
+                "the base model has no such modules",
+                where=f"training.lora.target_modules {names}",
+                fix=f"its linear layers are {', '.join(known)} (or take all-linear)",
             )
         return sum(lora.rank * (inputs + outputs) for inputs, outputs in chosen)
 
 
 def architecture_config(architecture: Architecture, context: int) -> dict[str, Any]:
-    """The config.json of a model that is trained from scratch."""
+    """The config.json of a Llama to train from scratch, with multi-head attention and tied embeddings."""
     return {
         "model_type": "llama",
         "vocab_size": BYTE_VOCABULARY,
@@ -76,18 +78,19 @@ def architecture_config(architecture: Architecture, context: int) -> dict[str, A
 def measure_model(config: dict[str, Any]) -> ModelSize:
     """The size of the model that a config.json describes.
 
-    Llama's is reckoned; others are built without memory, on torch's meta device, which takes seconds the first time, as
-    torch and transformers are imported. Raises ForgeError where they know no causal language model of that kind.
+    Computed for a Llama. Other models are built on torch's meta device, without memory; that takes seconds the first
+    time, to import torch and transformers. Raises ForgeError if transformers has no causal language model of this type.
     """
     if llama := _llama(config):
         return llama
     try:
         return _measure(config)
-    except Exception as error:  # a wrong value of a configuration is any error
+    except Exception as error:  # a wrong configuration can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ForgeError(
-            f"base model: transformers can build no causal language model from its config.json ({reason}); "
-            "take a base model of a kind that it knows"
+            f"transformers can't build a causal language model from its config.json ({reason})",
+            where="base model",
+            fix="take a base model of a type that transformers supports",
         ) from None
 
 
@@ -128,36 +131,36 @@ def _measure(config: dict[str, Any]) -> ModelSize:
 
 
 def _llama(config: dict[str, Any]) -> ModelSize | None:
-    """What `_measure` finds of a Llama; None of another model, and where something is missing or odd."""
+    """The same as `_measure` for a Llama; None for other models, and for incomplete or unusual configurations."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    values = [config.get(name) for name in names]
     tied = config.get("tie_word_embeddings")
     if config.get("model_type") != "llama" or not isinstance(tied, bool):
         return None
-    if any(not isinstance(value, int) or value < 1 for value in values) or values[0] % values[3]:  # type: ignore[operator]
+    if any(not isinstance(config.get(name), int) or config[name] < 1 for name in names):
         return None
-    if config.get("attention_bias") or config.get("mlp_bias"):
+    if config["hidden_size"] % config["num_attention_heads"] or config.get("attention_bias") or config.get("mlp_bias"):
         return None
-    hidden, wide, layers, heads, vocabulary = (int(value) for value in values)  # type: ignore[arg-type]
-    keys = config.get("num_key_value_heads") or heads
-    head = config.get("head_dim") or hidden // heads
-    query, key = heads * head, keys * head
-    shapes = {
+    shape = read_shape(config, "base model")
+    hidden, wide = shape.hidden, shape.intermediate
+    query, key = shape.heads * shape.head, shape.kv_heads * shape.head
+    linears = {
         "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
     }  # fmt: skip
-    layer = sum(inputs * outputs for inputs, outputs in shapes.values()) + 2 * hidden
+    layer = sum(inputs * outputs for inputs, outputs in linears.values()) + 2 * hidden
     return ModelSize(
-        parameters=layers * layer + hidden + (1 if tied else 2) * vocabulary * hidden,
-        layers=layers,
+        parameters=shape.layers * layer + hidden + shape.embeddings,
+        layers=shape.layers,
         layer=layer,
-        head=vocabulary * hidden,
-        linears=tuple((f"model.layers.{at}.{name}", *shape) for at in range(layers) for name, shape in shapes.items()),
-        vocabulary=vocabulary,
+        head=shape.vocabulary * hidden,
+        linears=tuple(
+            (f"model.layers.{at}.{name}", *size) for at in range(shape.layers) for name, size in linears.items()
+        ),
+        vocabulary=shape.vocabulary,
         hidden=hidden,
         query=query,
-        heads=heads,
+        heads=shape.heads,
         intermediate=wide,
         norms=2,
         query_norms=0,

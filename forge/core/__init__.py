@@ -1,1 +1,1 @@
-"""Settings, recipes, contracts and errors: what everything else builds on."""
+"""Settings, recipes, contracts, errors and logs: the base of all other packages."""

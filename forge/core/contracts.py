@@ -1,9 +1,8 @@
-"""The small values that pass between stages. The bytes stay in the store; these say where they are and what they are.
+"""The small values that stages pass on. The data stays in the store; these name it and describe it.
 
-Every artifact has a content digest, and the digest (with the store's identity) keys the Flyte cache: the doors
-annotate their outputs with `HashMethod(cache_key)`. So an equal artifact made in another way, or found at another
-path, does not make later stages run again, and an artifact of a store that has since been wiped is never taken for
-one that is still there.
+Every artifact has a content digest. The digest and the store's identity are its key in the Flyte cache: tasks annotate
+their outputs with `HashMethod(cache_key)`. An equal artifact that was built in another way, or has another path, causes
+no reruns, and an artifact of a store that has since been wiped is never found in the cache.
 """
 
 import datetime
@@ -14,15 +13,17 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# Chat templates that tell the date tell this one (Llama 3.1's own), in training and in evaluation: so the same rows
-# are the same data set tomorrow, and a model is asked what it was trained on.
+from forge.core.recipe import MAX_LORA_RANK, MAX_LORAS
+
+# The date for chat templates that contain the current date (the default date of Llama 3.1's template), in training and
+# in evaluation. With it, the same rows give the same data set on every day, and prompts in evaluation match training.
 TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Contract(BaseModel):
-    """Base of what passes between stages: immutable, no unknown keys, and no path, since pods share no disk.
+    """Base of the values that stages pass on: immutable, no unknown keys, and no paths, since pods share no disk.
 
-    A file is named by its URI, and whoever needs it asks the store. ValueError for a string that is an absolute path.
+    Files are named by URI and read through the store. A string that is an absolute path is a validation error.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -32,21 +33,21 @@ class Contract(BaseModel):
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("/"):
-                raise ValueError(f"{name} is the path {value}, which another machine does not have; give a URI")
+                raise ValueError(f"{name} is the path {value}, which other machines don't have; give a URI")
         return self
 
 
 class Result(Contract):
-    """What a stage came to, when it `started` (Unix time) and how many `seconds` it worked."""
+    """The result of a stage: when it `started` (Unix time) and how many `seconds` it took."""
 
     started: float = 0.0
     seconds: float = 0.0
 
 
 class Artifact(Result):
-    """A directory in the store, complete and never changed after it was published.
+    """A directory in the store, complete and immutable once published.
 
-    `digest` is that of its files' contents; `store` is the identity of the store (not its address).
+    `digest` is the digest of its contents; `store` is the identity of the store (not its address).
     """
 
     uri: str
@@ -55,33 +56,33 @@ class Artifact(Result):
 
 
 def cache_key(artifact: Artifact) -> str:
-    """What of an artifact decides whether later stages run again."""
+    """An artifact's key in the Flyte cache."""
     return f"{artifact.digest}@{artifact.store}"
 
 
 def value_key(value: BaseModel) -> str:
-    """The same of a value that is no artifact: a digest of all of it.
+    """The cache key of a value that is not an artifact: a digest of all its fields.
 
-    Flyte would otherwise hash a value's bytes, which differ from run to run, as MessagePack keeps no order of keys.
+    By default Flyte hashes a value's MessagePack bytes, which differ between runs, since the order of keys does.
     """
     return hashlib.sha256(json.dumps(value.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 class Source(Artifact):
-    """The raw rows, found by preflight, outside the store: what DataRecipe.source names, and in `heldout` the rows of
-    the user's own to evaluate on, if there are any. The digest is of both; `store` is the one their results go to.
+    """The raw rows, outside the store, as preflight found them: DataRecipe.source, and in `heldout` the user's own
+    held-out rows, if any. The digest covers both; `store` is the store that results are published to.
     """
 
     heldout: str = ""
 
 
 class Base(Contract):
-    """The weights that training starts from, found by preflight: the URI of a directory, or a model id of the hub.
+    """The weights that training starts from, as preflight found them: a directory's URI, or a model ID on the Hub.
 
-    For a registered model it is the URI of its package, and for a directory of this machine a file:// URI;
-    forge.registry.packages.local_base gives what can be opened. `revision` pins the contents: a commit of the hub, or
-    the digest of the directory or package. Both are empty for training from scratch, until training has made the
-    random weights that it starts from.
+    For a registered model it is the URI of its package, and for a local directory a file:// URI;
+    forge.registry.packages.local_base opens any of them. `revision` pins the contents: a commit on the Hub, or the
+    digest of the directory or package. When training from scratch, both are empty until training has created the
+    random initial weights.
     """
 
     location: str = ""
@@ -90,12 +91,12 @@ class Base(Contract):
     @field_validator("location", mode="before")
     @classmethod
     def _as_uri(cls, location: str) -> str:
-        """A directory's URI also where manifests of earlier releases have its path."""
+        """Manifests of earlier releases have a path here."""
         return Path(location).as_uri() if location.startswith("/") else location
 
 
 class Dataset(Artifact):
-    """Validated, deduplicated, split, tokenised and packed rows, and held-out ones; `report` is the URI of a page."""
+    """Packed training rows, and held-out rows. `report` is the URI of an HTML page."""
 
     train_rows: int
     heldout_rows: int
@@ -103,15 +104,15 @@ class Dataset(Artifact):
 
 
 class Model(Artifact):
-    """What training left: `model/` in Hugging Face format, and `base`, the weights it started from."""
+    """A trained model: `model/` in Hugging Face format, and `base`, the weights that training started from."""
 
     base: Base
 
 
 class Champion(Contract):
-    """The version that serves, and its package: its URI, and the digest that it was registered with (or "").
+    """The version that serves, and its package: the URI, and the digest it was registered with (or "").
 
-    `Champion()` says that there is none.
+    `Champion()` means that there is no champion.
     """
 
     version: str = ""
@@ -121,11 +122,12 @@ class Champion(Contract):
 
 
 class Evaluation(Artifact):
-    """A model's figures on the held-out rows, beside those of what it was trained from (base) and of the champion.
+    """A model's scores on the held-out set, with those of its base and of the champion.
 
-    Scores are shares in [0, 1]; `nll` is the mean over items of nats a token of the expected answer, None where it is
-    no number; `json_validity` is None when no expected answer is JSON, `score_champion` when there is no champion or
-    the model is it. `verdict` is the gate's, with its reason in one line; `report` is an HTML page's URI.
+    Scores are in [0, 1]. `nll` is the negative log-likelihood of the expected answer in nats per token, averaged over
+    items; None if it is not finite. `json_validity` is None if no expected answer is JSON; `score_champion` is None if
+    there is no champion or the model is the champion. `verdict` and `reason` (one line) are the gate's. `report` is the
+    URI of an HTML page.
     """
 
     items: int
@@ -143,7 +145,7 @@ class Evaluation(Artifact):
 
 
 class Version(Artifact):
-    """A package in the store (uri, digest) and the version of it in MLflow."""
+    """A package in the store (uri, digest), and its version in MLflow."""
 
     name: str
     version: str
@@ -151,12 +153,12 @@ class Version(Artifact):
 
 
 class Deployment(Result):
-    """What is serving: an OpenAI-compatible API at `endpoint`, where `name` is the model to ask for.
+    """A served version: `name` is the model's name in the OpenAI-compatible API at `endpoint`.
 
-    `agreement` says how many of the prompts asked again over the API were answered as in evaluation. `how` is whether
-    an adapter was swapped, a base's weights were, or the version was serving already; `previous` is the version that
-    served before ("" for none). `swap_seconds` went by between the change of the desired state and serving; latencies
-    are mean seconds of the same prompts under the public name, None where nothing served before.
+    `agreement` says how many of the replayed prompts got the same answer as in evaluation. `how` says whether the
+    rollout swapped an adapter or the base's weights, only moved a name, or changed nothing. `previous` is the version
+    that served before ("" for none). `swap_seconds` passed between the change of the desired state and readiness.
+    Latencies are mean seconds for the same prompts under the public name, None if nothing served before.
     """
 
     endpoint: str
@@ -173,9 +175,9 @@ class Deployment(Result):
 
 
 class Engine(Contract):
-    """What vLLM is started with beside the base's weights; None leaves a value to vLLM."""
+    """Options that vLLM is started with, apart from the base model; None is vLLM's default."""
 
-    max_loras: int = Field(2, ge=0, description="adapters that answer at once; 0 starts vLLM without adapters")
-    max_lora_rank: int = 16
+    max_loras: int = Field(MAX_LORAS, ge=0, description="adapters active together; 0 starts vLLM without adapters")
+    max_lora_rank: int = MAX_LORA_RANK
     max_model_len: int | None = None
     tensor_parallel: int = 1

@@ -1,4 +1,4 @@
-"""Digests: SHA-256 in hexadecimal, of files, of directories and of values."""
+"""SHA-256 digests of files, directories and values, in hexadecimal."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HASHED_AT_ONCE = 4  # files
+THREADS = 4  # files hashed in parallel
 
 
 def digest_file(path: Path) -> str:
@@ -23,12 +23,12 @@ def digest_json(value: Any) -> str:
 
 
 def digest_directory(directory: Path, exclude: Collection[str] = ()) -> tuple[str, dict[str, str]]:
-    """Digest of a directory's contents, and each file's own by relative path (POSIX form, sorted).
+    """The digest of a directory, and of each of its files by relative path (POSIX form, sorted).
 
-    Depends on the files' names and contents only, not on times or order. `exclude` holds relative paths left out.
+    It depends only on the files' names and contents. `exclude` are relative paths to leave out.
     """
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) not in exclude)
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing holds no lock of Python's
+    with ThreadPoolExecutor(THREADS) as pool:  # hashlib releases the GIL
         files = dict(zip(names, pool.map(lambda name: digest_file(directory / name), names), strict=True))
     return digest_json(files), files

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: what is wrong, where, and how to fix it, in one message without a traceback."""
+"""Errors that a user can fix: one message, without a traceback, that says what is wrong, where, and how to fix it."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import click
 
 
 class ForgeError(click.ClickException):
-    """An error whose message is all that the user sees; the command line and `pyflyte run` exit with status 1.
+    """An error whose message is all that the user sees. The command line and `pyflyte run` exit with status 1.
 
-    `where` is the file, URI or setting that is wrong, and `fix` what to do about it. The message is
-    "where: what; fix", without the parts that are not given.
+    `where` is the file, URI, setting or recipe field that is wrong, and `fix` is what to do about it. The message is
+    "where: what; fix", without the parts that are empty.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
@@ -17,11 +17,11 @@ class ForgeError(click.ClickException):
         super().__init__((f"{where}: " if where else "") + what + (f"; {fix}" if fix else ""))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (self.what, self.where, self.fix)  # crosses process boundaries, whatever its class
+        return _restored, (self.what, self.where, self.fix)  # can be pickled, whatever the subclass
 
 
 class Problems(ForgeError):
-    """Several findings reported at once."""
+    """Several problems, reported together."""
 
     def __init__(self, title: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)

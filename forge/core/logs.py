@@ -1,6 +1,6 @@
-"""Logs: each line has its level, its run and its stage. People read lines, and Flyte's collectors JSON.
+"""Logging: every line has its level, run ID and stage. Lines are for people, or JSON for the log collector in a pod.
 
-Modules log to `logging.getLogger(__name__)`. What starts a process calls `start_logging` once for each stage it runs.
+Modules log to `logging.getLogger(__name__)`. Entry points call `start_logging` once for each stage they run.
 """
 
 import logging
@@ -13,13 +13,14 @@ from pythonjsonlogger.json import JsonFormatter
 from rich.text import Text
 
 EXECUTION = "FLYTE_INTERNAL_EXECUTION_ID"  # set in Flyte's pods
-RUN_ID = "FORGE_RUN_ID"  # of a run on one machine: set here, and inherited by the processes that it starts
+RUN_ID = "FORGE_RUN_ID"  # of a local run; set here and inherited by child processes
 LOGGERS = ("forge", "tasks")
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 def start_logging(stage: str) -> None:
-    """Write what Forge's modules log to stdout, as lines of this stage."""
+    """Write what Forge's modules log to stdout, as this stage's lines. Replaces the handler of an earlier stage."""
     handler = _Stdout()
     handler.addFilter(_Context(stage, run_id()))
     handler.setFormatter(_json() if EXECUTION in os.environ else _Lines())
@@ -30,12 +31,12 @@ def start_logging(stage: str) -> None:
 
 
 def run_id() -> str:
-    """The Flyte execution, or the ID of this run on one machine."""
+    """The Flyte execution's ID, or that of this local run."""
     return os.environ.get(EXECUTION) or os.environ.setdefault(RUN_ID, secrets.token_hex(4))
 
 
 class _Context(logging.Filter):
-    """Adds the run and the stage to each record."""
+    """Adds the run ID and the stage to each record."""
 
     def __init__(self, stage: str, run: str) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class _Context(logging.Filter):
 
 
 class _Stdout(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stdout is at the time: a progress bar takes its place, and draws itself below the lines."""
+    """Writes to the current sys.stdout: a progress bar replaces it, to draw itself below the log lines."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -59,19 +60,20 @@ class _Stdout(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, value: TextIO) -> None:
-        raise AttributeError("the stream is sys.stdout")
+        raise AttributeError("the stream is always sys.stdout")
 
 
 class _Lines(logging.Formatter):
-    """`stage: message` on a terminal; elsewhere with the time, the level and the run before it."""
+    """`stage: message` on a terminal, coloured by level; elsewhere with time, level and run ID."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s [%(run)s] %(stage)s: %(message)s")
+        super().__init__("%(asctime)s %(levelname)s [%(run)s] %(stage)s: %(message)s", TIME)
+        self._terminal = logging.Formatter("%(stage)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         if not sys.stdout.isatty():
             return super().format(record)
-        line = f"{record.stage}: {record.getMessage()}"  # type: ignore[attr-defined]
+        line = self._terminal.format(record)
         style = STYLES.get(record.levelno)
         return _coloured(line, style) if style else line
 
@@ -87,4 +89,4 @@ def _coloured(line: str, style: str) -> str:
 
 def _json() -> logging.Formatter:
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
-    return JsonFormatter("%(asctime)s %(levelname)s %(run)s %(stage)s %(name)s %(message)s", rename_fields=names)
+    return JsonFormatter("%(asctime)s %(levelname)s %(run)s %(stage)s %(name)s %(message)s", TIME, rename_fields=names)

@@ -1,4 +1,4 @@
-"""Processes, told apart also after their numbers were used again, and across containers."""
+"""Process identity that survives reused PIDs and holds across containers, ways to exit, and the end of a log."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it has ended. See stat in proc(5)."""
+    """When a process started, in clock ticks since boot; None if it has exited. See /proc/[pid]/stat in proc(5)."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -19,22 +19,22 @@ def start_ticks(pid: int) -> int | None:
 
 
 def this_process() -> str:
-    """This process, told from all others: boot.namespace.number.start, which may be part of a file's name."""
+    """A unique name for this process, boot.namespace.pid.start, which is safe in file names."""
     return f"{_namespace()}.{os.getpid()}.{start_ticks(os.getpid())}"
 
 
 def is_alive(process: str) -> bool | None:
-    """Whether a process that `this_process` named lives; None where that can't be seen from here.
+    """Whether a process that `this_process` named is alive; None if that can't be seen from here.
 
-    A number means something only within its boot and its PID namespace: containers count from 1, each for itself, and
-    may share a hostname.
+    A PID is meaningful only within one boot and one PID namespace: every container counts from 1, and several may have
+    the same hostname.
     """
     namespace, pid, ticks = process.rsplit(".", 2) if process.count(".") == 3 else ("", "", "")
     return str(start_ticks(int(pid))) == ticks if namespace == _namespace() else None
 
 
 def _namespace() -> str:
-    """This boot of this machine, and the PID namespace; where there is no telling, one that equals no other."""
+    """This boot of this machine, and the PID namespace; a random name if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
@@ -43,14 +43,19 @@ def _namespace() -> str:
 
 
 def end_by(number: int) -> NoReturn:
-    """End this process by a signal, at once, as if there were no handler for it."""
+    """Exit immediately by a signal, without running the signal's handler."""
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
-    os._exit(128 + number)  # the first process of a container outlives such signals of its own
+    os._exit(128 + number)  # PID 1 of a container ignores signals that it sends to itself
 
 
 def end_soon() -> None:
-    """Spare Python, which is about to end, to look through all objects for rings: with torch loaded, for seconds."""
+    """Skip the garbage collection at exit, which takes seconds with torch loaded. Call it just before exiting."""
     gc.freeze()
+
+
+def last_lines(log: Path, count: int = 12) -> str:
+    """The end of a process's log, indented for an error message."""
+    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-count:])

@@ -1,13 +1,20 @@
-"""The one typed description of a run. A recipe says what to do; settings say where.
+"""The typed description of a run. The recipe says what to do; the settings say where.
 
-Read from YAML by forge.storage.recipes; unknown keys are errors. Each stage gets only its own section, so that a change
-in one section runs again only what depends on it.
+forge.storage.recipes reads it from YAML; unknown keys are errors. Each stage gets only its own section, so a change in
+one section reruns only the stages that depend on it.
 """
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The values of vLLM's max_lora_rank (MaxLoRARanks in vllm/config/lora.py, vLLM 0.32).
+MaxLoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+MAX_LORA_RANKS: tuple[int, ...] = get_args(MaxLoraRank)
+# Defaults of vLLM's options in Forge, in recipes and in forge.core.contracts.Engine.
+MAX_LORAS = 2
+MAX_LORA_RANK: MaxLoraRank = 16
 
 
 class Section(BaseModel):
@@ -19,14 +26,14 @@ class Section(BaseModel):
 class Demonstration(Section):
     """The built-in data set: dates as people write them, to be answered with JSON."""
 
-    rows: int = Field(24_000, ge=100, le=500_000, description="rows drawn")
+    rows: int = Field(24_000, ge=100, le=500_000, description="number of rows")
     locales: list[str] = Field(
-        ["en", "de", "fr", "es", "it", "pt", "nl", "sv"], min_length=1, description="languages, each one slice"
+        ["en", "de", "fr", "es", "it", "pt", "nl", "sv"], min_length=1, description="languages; each is one slice"
     )
 
 
 class DataRecipe(Section):
-    """Raw rows to packed rows."""
+    """How raw rows become packed rows."""
 
     source: str = Field(
         "demonstration",
@@ -35,31 +42,33 @@ class DataRecipe(Section):
     )
     demonstration: Demonstration = Demonstration()
     row_format: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
-        "auto", description="what a row looks like; auto tells it from the first row"
+        "auto", description="the format of the rows; auto detects it from the first row"
     )
-    max_seq_len: int = Field(ge=16, le=131_072, description="tokens in a packed row; no document may be longer")
+    max_seq_len: int = Field(ge=16, le=131_072, description="tokens in a packed row, and the longest document allowed")
     overlong: Literal["reject", "split", "truncate"] = Field(
-        "reject", description="what becomes of a longer row: refused, split between turns, or cut at its end"
+        "reject", description="what to do with longer rows: reject, split between turns, or truncate at the end"
     )
     max_reject_fraction: float = Field(
-        0.01, ge=0, lt=1, description="the stage fails if a larger share of the rows cannot be used"
+        0.01, ge=0, lt=1, description="the stage fails if a larger share of the rows is rejected"
     )
-    secrets: Literal["reject", "allow"] = Field("reject", description="rows that hold credentials")
+    secrets: Literal["reject", "allow"] = Field("reject", description="what to do with rows that contain credentials")
     near_duplicates: float | None = Field(
         None, gt=0, lt=1, description="remove training rows whose estimated Jaccard similarity is at least this"
     )
-    heldout_source: str = Field("", description="rows of your own to evaluate on, in place of a share of the source")
-    heldout_fraction: float = Field(0.05, gt=0, le=0.5, description="share of the groups kept from training")
+    heldout_source: str = Field("", description="held-out rows of your own, instead of a share of the source")
+    heldout_fraction: float = Field(0.05, gt=0, le=0.5, description="share of the groups to hold out from training")
     group_column: str = Field(
-        "group", description="rows with one value stay on one side of the split; else the first question"
+        "group",
+        description="rows with the same value stay on the same side of the split; without it, rows with the same first "
+        "question do",
     )
-    slice_column: str = Field("slice", description="scores are also given by value of this column, where rows have it")
-    check_column: str = Field("check", description="how this row's answer is judged, where rows have it")
-    shards: int = Field(1, ge=1, le=1000, description="tasks that prepare the source side by side on the cluster")
+    slice_column: str = Field("slice", description="scores are also reported per value of this column, if rows have it")
+    check_column: str = Field("check", description="a row's own check of its answer, if rows have this column")
+    shards: int = Field(1, ge=1, le=1000, description="tasks that prepare the source in parallel on the cluster")
 
 
 class Architecture(Section):
-    """A byte-level Llama to be trained from scratch."""
+    """A byte-level Llama to train from scratch."""
 
     hidden_size: int = Field(ge=32, multiple_of=32)
     layers: int = Field(ge=1, le=64)
@@ -69,7 +78,7 @@ class Architecture(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> "Architecture":
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 32:
-            raise ValueError("hidden_size / heads must be a multiple of 32 (the head sizes that vLLM's CPU build has)")
+            raise ValueError("hidden_size / heads must be a multiple of 32 (vLLM's head sizes on a CPU)")
         return self
 
 
@@ -78,10 +87,10 @@ class ModelRecipe(Section):
 
     base: str | None = Field(
         None,
-        description="a local directory in Hugging Face format, a model id of the hub, or a registered model such as "
+        description="a local directory in Hugging Face format, a model ID on the Hub, or a registered model such as "
         "models:/name@champion",
     )
-    revision: str | None = Field(None, description="commit of the hub, or digest of the directory or the package")
+    revision: str | None = Field(None, description="commit on the Hub, or digest of the directory or package")
     architecture: Architecture | None = None
 
     @model_validator(mode="after")
@@ -94,153 +103,187 @@ class ModelRecipe(Section):
 class Lora(Section):
     """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
 
-    rank: int = Field(16, ge=1, le=512)
+    rank: int = Field(16, ge=1, le=MAX_LORA_RANKS[-1])
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["all-linear"], min_length=1)
-    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732")
+    use_rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) instead of alpha / rank, https://arxiv.org/abs/2312.03732"
+    )
 
 
 class TrainingRecipe(Section):
     """How the weights are trained."""
 
-    method: Literal["full", "lora", "qlora"] = "full"
-    lora: Lora | None = None
-    nodes: Literal[1, 2] = 1
-    nproc_per_node: Literal[1, 2] = Field(1, description="processes a node (GPUs on the cluster)")
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="train all weights, an adapter, or an adapter on a base quantized to 4 bits"
+    )
+    lora: Lora | None = Field(None, description="the adapter; required for lora and qlora")
+    nodes: int = Field(1, ge=1, description="number of nodes; the cluster's shapes are in forge/cluster/nodes.py")
+    nproc_per_node: int = Field(1, ge=1, description="processes per node; on the cluster each has one GPU")
     parallelism: Literal["auto", "ddp", "fsdp", "hybrid"] = Field(
         "auto",
-        description="a replica a process, or weights, gradients and optimizer sharded over all (fsdp) or within each "
-        "node (hybrid); auto is ddp where that fits, else hybrid on several nodes, else fsdp",
+        description="one replica per process (ddp), or weights, gradients and optimizer state sharded over all "
+        "processes (fsdp) or over those of each node (hybrid); auto is ddp if that fits, else hybrid on several nodes "
+        "if that fits, else fsdp",
     )
-    global_batch_size: int = Field(ge=1, description="packed rows in a global batch")
+    global_batch_size: int = Field(ge=1, description="packed rows per optimizer step, over all processes")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="packed rows that a process takes at once; without it, its whole share of a step"
+        None,
+        ge=1,
+        description="packed rows per forward and backward pass of a process; gradients are accumulated up to the "
+        "global batch. Without it, a process takes its whole share of the global batch at once",
     )
     epochs: float = Field(gt=0, le=1000)
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="peak learning rate")
     lr_scheduler: Literal["cosine", "linear", "wsd"] = Field(
-        "cosine", description="how the learning rate falls; wsd keeps it and lets the last fifth of the steps decay"
+        "cosine", description="decay of the learning rate; wsd holds it and decays over the last fifth of the steps"
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up the learning rate")
     weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="recompute activations in the backward pass: of every second layer, or of all"
+        "none", description="recompute activations in the backward pass, of every second layer or of all layers"
     )
-    compile: bool = Field(False, description="torch.compile each layer: a slower first step, faster ones after it")
+    compile: bool = Field(False, description="torch.compile each layer: a slower first step, faster steps after it")
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="stop when the held-out loss has not improved so many times in a row"
+        None, ge=1, description="stop when the held-out loss has not improved this many times in a row"
     )
-    checkpoint_minutes: float = Field(10.0, gt=0)
-    checkpoint_steps: int | None = Field(None, ge=1, description="also save every so many steps")
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_minutes: float = Field(10.0, gt=0, description="minutes between checkpoints")
+    checkpoint_steps: int | None = Field(None, ge=1, description="also save a checkpoint every this many steps")
+    keep_checkpoints: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     max_skipped_steps: int = Field(
-        10, ge=0, description="steps left out for a loss or gradient that is not finite or explodes, before it gives up"
+        10,
+        ge=0,
+        description="skipped steps (loss or gradient not finite, or exploding) until training fails",
     )
-    gpu_temperature_limit: float = Field(85.0, gt=0, description="degrees Celsius; above it, training slows down")
+    gpu_temperature_limit: float = Field(85.0, gt=0, description="degrees Celsius; training slows down above it")
     seed: int = Field(0, ge=0)
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.nproc_per_node
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingRecipe":
         if (self.lora is None) != (self.method == "full"):
-            raise ValueError("method lora or qlora needs the section lora, and full has none")
-        world = self.nodes * self.nproc_per_node
-        if self.global_batch_size % world:
-            raise ValueError(f"global_batch_size must be a multiple of nodes x nproc_per_node ({world})")
-        share = self.global_batch_size // world
+            raise ValueError("method lora or qlora needs the section lora, and full must not have one")
+        if self.global_batch_size % self.world_size:
+            raise ValueError(f"global_batch_size must be a multiple of nodes x nproc_per_node ({self.world_size})")
+        share = self.global_batch_size // self.world_size
         if self.micro_batch_size and share % self.micro_batch_size:
             raise ValueError(f"micro_batch_size must divide a process's share of global_batch_size ({share})")
         if self.parallelism == "hybrid" and self.nodes == 1:
-            raise ValueError("parallelism hybrid needs several nodes; on one, use fsdp")
+            raise ValueError("parallelism hybrid needs several nodes; use fsdp on one")
         return self
 
 
 class Check(Section):
-    """How an answer is judged against the expected one; its score is in [0, 1]."""
+    """How an answer is compared with the expected one. Its score is in [0, 1]."""
 
     kind: Literal["exact", "normalised", "json", "regex", "number", "rouge"] = Field(
-        description="the same text; the same but for case, spacing and punctuation; the share of JSON fields that are "
-        "right; a match of pattern; the last number within tolerance; ROUGE-L"
+        description="exact: the same text; normalised: the same apart from case, spacing and punctuation; json: share "
+        "of correct JSON fields; regex: a match of pattern; number: the last number is within tolerance; rouge: ROUGE-L"
     )
-    pattern: str = Field("", description="regex: found anywhere in the answer")
-    tolerance: float = Field(0.0, ge=0, description="number: as a share of the expected number")
+    pattern: str = Field("", description="for regex: matches anywhere in the answer")
+    tolerance: float = Field(0.0, ge=0, description="for number: relative to the expected number")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Check":
         if bool(self.pattern) != (self.kind == "regex"):
-            raise ValueError("a check of kind regex needs a pattern, and no other has one")
+            raise ValueError("a check of kind regex needs a pattern, and other kinds must not have one")
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError) as error:
-            raise ValueError(f"pattern is no regular expression: {error}") from None
+            raise ValueError(f"pattern is not a regular expression: {error}") from None
         return self
 
 
 class EvaluationRecipe(Section):
-    """What is measured on held-out rows."""
+    """What is measured on the held-out set."""
 
-    items: int = Field(512, ge=1, description="held-out prompts that are answered and scored")
-    max_new_tokens: int = Field(ge=1)
-    batch_size: int = Field(128, ge=1)
+    items: int = Field(512, ge=1, description="held-out prompts to answer and score")
+    max_new_tokens: int = Field(ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(128, ge=1, description="prompts answered together")
     check: Check | None = Field(
-        None, description="of rows without one of their own; without it, json where JSON is expected, else exact"
+        None,
+        description="the check for rows without one of their own; the default is json if the expected answer is JSON, "
+        "else exact",
     )
-    samples: int = Field(0, ge=0, le=64, description="answers drawn a prompt, beside the greedy one that is judged")
-    temperature: float = Field(0.7, gt=0, le=2, description="of the drawn answers")
+    samples: int = Field(0, ge=0, le=64, description="sampled answers per prompt, in addition to the scored greedy one")
+    temperature: float = Field(0.7, gt=0, le=2, description="temperature of the sampled answers")
     engine: Literal["auto", "transformers", "vllm"] = Field(
-        "auto", description="what answers; auto is vllm, which will serve, where there is a GPU, else transformers"
+        "auto", description="the inference engine; auto is vllm, the engine that serves, on a GPU, else transformers"
     )
     harness_tasks: list[str] = Field(
-        [], description="tasks of lm-evaluation-harness, by name or as YAML files, that the model is also scored on"
+        [], description="lm-evaluation-harness tasks to score the model on as well, by name or as YAML files"
     )
 
 
 class GateRecipe(Section):
-    """What a model must show, on the same items as the champion, to take its place. See docs/evaluation.md."""
+    """What a model must show, on the same items as the champion, to be promoted. See docs/evaluation.md.
+
+    All tests are at 95 % confidence.
+    """
 
     metric: Literal["score", "nll"] = Field("score", description="what models are compared by; margins are in its unit")
     non_inferiority_margin: float = Field(
-        0.04, gt=0, description="how much worse than the champion it may not be, at 95 %"
+        0.04, gt=0, description="the model must not be worse than the champion by more than this"
     )
-    require_improvement: bool = Field(False, description="it must be better than the champion, at 95 %")
-    slice_margin: float = Field(0.15, gt=0, description="the same as non_inferiority_margin, for each slice")
-    min_slice_items: int = Field(50, ge=10, description="slices with fewer items are not judged")
-    min_items: int = Field(30, ge=2, description="with fewer items nothing is decided")
-    min_score: float = Field(0.0, ge=0, le=1, description="what the mean score must reach, at 95 %")
-    min_json_validity: float = Field(0.99, ge=0, le=1, description="share of valid JSON where JSON is expected")
-    min_finished: float = Field(0.95, ge=0, le=1, description="share of answers that end within max_new_tokens")
+    require_improvement: bool = Field(False, description="the model must also be better than the champion")
+    slice_margin: float = Field(0.15, gt=0, description="non-inferiority margin within each slice")
+    min_slice_items: int = Field(50, ge=10, description="slices with fewer items are not tested")
+    min_items: int = Field(30, ge=2, description="with fewer items the verdict is inconclusive")
+    min_score: float = Field(0.0, ge=0, le=1, description="the mean score must be at least this")
+    min_json_validity: float = Field(0.99, ge=0, le=1, description="minimum share of valid JSON where JSON is expected")
+    min_finished: float = Field(
+        0.95, ge=0, le=1, description="minimum share of answers that end within evaluation.max_new_tokens"
+    )
 
 
 class ServingRecipe(Section):
     """How the model is served, and what it must show before it becomes the champion."""
 
     rollout: bool | None = Field(
-        None, description="roll out a model that passes; false ends at a registered challenger, none as FORGE_ROLLOUT"
+        None,
+        description="roll out a model that passes; false stops after registering it as the challenger; the default is "
+        "the setting FORGE_ROLLOUT",
     )
-    replaces: list[str] = Field([], description="public names that a rollout may take away where it needs another base")
-    startup_timeout: int = Field(600, ge=10, description="seconds until the server must be healthy")
-    replay: int = Field(16, ge=1, description="evaluated prompts that are asked again over the API")
-    min_agreement: float = Field(0.9, gt=0, le=1, description="share of them that must be answered as in evaluation")
+    replaces: list[str] = Field(
+        [], description="public names that a rollout may remove if the model needs another base than the one serving"
+    )
+    startup_timeout: int = Field(600, ge=10, description="seconds until the server must be ready")
+    replay: int = Field(16, ge=1, description="evaluated prompts to replay against the API")
+    min_agreement: float = Field(
+        0.9, gt=0, le=1, description="minimum share of replayed prompts with the same answer as in evaluation"
+    )
     max_nll_gap: float = Field(
-        0.1, gt=0, description="nats a token between the likelihoods of expected answers, served and in evaluation"
+        0.1,
+        gt=0,
+        description="largest difference in the expected answers' negative log-likelihood between serving and "
+        "evaluation, in nats per token",
     )
-    watch_seconds: float = Field(10, ge=0, description="seconds that it is watched under its public name")
-    max_error_rate: float = Field(0.01, ge=0, le=1, description="share of requests that may fail meanwhile")
-    max_latency_ratio: float = Field(3, gt=1, description="how much slower than before it may answer meanwhile")
-    max_loras: int = Field(2, ge=0, description="adapters that answer at once, of them two while one is replaced")
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="of any adapter, at most")
+    watch_seconds: float = Field(10, ge=0, description="seconds to watch the model under its public name")
+    max_error_rate: float = Field(0.01, ge=0, le=1, description="largest share of failed requests during the watch")
+    max_latency_ratio: float = Field(3, gt=1, description="largest latency during the watch, relative to before")
+    max_loras: int = Field(
+        MAX_LORAS, ge=0, description="adapters that can be active together; replacing one takes two of them"
+    )
+    max_lora_rank: MaxLoraRank = Field(MAX_LORA_RANK, description="largest rank of any adapter")
     max_model_len: int | None = Field(
-        None, ge=16, description="tokens of a conversation; without it, the model's own context"
+        None, ge=16, description="longest conversation, in tokens; the default is the model's own context length"
     )
-    concurrency: int = Field(8, ge=1, description="conversations of the whole context that must fit at once")
+    concurrency: int = Field(
+        8, ge=1, description="conversations of max_model_len tokens whose KV cache must fit in GPU memory together"
+    )
 
 
 class Recipe(Section):
-    """A run: what to train on what, how to judge it, and how to serve it."""
+    """A run: what to train on which data, how to evaluate it, and how to serve it."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="the registered and served model's name")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="name of the registered and served model")
     data: DataRecipe
     model: ModelRecipe
     training: TrainingRecipe

@@ -1,6 +1,6 @@
-"""Where things are: from FORGE_* environment variables, with embedded defaults under .forge/.
+"""Settings: FORGE_* environment variables that say where a run happens. By default everything is under .forge/.
 
-What a run does is the recipe's business; settings only say where it happens.
+What a run does is in the recipe.
 """
 
 import difflib
@@ -18,69 +18,75 @@ from forge.core.errors import Problems
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = "FORGE_"
-NO_SETTINGS = ("FORGE_TEST_", "FORGE_RUN_ID")  # of the tests, and of forge.core.logs
+NO_SETTINGS = ("FORGE_TEST_", "FORGE_RUN_ID")  # for the tests, and for forge.core.logs
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that comes with the code, such as recipes: beside the code, or else on Python's path.
+    """A file or folder that ships with the code, such as recipes: next to the code, or else on Python's path.
 
-    Code that `pyflyte run --remote` has sent may come without them; then the image has them.
+    Code that `pyflyte run --remote` uploads may lack it; then it comes from the image.
     """
-    beside = [PROJECT / name, *(Path(entry) / name for entry in sys.path if entry)]
-    return next((path for path in beside if path.exists()), beside[0])
+    candidates = [PROJECT / name, *(Path(entry) / name for entry in sys.path if entry)]
+    return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def path_of(name: str) -> Path:
-    """The path that a file:// URI, or a path itself, names."""
+    """The path that a file:// URI or a path names."""
     return Path(unquote(name.removeprefix("file://"))) if name.startswith("file://") else Path(name)
 
 
 class Settings(BaseSettings):
-    """One field a place; each is read from FORGE_<NAME IN CAPITALS>."""
+    """Each field is read from FORGE_<FIELD NAME IN CAPITALS>."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
-    home: Path = Field(PROJECT / ".forge", description="Where the embedded store, registry and serving state live")
+    home: Path = Field(PROJECT / ".forge", description="Directory of the embedded store, registry and serving state")
     store: str = Field("", description="s3://bucket/prefix of the object store; empty: a directory under home")
-    copies_gb: float = Field(100, gt=0, description="GB of local copies that are kept of what the object store has")
-    mlflow_uri: str = Field("", description="MLflow tracking server; empty: SQLite under home")
+    copies_gb: float = Field(100, gt=0, description="Size limit of the local copies of objects in the store, in GB")
+    mlflow_uri: str = Field("", description="URL of the MLflow tracking server; empty: SQLite under home")
     signing_key: Path | None = Field(None, description="Private key (PEM, elliptic curve) to sign packages with")
-    verify_key: Path | None = Field(None, description="Its public key (PEM); with it, nothing unsigned is used")
+    verify_key: Path | None = Field(
+        None, description="Public key (PEM) to verify packages with; if set, unsigned packages are refused"
+    )
     serving_python: Path = Field(
-        PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that holds vLLM"
+        PROJECT / ".venv-serving" / "bin" / "python", description="Python of the environment that has vLLM"
     )
     harness_python: Path = Field(
         PROJECT / ".venv-harness" / "bin" / "python",
-        description="Python of the environment that holds lm-evaluation-harness",
+        description="Python of the environment that has lm-evaluation-harness",
     )
     serving_port: int = Field(8000, ge=1024, le=65535, description="Port of the local OpenAI-compatible API")
     serving_target: Literal["local", "kubernetes"] = Field(
-        "local", description="What serves: vLLM on this machine, or the cluster's Deployment vllm"
+        "local", description="Where models are served: vLLM on this machine, or the cluster's Deployment vllm"
     )
-    serving_url: str = Field("", description="URL of the cluster's vLLM, without /v1; empty: this machine's")
+    serving_url: str = Field("", description="URL of the cluster's vLLM, without /v1; empty: the local vLLM")
     serving_namespace: str = Field("ml-inference", description="Namespace of the cluster's vLLM")
-    reconciler_url: str = Field("", description="URL of the cluster's reconciler; empty: this machine's")
-    reconciler_port: int = Field(0, ge=0, le=65535, description="Port of the reconciler's status; 0: any that is free")
+    reconciler_url: str = Field("", description="URL of the cluster's reconciler; empty: the local reconciler")
+    reconciler_port: int = Field(0, ge=0, le=65535, description="Port of the reconciler's status; 0: any free port")
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="Port of the Prometheus endpoint that a training run has while it lasts; 0: none"
+        0, ge=0, le=65535, description="Port of the Prometheus endpoint of a running training; 0: none"
     )
     checkpoint_copies: str = Field(
-        "", description="s3://bucket/prefix that checkpoints are copied to, so that a run goes on on another machine"
+        "", description="s3://bucket/prefix to copy checkpoints to, so that a run can resume on another machine"
     )
-    rollout: bool = Field(
-        True, description="Whether a model that passes is rolled out; else the run ends with a registered challenger"
-    )
+    rollout: bool = Field(True, description="Roll out models that pass; false: runs end with a registered challenger")
     name_suffix: str = Field(
-        "", pattern=r"^(-[a-z0-9-]+)?$", description="Added to the names of models and experiments: -development"
+        "",
+        pattern=r"^(-[a-z0-9-]+)?$",
+        description="Suffix of the names of models and experiments, such as -development",
     )
-    gpu_quota: int | None = Field(None, ge=0, description="GPUs that the quota of the tasks' namespace allows")
-    gpus: int = Field(0, ge=0, description="GPUs that the pod of a task asked for, and must see; set by the pod itself")
-    notify: str = Field("", description="E-mail addresses, with commas, that launch plans tell of runs that failed")
-    s3_endpoint: str = Field("", description="URL of the S3 server that s3:// URIs are on, such as http://host:9000")
-    s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of that server")
-    s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of that server")
-    s3_region: str = Field("us-east-1", description="Region of that server")
-    s3_virtual_host: bool = Field(False, description="Whether buckets are host names there, not the path's beginning")
+    gpu_quota: int | None = Field(None, ge=0, description="GPU quota of the namespace that tasks run in")
+    gpus: int = Field(
+        0, ge=0, description="GPUs that a task's pod requested; the task fails if it sees fewer. Set by the pod itself"
+    )
+    notify: str = Field("", description="E-mail addresses to notify of failed runs, separated by commas")
+    s3_endpoint: str = Field("", description="URL of the S3 server for s3:// URIs, such as http://host:9000")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of the S3 server")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret key of the S3 server")
+    s3_region: str = Field("us-east-1", description="Region of the S3 server")
+    s3_virtual_host: bool = Field(
+        False, description="Address buckets as http://bucket.host (virtual host) rather than http://host/bucket (path)"
+    )
 
     @field_validator("s3_endpoint", "serving_url", "reconciler_url")
     @classmethod
@@ -103,17 +109,17 @@ class Settings(BaseSettings):
 
     @property
     def failures(self) -> Path:
-        """What training ranks that failed had to say."""
+        """Error reports of failed training ranks."""
         return self.home / "failures"
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints of training jobs that have not ended."""
+        """Checkpoints of unfinished trainings."""
         return self.home / "checkpoints"
 
     @property
     def serving(self) -> Path:
-        """What vLLM and its reconciler share: public names, state and logs."""
+        """Files of vLLM and its reconciler: public names, state and logs."""
         return self.home / "serving"
 
     @property
@@ -123,20 +129,20 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings, or raise Problems naming each variable that is wrong or unknown."""
+    """Read the settings. Raises Problems with each variable that is wrong or unknown."""
     problems = []
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known and not variable.startswith(NO_SETTINGS):
-            near = difflib.get_close_matches(variable, known, 1)
-            meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            problems.append(f"{variable}: no such setting; {meant}")
+            similar = difflib.get_close_matches(variable, known, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"the settings are {', '.join(sorted(known))}"
+            problems.append(f"{variable}: no such setting; {hint}")
     try:
         settings = Settings()
     except ValidationError as error:
-        for finding in error.errors():
-            name = PREFIX + str(finding["loc"][0]).upper()
-            problems.append(f"{name}={finding['input']}: {finding['msg'].lower()}")
+        for problem in error.errors():
+            name = PREFIX + str(problem["loc"][0]).upper()
+            problems.append(f"{name}={problem['input']}: {problem['msg'].lower()}")
     if problems:
         raise Problems("The settings (FORGE_* environment variables) are wrong:", problems)
     return settings.model_copy(update={"home": settings.home.expanduser().absolute()})

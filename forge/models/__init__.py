@@ -1,1 +1,1 @@
-"""Weights, tokens and the hub."""
+"""Models as files: weights, tokenizers and chat templates."""

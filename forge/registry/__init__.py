@@ -1,1 +1,1 @@
-"""MLflow, promotions and packages."""
+"""The model registry: MLflow, packages, signatures and promotions."""

@@ -1,7 +1,7 @@
-"""MLflow, where runs and model versions are recorded: opened here, and nowhere else.
+"""Access to MLflow, which records runs and model versions.
 
-The embedded registry is SQLite under .forge/. Its tables are made once, under a lock: processes that make them
-side by side break the database for good.
+The embedded registry is a SQLite database under .forge/. Its tables are created under a lock, since processes that
+create them concurrently damage the database permanently.
 """
 
 import contextlib
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
-REGISTERED_BY = "registered_by"  # the tag of a version: whose run it is of
 CHALLENGER = "challenger"  # the version that was registered last and does not serve yet
-PACKAGE_DIGEST = "package_digest"  # the tag of a version: of all files of its package
-MODEL_DIGEST = "model_digest"  # the tag of a version and of its run: of the model's files alone
-EVALUATION = "evaluation_digest"  # the tag of a version: of the evaluation that the gate let through
+# Tags of versions
+REGISTERED_BY = "registered_by"  # the owner of the run
+PACKAGE_DIGEST = "package_digest"  # of all files of the package
+MODEL_DIGEST = "model_digest"  # of the model's files only; the run has this tag, too
+EVALUATION = "evaluation_digest"  # of the evaluation that passed the gate
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def tracking_uri(settings: Settings) -> str:
-    """The MLflow server of the settings, or the embedded database."""
+    """The URI of the MLflow server in the settings, or of the embedded database."""
     return settings.mlflow_uri or f"sqlite:///{settings.home / 'mlflow' / 'mlflow.db'}"
 
 
 def artifact_root(settings: Settings) -> str | None:
-    """Where the embedded registry keeps artifacts; None leaves it to the server."""
+    """Where the embedded registry keeps artifacts; None if a server decides."""
     return None if settings.mlflow_uri else (settings.home / "mlflow" / "artifacts").as_uri()
 
 
 def open_registry(settings: Settings) -> "MlflowClient":
-    """A client of the registry, made first if it is the embedded one; ForgeError where it cannot be reached."""
+    """A client of the registry. Creates the embedded one if need be; raises ForgeError if it cannot be reached."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in TIMEOUT.items():
         os.environ.setdefault(name, value)
@@ -59,13 +60,15 @@ def open_registry(settings: Settings) -> "MlflowClient":
             client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ForgeError(f"MLflow {uri}: cannot be used ({reason}); start it, or mend FORGE_MLFLOW_URI") from None
+        raise ForgeError(
+            f"cannot be used ({reason})", where=f"MLflow {uri}", fix="start it, or correct FORGE_MLFLOW_URI"
+        ) from None
     return client
 
 
 @contextlib.contextmanager
 def translate_mlflow_errors(what: str, settings: Settings) -> Iterator[None]:
-    """What MLflow raises becomes a ForgeError that says what could not be done."""
+    """Turn errors of MLflow into a ForgeError that says what failed."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -73,11 +76,13 @@ def translate_mlflow_errors(what: str, settings: Settings) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
-        raise ForgeError(f"MLflow {tracking_uri(settings)}: {what} ({reason}); mend it and run again") from None
+        raise ForgeError(
+            f"{what} ({reason})", where=f"MLflow {tracking_uri(settings)}", fix="fix that and run again"
+        ) from None
 
 
 def find_champion(client: "MlflowClient", name: str) -> Champion | None:
-    """The champion of a name, where the name is registered and has one."""
+    """The champion of a name; None if the name is not registered or has no champion."""
     if not client.search_registered_models(f"name = '{name}'"):
         return None
     version = champion_version(client, name)
@@ -93,11 +98,11 @@ def find_champion(client: "MlflowClient", name: str) -> Champion | None:
 
 
 def champion_version(client: "MlflowClient", name: str) -> str | None:
-    """The version that the alias champion names, or None."""
+    """The version with the alias champion, or None."""
     return version_of(client, name, CHAMPION)
 
 
 def version_of(client: "MlflowClient", name: str, alias: str) -> str | None:
-    """The version that an alias names, or None."""
+    """The version with an alias, or None."""
     version = client.get_registered_model(name).aliases.get(alias)
-    return None if version is None else str(version)  # the embedded registry gives numbers, a server texts
+    return None if version is None else str(version)  # the embedded registry returns an int

@@ -1,7 +1,7 @@
-"""Which version of a name is the champion: moved by one at a time, and recorded in the store for good.
+"""Which version of a name is the champion: moved by one process at a time, and recorded in the store forever.
 
-A promotion is recorded before the alias moves, and is finished by whoever asks for it again. An alias that
-somebody moved by hand is recorded too, when the next promotion finds it, so that the history has no gaps.
+A promotion is recorded before the alias moves. If it is interrupted, running it again finishes it. An alias that was
+moved by hand is recorded by the next promotion, so that the history has no gaps.
 """
 
 import contextlib
@@ -9,21 +9,22 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from forge.core.errors import ForgeError
 from forge.registry.mlflow_registry import CHALLENGER, CHAMPION, version_of
 from forge.storage import Store
 from forge.storage.lease import current_owner, lease
+from forge.storage.records import parse_record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
 class Promotion(BaseModel):
-    """One line of a name's history. `previous` is "" where there was no champion, `version` where there is none now.
+    """One entry of a name's history. `previous` is "" if there was no champion, and `version` if there is none now.
 
-    `when` is in seconds since 1970; `trial` is the rollout that it belongs to, where it does.
+    `when` is Unix time. `trial` is the ID of the rollout that promoted the version, if any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,16 +39,15 @@ class Promotion(BaseModel):
 
 
 def promotions(store: Store, name: str) -> list[Promotion]:
-    """The history of a name, the oldest first; ForgeError where a record of it is missing or broken."""
+    """The history of a name, oldest first; raises ForgeError if a record is missing or broken."""
     found = []
     for number, key in enumerate(store.names(f"promotions/{name}"), start=1):
-        where = f"promotions/{name}/{key}"
-        try:
-            promotion = Promotion.model_validate_json(store.read(where) or b"")
-        except ValidationError:
-            raise ForgeError(f"{store.uri(where)}: not a promotion's record; put it back from a backup") from None
+        path = f"promotions/{name}/{key}"
+        promotion = parse_record(Promotion, store.read(path), where=store.uri(path), fix="restore it from a backup")
         if promotion.number != number:
-            raise ForgeError(f"{store.uri(f'promotions/{name}')}: record {number} is missing; put it back")
+            raise ForgeError(
+                f"record {number} is missing", where=store.uri(f"promotions/{name}"), fix="restore it from a backup"
+            )
         found.append(promotion)
     return found
 
@@ -55,9 +55,9 @@ def promotions(store: Store, name: str) -> list[Promotion]:
 def promote(
     client: "MlflowClient", store: Store, name: str, version: str, instead_of: str, why: str, trial: str = ""
 ) -> None:
-    """Move the alias champion to a version, from the one that the caller compared it with ("" for none).
+    """Move the alias champion to a version, from the version that the caller compared it with ("" for none).
 
-    Safe to run again. ForgeError where another version has become the champion meanwhile.
+    Can be repeated. Raises ForgeError if another version has become the champion meanwhile.
     """
     with _promoting(store, name, version) as check:
         now = version_of(client, name, CHAMPION) or ""
@@ -66,12 +66,10 @@ def promote(
         history = promotions(store, name)
         last = history[-1].version if history else ""
         recorded = bool(history) and (last, history[-1].previous, history[-1].trial) == (version, now, trial)
-        if now != version and recorded:
-            pass  # recorded, and then broken off
-        else:
+        if now == version or not recorded:  # else it was interrupted after it had been recorded
             if now != last:
-                found = "the alias was found there: moved by hand, or a promotion was broken off"
-                history.append(_record(store, name, len(history) + 1, now, last, found))
+                reason = "found the alias here: it was moved by hand, or a promotion was interrupted"
+                history.append(_record(store, name, len(history) + 1, now, last, reason))
             if now != version:
                 _record(store, name, len(history) + 1, version, now, why, trial)
         check()
@@ -79,9 +77,9 @@ def promote(
 
 
 def finish_promotion(client: "MlflowClient", store: Store, name: str, trial: str) -> bool:
-    """Finish the promotion that was recorded in a trial; returns whether its version is the champion then.
+    """Finish the promotion that a rollout recorded; returns whether its version is the champion now.
 
-    It is not where the alias was moved elsewhere since. Nothing is written to the store but the lease.
+    It is not if the alias has been moved since. Only the lease is written to the store.
     """
     ours = next(past for past in promotions(store, name) if past.trial == trial)
     with _promoting(store, name, ours.version) as check:
@@ -94,36 +92,37 @@ def finish_promotion(client: "MlflowClient", store: Store, name: str, trial: str
 
 
 def drop_challenger(client: "MlflowClient", name: str, version: str) -> None:
-    """Take the alias challenger from a version, where it has it: it is the champion now, or has failed."""
+    """Remove the alias challenger from a version that has become the champion or has failed, if it has the alias."""
     if version_of(client, name, CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 
 @contextlib.contextmanager
 def _promoting(store: Store, name: str, version: str) -> Iterator[Callable[[], None]]:
-    """Hold the lease, and turn MLflow's errors into a ForgeError."""
+    """Hold the lease, and turn MLflow errors into ForgeErrors."""
     from mlflow.exceptions import MlflowException
 
     try:
         with lease(store, f"promotion-{name}") as check:
             yield check
     except MlflowException as error:
-        raise ForgeError(f"MLflow: {name} version {version} could not be made the champion ({error})") from None
+        raise ForgeError(f"could not make {name} version {version} the champion ({error})", where="MLflow") from None
 
 
 def _move(client: "MlflowClient", name: str, promotion: Promotion) -> None:
-    """Move the aliases as a record says."""
+    """Move the aliases to the version of a record."""
     client.set_model_version_tag(name, promotion.version, "previous_champion", promotion.previous)
     client.set_registered_model_alias(name, CHAMPION, promotion.version)
     drop_challenger(client, name, promotion.version)
 
 
 def not_the_champion(name: str, version: str, compared: str, now: str) -> ForgeError:
-    """What is said where the champion is not the one that a version was compared with."""
+    """The error if the champion is not the one that a version was compared with."""
     before = f"version {compared}" if compared else "no champion"
     return ForgeError(
         f"{name} version {version} was compared with {before}, but the champion is "
-        f"{f'version {now}' if now else 'gone'} now; run again, and it is compared with what serves"
+        f"{f'version {now}' if now else 'gone'} now",
+        fix="run again to compare it with the present champion",
     )
 
 
@@ -132,5 +131,5 @@ def _record(store: Store, name: str, number: int, version: str, previous: str, w
         number=number, version=version, previous=previous, when=time.time(), who=current_owner(), why=why, trial=trial
     )
     if not store.put_if_absent(f"promotions/{name}/{number:08}.json", record.model_dump_json(indent=2).encode()):
-        raise ForgeError(f"{name} version {version}: somebody else was promoting at the same time; run again")
+        raise ForgeError("another process was promoting", where=f"{name} version {version}", fix="run again")
     return record

@@ -1,6 +1,6 @@
-"""Signatures of packages, by OpenSSF model-signing: made where a private key is set, asked for by every reader.
+"""Signatures of packages by OpenSSF model-signing: created with FORGE_SIGNING_KEY, verified with FORGE_VERIFY_KEY.
 
-`model_signing verify key DIR --signature DIR/model.sig --public_key KEY.pub` does the same by hand.
+`model_signing verify key DIR --signature DIR/model.sig --public_key KEY.pub` verifies one by hand.
 https://github.com/sigstore/model-transparency
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sign(directory: Path, settings: Settings) -> None:
-    """Write the signature of a directory's files, where FORGE_SIGNING_KEY is set; ForgeError where that is no key."""
+    """Sign the files of a directory if FORGE_SIGNING_KEY is set; raises ForgeError if that is not a usable key."""
     if settings.signing_key is None:
         return
     from model_signing.signing import Config
@@ -27,44 +27,53 @@ def sign(directory: Path, settings: Settings) -> None:
         signing.use_elliptic_key_signer(private_key=settings.signing_key).sign(directory, directory / SIGNATURE)
     except (OSError, ValueError, TypeError) as error:
         raise ForgeError(
-            f"FORGE_SIGNING_KEY {settings.signing_key}: cannot sign with it ({_first(error)}); give the path of an "
-            "elliptic curve's private key in PEM, without a password"
+            f"cannot be used to sign ({_first(error)})",
+            where=f"FORGE_SIGNING_KEY {settings.signing_key}",
+            fix="set it to the path of an elliptic-curve private key in PEM format without a password",
         ) from None
 
 
 def check_signature(directory: Path, signature: bytes | None, settings: Settings) -> None:
-    """ForgeError unless a directory is signed as it is, where FORGE_VERIFY_KEY is set."""
+    """Raise ForgeError if FORGE_VERIFY_KEY is set and the signature is not one of that key over these files."""
     if settings.verify_key is None:
         return
     from model_signing.verifying import Config
 
     if signature is None:
-        raise ForgeError(f"package {directory}: is not signed; register its model again, with FORGE_SIGNING_KEY set")
+        raise ForgeError(
+            "is not signed", where=f"package {directory}", fix="register its model again with FORGE_SIGNING_KEY set"
+        )
     try:
         verifying = Config().set_hashing_config(_hashing(directory))
         verifying.use_elliptic_key_verifier(public_key=settings.verify_key)
     except (OSError, ValueError, TypeError) as error:
         raise ForgeError(
-            f"FORGE_VERIFY_KEY {settings.verify_key}: is no key ({_first(error)}); give the path of a public key in PEM"
+            f"is not a key ({_first(error)})",
+            where=f"FORGE_VERIFY_KEY {settings.verify_key}",
+            fix="set it to the path of a public key in PEM format",
         ) from None
     try:
         with tempfile.NamedTemporaryFile() as file:
             file.write(signature)
             file.flush()
             verifying.verify(directory, Path(file.name))
-    except Exception as error:  # a broken signature raises whatever its parts do
+    except Exception as error:  # a malformed signature may raise anything
         raise ForgeError(
-            f"package {directory}: its signature {SIGNATURE} is not one of FORGE_VERIFY_KEY {settings.verify_key} over "
-            f"these files ({_first(error)}); do not use it, and see who wrote it"
+            f"its signature {SIGNATURE} is not one of FORGE_VERIFY_KEY {settings.verify_key} over these files "
+            f"({_first(error)})",
+            where=f"package {directory}",
+            fix="do not use it, and find out who wrote it",
         ) from None
 
 
 def check_keys(settings: Settings) -> None:
-    """ForgeError unless what is signed here can be verified here: looked at before anything costly."""
+    """Raise ForgeError unless a signature of the signing key can be verified. Checked before anything expensive."""
     if settings.signing_key is None:
         return
     if settings.verify_key is None:
-        raise ForgeError("FORGE_SIGNING_KEY is set without FORGE_VERIFY_KEY; set that to the path of its public key")
+        raise ForgeError(
+            "FORGE_SIGNING_KEY is set without FORGE_VERIFY_KEY", fix="set that to the path of its public key"
+        )
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "file").write_text("signed")
         sign(Path(directory), settings)

@@ -1,1 +1,1 @@
-"""What should be served, and what makes it so."""
+"""Serving: the desired state, and the reconciler that makes vLLM serve it."""

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible API, as a client of it sees it."""
+"""Asking a served model through its OpenAI-compatible API."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from openai import BadRequestError, DefaultHttpxClient, OpenAI
 
 
 def client_of(endpoint: str) -> OpenAI:
-    """A client of the local server, which asks for no key, and to which no proxy leads."""
+    """A client of our own server, which needs no key and is not behind a proxy."""
     direct = DefaultHttpxClient(trust_env=False)
     return OpenAI(base_url=endpoint, api_key="EMPTY", max_retries=0, timeout=60, http_client=direct)
 
@@ -18,9 +18,9 @@ def chat(
     tools: list[dict[str, Any]] | None = None,
     max_tokens: int | None = None,
 ) -> str:
-    """One greedy chat completion, of as many tokens as the context has room for unless told; "" where it has none.
+    """One greedy chat completion, up to the end of the context unless `max_tokens` is given; "" if the prompt fills it.
 
-    The model is shown the tools, and what it says is returned as it is: a call is not told from other text.
+    `tools` are part of the prompt. Tool calls are returned as text, unparsed.
     """
     shown: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
     try:

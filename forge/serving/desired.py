@@ -1,15 +1,17 @@
-"""What should be served, as one small document that is changed by compare-and-set, and what is served.
+"""The desired state: one small document that says what should be served, and the report of what is served.
 
-The document is the only command there is: a rollout changes it, and the reconciler beside vLLM makes it so. While a
-rollout is under way the document holds its trial, with what served before. A trial is renewed while its process
-lives; one that is not was broken off, and whoever finds it undoes it (forge/serving/trial.py).
+A rollout or an operator changes the document; the reconciler next to vLLM makes it so and reports the actual state.
+Writers use compare-and-set: a write succeeds only if no one else has written since the read. Locally the document is a
+file, on the cluster a ConfigMap. While a rollout is in progress, the document also holds its trial: what it tries, how
+far it is, and what served before, so that any process can undo a rollout whose own process died (trial.py).
 """
 
 import hashlib
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from forge.core.contracts import Contract, Engine
 from forge.core.errors import ForgeError
@@ -17,10 +19,11 @@ from forge.registry.packages import PACKAGE, directory_of
 
 
 class Served(Contract):
-    """Something that answers requests: a package of a registered version, or a base model that adapters stand on.
+    """A model that answers requests: the package of a registered version, or a base model that adapters need.
 
-    `uri` is a package's in the store, that of a directory of this machine (file://), or a model id of the hub; `digest`
-    is the package's, or the revision that pins the others. `version` is MLflow's, and "" for a base that is no version.
+    `name` is the public name. `version` is MLflow's, "" for a base that isn't registered. `uri` is a package in the
+    store, a directory of this machine (file://), or a model ID of the hub. `digest` is the package's or the directory's
+    digest, or the hub's revision.
     """
 
     name: str
@@ -36,19 +39,19 @@ class Served(Contract):
 
     @property
     def directory(self) -> Path | None:
-        """The directory of this machine that it is, None where it is a package or a model of the hub."""
+        """The directory of this machine that `uri` names; None for a package or a model of the hub."""
         return None if PACKAGE.fullmatch(self.uri) else directory_of(self.uri)
 
     @property
     def versioned(self) -> str:
-        """The name that vLLM itself knows it by: no two packages have the same."""
+        """The versioned name, under which vLLM serves it. It contains the digest, so no two packages share it."""
         return f"{self.name}-{self.digest[:12]}"
 
 
 class Serving(Contract):
-    """A state of the server: the base's weights, adapters beside them, and where public names lead.
+    """A state of the server: the base model, the adapters loaded on it, and the public names.
 
-    `names` leads from each public name to the versioned name of the base or of one of the adapters.
+    `names` maps each public name to the versioned name of the base or of an adapter.
     """
 
     base: Served | None = None
@@ -57,20 +60,34 @@ class Serving(Contract):
     names: dict[str, str] = Field(default_factory=dict)
 
     def all(self) -> list[Served]:
-        """The base, if there is one, and its adapters."""
+        """The base, if any, and its adapters."""
         return [*([self.base] if self.base else []), *self.adapters]
 
     def find(self, name: str) -> Served | None:
-        """What a public name leads to."""
+        """The model that a public name points to."""
         return next((one for one in self.all() if one.versioned == self.names.get(name)), None)
 
 
-class Trial(Contract):
-    """A rollout under way: what it tries under which public name, and the state to go back to.
+class RolloutState(StrEnum):
+    """How far a rollout is. The states are reached in this order (tasks/rollout/rollout.py has the transitions)."""
 
-    `id` is its own, and `champion` the version that was the champion when it began ("" for none). `process` is who
-    carries it on (forge/core/processes.py); it counts up `renewals` while it lives.
+    STARTED = "started"  # the trial is in the document
+    LOADED = "loaded"  # vLLM answers under the versioned name
+    PROVED = "proved"  # its answers match those of evaluation
+    SWITCHED = "switched"  # the public name points to the new version
+    WATCHED = "watched"  # it served its clients for the watch period, without errors and fast enough
+    PROMOTED = "promoted"  # it is recorded as the champion
+
+
+class Trial(Contract):
+    """A rollout in progress: it tries to serve `of` under the public name `name`, and goes back to `before` on failure.
+
+    `champion` is the version that was the champion when it started ("" for none). `process` is the process that runs it
+    (forge/core/processes.py), which increments `renewals` every few seconds. `state` is the last state it has reached,
+    as of the last write. Unknown keys are ignored, so that a later release can add some.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     id: str
     name: str
@@ -80,10 +97,11 @@ class Trial(Contract):
     owner: str
     process: str
     renewals: int = 0
+    state: RolloutState = RolloutState.STARTED
 
 
 class Desired(Contract):
-    """The document. `generation` counts its changes."""
+    """The document. `generation` counts its changes, apart from renewals."""
 
     generation: int = 0
     serving: Serving = Serving()
@@ -91,11 +109,11 @@ class Desired(Contract):
 
 
 class Actual(Contract):
-    """What the reconciler reports: how far it has come with which generation of the document.
+    """The reconciler's report. It describes its last step, for the given generation of the document.
 
-    `base` is the versioned name that vLLM serves ("" while it does not answer), `loaded` its adapters, `names` where
-    public names lead now. `failed` says why something cannot be served, by versioned name, and `waiting` what is being
-    waited for ("" where all is as desired).
+    `base` is the versioned name that vLLM serves ("" while it doesn't answer), `loaded` are its adapters, and `names`
+    maps public names to versioned names. `in_flight` counts requests by versioned name. `failed` maps a versioned name
+    to the reason why it can't be served. `waiting` says what the reconciler waits for ("" once all is as desired).
     """
 
     generation: int = 0
@@ -108,54 +126,55 @@ class Actual(Contract):
 
 
 class Conflict(Exception):
-    """The document was changed by another writer since it was read."""
+    """Another writer has changed the document since it was read."""
 
 
 class DesiredStore(Protocol):
-    """Where the document is kept."""
+    """Where the document is kept. `where` names it in messages."""
 
     where: str
 
     def read(self) -> tuple[Desired, str]:
-        """The document and its revision; an empty one where there is none yet. ForgeError where it is broken."""
+        """The document and its revision; an empty document if there is none yet. ForgeError if it can't be parsed."""
 
     def write(self, desired: Desired, revision: str) -> None:
-        """Replace the document that has this revision; raises Conflict where it has another one by now."""
+        """Replace the document of this revision; raises Conflict if it has another revision by now."""
 
     def wait(self, seconds: float) -> None:
-        """Let so many seconds go by, fewer if it is seen to have changed since it was read."""
+        """Sleep, at most until the document is seen to have changed since the last read."""
 
 
 class Failed(Exception):
-    """Something cannot be served, and trying again alone will not help: says why."""
+    """A model can't be served, and waiting won't help. The message says why."""
 
 
 class Server(Protocol):
-    """vLLM, as the reconciler starts it: a process on this machine, or a Deployment."""
+    """vLLM, as the reconciler starts it: a process on this machine, or a Deployment. `url` is vLLM's, without /v1."""
 
-    url: str  # of vLLM, without /v1
+    url: str
 
     def ensure(self, base: Served, path: str, engine: Engine) -> str:
-        """Bring vLLM a step nearer to serving the base from `path`, and return at once.
+        """Take the next step towards a vLLM that serves the base from `path`, without blocking.
 
-        Returns "" when vLLM serves it, else what is being waited for. Raises Failed where it cannot serve it. What
-        runs already is left alone; what serves another base, or was started with other options, is replaced.
+        Returns "" once vLLM serves it, otherwise what it waits for. Raises Failed if vLLM can't serve it. A server that
+        already runs with the same base and options is left alone; any other is replaced.
         """
 
     def stop(self) -> object:
-        """Serve nothing."""
+        """Stop vLLM."""
 
 
 def read_document(text: str, where: str) -> Desired:
-    """The document in a text; ForgeError where it is none."""
+    """Parse the document; ForgeError if it is invalid."""
     try:
         return Desired.model_validate_json(text)
     except ValidationError as error:
         reason = error.errors()[0]
         place = ".".join(str(part) for part in reason["loc"])
         raise ForgeError(
-            f"{where}: not a description of what to serve ({place}: {reason['msg']}); fix it, or delete it, which "
-            "ends what serves, and roll out again"
+            f"not a valid description of what to serve ({place}: {reason['msg']})",
+            where=where,
+            fix="fix it, or delete it, which stops serving, and roll out again",
         ) from None
 
 

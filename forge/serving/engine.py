@@ -1,4 +1,4 @@
-"""How vLLM is started to serve a base and its adapters: the same on this machine and on the cluster."""
+"""vLLM's command line for a base model and its adapters, the same on this machine and on the cluster."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from forge.serving.vllm_environment import saved_dtype
 
 MODULE = "vllm.entrypoints.openai.api_server"
 MIDDLEWARE = "forge.serving.aliases.PublicNames"
-DRAIN = 60  # seconds that requests in flight have when vLLM is told to end
-# Lets the reconciler load adapters by the API; whoever reaches vLLM's port can. See docs/serving.md.
+DRAIN = 60  # seconds that vLLM waits on SIGTERM for requests in flight
+# Lets the reconciler load adapters through the API, and anyone else who can reach vLLM's port. See docs/serving.md.
 VARIABLES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-NAMES = "SERVED_NAMES"  # the variable with the path of the file of public names, which the middleware reads
+NAMES = "SERVED_NAMES"  # the environment variable with the path of the file of public names (aliases.py)
 
 
 def arguments(base: Served, path: str, engine: Engine) -> list[str]:
-    """vLLM's arguments, but for where it listens. `path` is the base's directory."""
+    """vLLM's arguments, apart from host and port. `path` is the base's directory."""
     options = ["--model", path, "--served-model-name", base.versioned, "--dtype", saved_dtype(Path(path))]
     options += ["--middleware", MIDDLEWARE, "--shutdown-timeout", str(DRAIN)]
     if engine.max_loras:
@@ -33,14 +33,12 @@ def arguments(base: Served, path: str, engine: Engine) -> list[str]:
 
 
 def on_cpu(path: str, engine: Engine) -> list[str]:
-    """What vLLM is given besides, where it runs on a CPU.
+    """Additional arguments for vLLM on a CPU. Raises Failed if the weights cannot be read.
 
-    For models like Llama, vLLM makes room for adapters of the output layer too, which Forge's never change. On a CPU,
-    it is then ended by whoever asks how likely a prompt is (prompt_logprobs; echo with logprobs) in the same step as
-    another request: the rows of two tensors differ. On a GPU those rows are not added (github.com/vllm-project/vllm
-    issues 29955 and 51594, pull 51597). So the output layer is left out, by naming the others.
-
-    Raises Failed where the weights cannot be read.
+    With adapters, they list the target modules, and so leave out the output layer, which Forge's adapters never change.
+    vLLM would allocate adapter weights for it too. On a CPU it then crashes on a request for the logprobs of a prompt
+    (prompt_logprobs; echo with logprobs) that shares a batch with another request, since two tensors differ in their
+    number of rows (github.com/vllm-project/vllm issues 29955 and 51594, pull 51597).
     """
     try:
         names = sorted(set(linear_layers(Path(path)))) if engine.max_loras else []
@@ -50,7 +48,7 @@ def on_cpu(path: str, engine: Engine) -> list[str]:
 
 
 def linear_layers(model: Path) -> Iterator[str]:
-    """The last name of each linear layer within a model's numbered blocks, such as q_proj."""
+    """The last part of the name of each linear layer in a model's numbered blocks, such as q_proj."""
     for path in model.glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118
@@ -61,5 +59,5 @@ def linear_layers(model: Path) -> Iterator[str]:
 
 
 def engine_of(recipe: ServingRecipe) -> Engine:
-    """How vLLM is started where a recipe needs a base of its own, on one GPU; the fit check says on how many."""
+    """The options for a base that a recipe brings along, on one GPU; the memory check sets the number of GPUs."""
     return Engine(max_loras=recipe.max_loras, max_lora_rank=recipe.max_lora_rank, max_model_len=recipe.max_model_len)

@@ -1,13 +1,15 @@
-"""Makes what is served what should be: the loop beside vLLM. It keeps nothing that it could not find again.
+"""The reconciler: a loop next to vLLM that brings the actual state to the desired one, a step at a time.
 
-Killed at any moment, it goes on where the document and vLLM itself say that things stand. It loads adapters under
-versioned names, leads public names to what is there, and unloads what nobody wants any more once its requests have
-ended. See docs/serving.md.
+Each step reads the document, makes sure that vLLM serves the base, loads missing adapters under their versioned names,
+points public names to what is loaded, and unloads adapters that are no longer needed once their requests have ended. It
+keeps no state of its own: after a crash it continues from what the document, vLLM and the names file say. It also ends
+interrupted rollouts (trial.py). See docs/serving.md.
 """
 
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,26 +18,27 @@ from forge.serving.desired import Actual, Desired, DesiredStore, Failed, Served,
 from forge.serving.vllm_client import UNREACHABLE, VLLM, Names
 from forge.storage import write_atomically
 
-FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0  # seconds until something that failed is tried again; doubled each time
-RECOVERY = "a rollout that was broken off"
+log = logging.getLogger(__name__)
+
+FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0  # seconds between attempts at what has failed; doubled each time
+RECOVERY = "an interrupted rollout"
 NOTHING = "nothing to serve"
 
 
 @dataclass
 class Failure:
-    """Why something cannot be served, and when it is tried again (monotonic time)."""
+    """Why an attempt failed, and the time of the next one (`retry_at`, monotonic)."""
 
     reason: str
     wait: float
-    again: float
+    retry_at: float
 
 
 class Reconciler:
-    """One step at a time from what is served to what should be.
+    """Brings what is served to the desired state. `step` does the work; `run` repeats it.
 
-    `fetch` gives the verified local directory of something to serve, and `release` lets go of it; `recover` is given a
-    document, and ends its trial if that was broken off (forge/serving/trial.py). `names_file` is what vLLM's middleware
-    reads.
+    `fetch` returns the verified local directory of a model, and `release` ends its use. `recover` ends the rollout in a
+    document if it was interrupted. `names_file` is read by the middleware in vLLM (aliases.py).
     """
 
     def __init__(
@@ -46,72 +49,85 @@ class Reconciler:
         release: Callable[[Served], None],
         recover: Callable[[DesiredStore], bool],
         names_file: Path,
-        tell: Callable[[str], None] = print,
     ) -> None:
         self.document, self.server, self.recover = document, server, recover
         self.fetch, self.release = fetch, release
-        self.names_file, self.tell = names_file, tell
+        self.names_file = names_file
         self.vllm = VLLM(server.url)
-        self.desired: Desired | None = None  # as it was read last
+        self.desired: Desired | None = None  # as last read
         self.actual = Actual()
         self.counts = Names()
-        self.loads, self.load_seconds = 0, 0.0  # adapters that vLLM has loaded, and the time that it took
+        self.loads, self.load_seconds = 0, 0.0  # adapters that vLLM has loaded, and the total time
         self.failures: dict[str, Failure] = {}
-        self._told = ""
+        self._logged = ""
         self._paths: dict[str, tuple[Served, Path]] = {}
 
     def step(self) -> Actual:
-        """Bring what is served nearer to the document; returns how far it has come."""
-        desired, _ = self.document.read()
-        self.desired = desired
-        if desired.trial is not None and self._may_try(RECOVERY):
-            try:
-                if self.recover(self.document):
-                    desired, _ = self.document.read()
-                    self.desired = desired
-            except ForgeError as error:  # MLflow or the store is away: what serves is seen to all the same
-                self.tell(f"{RECOVERY} cannot be ended yet: {error.message}")
-                self._failed(RECOVERY, error)
+        """Take one step towards the desired state; returns the actual state after it."""
+        desired = self._read()
         if desired.generation != self.actual.generation:
-            wanted = {one.versioned for one in self._wanted(desired)}
-            self.failures = {name: failure for name, failure in self.failures.items() if name in {*wanted, RECOVERY}}
-            for name in self._paths.keys() - wanted:
-                self.release(self._paths.pop(name)[0])
-        self.actual = self._step(desired)
-        told = self.actual.waiting or f"as desired: {json.dumps(self.actual.names)}"
-        if told != self._told:
-            self._told = told
-            self.tell(told)
+            self._forget_unneeded(desired)
+        self.actual = self._reconcile(desired)
+        line = self.actual.waiting or f"as desired: {json.dumps(self.actual.names)}"
+        if line != self._logged:
+            self._logged = line
+            log.info(line)
         return self.actual
 
-    def _step(self, desired: Desired) -> Actual:
+    def _read(self) -> Desired:
+        """Read the document, after ending its rollout if that was interrupted."""
+        self.desired, _ = self.document.read()
+        if self.desired.trial is not None and self._may_try(RECOVERY):
+            try:
+                if self.recover(self.document):
+                    self.desired, _ = self.document.read()
+            except ForgeError as error:  # MLflow or the store can't be reached; serving continues without them
+                log.warning(f"{RECOVERY} cannot be ended yet: {error.message}")
+                self._failed(RECOVERY, error)
+        return self.desired
+
+    def _forget_unneeded(self, desired: Desired) -> None:
+        """Drop failures and directories of models that a new generation of the document doesn't need."""
+        needed = {one.versioned for one in _needed(desired)}
+        self.failures = {name: failure for name, failure in self.failures.items() if name in {*needed, RECOVERY}}
+        for name in self._paths.keys() - needed:
+            self.release(self._paths.pop(name)[0])
+
+    def _reconcile(self, desired: Desired) -> Actual:
         serving = desired.serving
         if serving.base is None:
-            self._lead(desired, [])
+            self._point_names(desired, [])
             self.server.stop()
             return Actual(generation=desired.generation, waiting=NOTHING)
-        base = serving.base
+        waiting = self._ensure_base(serving.base, serving)
+        live: list[str] = []
+        if not waiting:
+            answer = self._live()
+            if answer is None:  # busy, or it has just died: names stay until `ensure` knows which
+                return self.actual.model_copy(update={"waiting": "vLLM does not answer at the moment"})
+            live = answer
+            self.failures.pop(serving.base.versioned, None)
+        names = self._point_names(desired, live)
+        if serving.base.versioned in live:
+            live = self._load(serving, live)
+            names = self._point_names(desired, live)
+            live = self._unload(desired, live, names)
+        else:
+            waiting = waiting or f"vLLM does not serve {serving.base.versioned} yet"
+        return self._report(desired, serving.base, live, names, waiting)
+
+    def _ensure_base(self, base: Served, serving: Serving) -> str:
+        """Make vLLM serve the base; returns what it waits for, "" once it serves."""
         waiting = f"{base.versioned} to be tried again"
         if self._may_try(base.versioned):
             try:
                 waiting = self.server.ensure(base, str(self._fetched(base)), serving.engine)
             except (Failed, ForgeError) as error:
                 self._failed(base.versioned, error)
-        live: list[str] = []
-        if not waiting:
-            found = self._live()
-            if found is None:  # busy, or just dead: names stay where they lead until `ensure` knows
-                return self.actual.model_copy(update={"waiting": "vLLM does not answer at the moment"})
-            live = found
-            self.failures.pop(base.versioned, None)
-        names = self._lead(desired, live)
-        if base.versioned in live:
-            live = self._load(serving, live)
-            names = self._lead(desired, live)
-            live = self._unload(desired, live, names)
-        else:
-            waiting = waiting or f"vLLM does not serve {base.versioned} yet"
-        missing = [one.versioned for one in serving.adapters if one.versioned not in live]
+        return waiting
+
+    def _report(self, desired: Desired, base: Served, live: list[str], names: dict[str, str], waiting: str) -> Actual:
+        missing = [one.versioned for one in desired.serving.adapters if one.versioned not in live]
         if not waiting and missing:
             waiting = f"{', '.join(missing)} to be loaded"
         failed = {name: failure.reason for name, failure in self.failures.items()}
@@ -126,19 +142,19 @@ class Reconciler:
         )
 
     def _live(self) -> list[str] | None:
-        """The versioned names that vLLM answers to now; None where it does not answer."""
+        """The versioned names that vLLM serves now; None if it doesn't answer."""
         try:
             return self.vllm.models()
         except UNREACHABLE:
             return None
 
     def _fetched(self, one: Served) -> Path:
-        """Where it is on this machine, verified once by this process."""
+        """The local directory of a model. This process downloads and verifies each model once."""
         if one.versioned not in self._paths or not self._paths[one.versioned][1].is_dir():
             self.actual = self.actual.model_copy(update={"waiting": f"fetching {one.uri}"})
-            self.tell(self.actual.waiting)
+            log.info(self.actual.waiting)
             self._paths[one.versioned] = one, self.fetch(one)
-            self.tell(f"{one.uri} is fetched and verified")
+            log.info(f"{one.uri} is fetched and verified")
         return self._paths[one.versioned][1]
 
     def _load(self, serving: Serving, live: list[str]) -> list[str]:
@@ -156,87 +172,81 @@ class Reconciler:
             except (Failed, ForgeError) as error:
                 self._failed(one.versioned, error)
             except UNREACHABLE:
-                continue  # vLLM has ended meanwhile
+                continue  # vLLM has exited in the meantime
         return live
 
-    def _lead(self, desired: Desired, live: list[str]) -> dict[str, str]:
-        """Lead public names to what is live; returns those that lead somewhere.
+    def _point_names(self, desired: Desired, live: list[str]) -> dict[str, str]:
+        """Point public names to what is live, in the names file; returns those that point to something.
 
-        A name stays where it leads until what it should lead to is live. If that is not live either, it leads nowhere,
-        which clients are told as 503: come again soon. So are names that a rollout with a new base is to move later.
+        A name stays where it points until its new version is live. If neither is live it points to nothing, and the
+        middleware answers clients with 503 and Retry-After. The same goes for names that moved with a rollout's old
+        base and will point to its new one later.
         """
         before = desired.trial.before.names if desired.trial else {}
-        now = self._led()
+        now = self._current_names()
         names: dict[str, str | None] = {}
         for name, versioned in {**before, **desired.serving.names}.items():
             names[name] = next((one for one in (versioned, now.get(name)) if one in live), None)
         text = json.dumps({"names": names}, indent=2, sort_keys=True)
         if not self.names_file.is_file() or self.names_file.read_text() != text:
-            write_atomically(self.names_file, text, durable=False)  # vLLM, which reads it, does not outlive one either
+            write_atomically(self.names_file, text, durable=False)  # its reader, vLLM, dies with the machine too
         return {name: versioned for name, versioned in names.items() if versioned is not None}
 
-    def _led(self) -> dict[str, str | None]:
-        """Where names lead by the file that the middleware reads; nowhere where it is not whole."""
+    def _current_names(self) -> dict[str, str | None]:
+        """The public names in the names file; none if it is missing or invalid."""
         try:
             return dict(json.loads(self.names_file.read_text())["names"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def _unload(self, desired: Desired, live: list[str], names: dict[str, str]) -> list[str]:
-        """Unload the adapters that nobody wants and that answer nobody; returns what is live then."""
+        """Unload adapters that are no longer needed and have no requests in flight; returns what is live then."""
         try:
             self.counts = self.vllm.names()
         except UNREACHABLE:
             return live
         if {name: to for name, to in self.counts.names.items() if to is not None} != names:
-            return live  # the middleware does not lead as we wrote it: nobody knows what is still asked for
-        wanted = {one.versioned for one in self._wanted(desired)} | set(names.values())
-        for versioned in [name for name in live if name not in wanted]:
+            return live  # the middleware hasn't read the names file yet: an old version may still get requests
+        needed = {one.versioned for one in _needed(desired)} | set(names.values())
+        for versioned in [name for name in live if name not in needed]:
             counts = self.counts.versions.get(versioned)
             if counts is None or counts.in_flight == 0:
                 try:
                     self.vllm.unload(versioned)
                 except UNREACHABLE:
                     continue
-                self.tell(f"unloaded {versioned}")
+                log.info(f"unloaded {versioned}")
                 live = [name for name in live if name != versioned]
         return live
 
-    @staticmethod
-    def _wanted(desired: Desired) -> list[Served]:
-        """All that stays loaded: while a rollout is under way, also what it would go back to."""
-        states = [desired.serving, *([desired.trial.before] if desired.trial else [])]
-        return [one for state in states for one in state.all()]
-
     def _may_try(self, what: str) -> bool:
         failure = self.failures.get(what)
-        return failure is None or time.monotonic() >= failure.again
+        return failure is None or time.monotonic() >= failure.retry_at
 
     def _failed(self, what: str, error: Exception) -> None:
         before = self.failures.get(what)
         wait = min(2 * before.wait, LONGEST_WAIT) if before else FIRST_WAIT
-        reason = error.message if isinstance(error, ForgeError) else str(error)
-        self.failures[what] = Failure(reason, wait, time.monotonic() + wait)
+        self.failures[what] = Failure(_message(error), wait, time.monotonic() + wait)
 
 
 def run(
     reconciler: Reconciler, poll: float, ended: Callable[[], bool], after: Callable[[], None], forever: bool
 ) -> None:
-    """Step until `ended`, or, unless `forever`, until nothing is to be served. `after` is called after each step, and
-    the next one comes in `poll` seconds, or when the document is seen to have changed.
+    """Step until `ended`, or, unless `forever`, until there is nothing to serve. `after` is called after each step.
 
-    Whatever goes wrong in a step is told, and tried again: on a laptop nobody would start this process again.
+    The next step follows after `poll` seconds, or as soon as the document is seen to have changed. Whatever a step
+    raises is logged, and the step repeated: on a laptop, nothing would restart this process.
     """
-    last = ""
+    logged = ""
     while not ended():
         try:
             actual = reconciler.step()
-            last = ""
+            logged = ""
         except Exception as error:
-            reason = error.message if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
-            if reason != last:
-                reconciler.tell(f"will be tried again: {reason}")
-            last = reason
+            reason = _message(error)
+            if reason != logged:
+                log.warning(f"will be tried again: {reason}")
+            logged = reason
             after()
             time.sleep(1.0)
             continue
@@ -244,3 +254,15 @@ def run(
         if actual.waiting == NOTHING and not forever:
             return
         reconciler.document.wait(poll)
+
+
+def _needed(desired: Desired) -> Iterable[Served]:
+    """The models to keep loaded, including those that a rollout in progress would go back to."""
+    states = [desired.serving, *([desired.trial.before] if desired.trial else [])]
+    return [one for state in states for one in state.all()]
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ForgeError):
+        return error.message
+    return str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"

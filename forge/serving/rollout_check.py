@@ -1,13 +1,14 @@
-"""The state that a rollout will bring about, and whether what serves has a place for it.
+"""Checks whether a version can be rolled out next to what serves now: public names, adapter slots and GPU memory.
 
-A rollout asks at its beginning, and preflight before anything is trained, by the same code.
+Rollouts and preflight run the same checks, so a rollout that would be refused is refused before training.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from forge.capacity.decoder_shape import read_shape
 from forge.capacity.model_size import measure_model
-from forge.capacity.serving_memory import check_adapters, check_serving, gpus_for, read_shape, serving_gpus
+from forge.capacity.serving_memory import check_adapters, check_serving, gpus_for, serving_gpus
 from forge.core.contracts import Base
 from forge.core.errors import ForgeError, Problems
 from forge.core.recipe import Recipe, ServingRecipe
@@ -17,8 +18,9 @@ from forge.serving.desired import Served, Serving
 from forge.serving.engine import engine_of
 from forge.serving.plan import loading_state, plan
 
-UNKNOWN = "0" * 64  # the digest of what has yet to be trained
-Describe = Callable[[Served], tuple[dict[str, Any], int]]  # the config.json of a base, and the bytes of its weights
+UNKNOWN = "0" * 64  # in place of the digest of a model that is still to be trained
+# Returns the config.json of a base, and the size of its weights in bytes.
+Describe = Callable[[Served], tuple[dict[str, Any], int]]
 
 
 def state_after_rollout(
@@ -29,10 +31,10 @@ def state_after_rollout(
     settings: Settings,
     describe: Describe,
 ) -> tuple[Serving, str]:
-    """The state after a rollout, its base on all the GPUs that can divide it, and how it uses them ("" as before).
+    """The state of the server after a rollout, and a line about GPU memory ("" if vLLM is not restarted).
 
-    Beside a base that goes on serving, adapters must fit the slots that it was started with. ForgeError where public
-    names would be taken away, or it does not fit.
+    A new base uses as many GPUs as tensor parallelism can. If the base stays, the adapters must fit the slots that it
+    was started with. ForgeError if public names would be lost, or something doesn't fit.
     """
     after = plan(now, served, manifest, engine_of(recipe), recipe.replaces)
     base, adapters, rank = after.base, len(loading_state(now, after).adapters), manifest.get("rank")
@@ -43,8 +45,9 @@ def state_after_rollout(
         return after, ""
     if settings.serving_target == "kubernetes" and base.directory:
         raise ForgeError(
-            f"base model {base.directory}: the cluster's vLLM has no such directory; train on a model of the hub, or "
-            "on a registered one: models:/name/version"
+            "the cluster's vLLM cannot read a directory of this machine",
+            where=f"base model {base.directory}",
+            fix="train on a model of the hub, or on a registered one: models:/name/version",
         )
     gpus = serving_gpus(settings)
     config, weight_bytes = describe(base)
@@ -65,14 +68,15 @@ def state_after_rollout(
 
 
 def check_rollout(recipe: Recipe, base: Base, config: dict[str, Any], serving: Serving, settings: Settings) -> None:
-    """Whether what a recipe trains could be rolled out where `serving` serves now.
+    """Check whether the model that a recipe trains could be rolled out next to what serves now.
 
-    `config` is the config.json of what is trained. ForgeError, or Problems, with what the rollout would refuse.
+    `config` is the config.json of its base. Raises ForgeError or Problems with the reasons for which the rollout would
+    be refused.
     """
     training = recipe.training
-    if training.lora:  # on its base as that is
+    if training.lora:
         manifest = {"kind": ADAPTER, "base": base.model_dump(), "rank": training.lora.rank}
-    else:  # saved in the precision that it is trained in
+    else:  # it is saved in the precision of the training
         manifest = {"kind": "model"}
         config = {**config, "torch_dtype": None, "dtype": "float32" if training.precision == "fp32" else "bfloat16"}
 
@@ -80,10 +84,10 @@ def check_rollout(recipe: Recipe, base: Base, config: dict[str, Any], serving: S
         return config, measure_model(config).parameters * read_shape(config, recipe.name).element
 
     served = Served(name=recipe.name, version="", uri="", digest=UNKNOWN)
-    refused = f"the rollout of {recipe.name} would be refused: "
+    refused = f"the rollout of {recipe.name} would be refused"
     try:
         state_after_rollout(serving, served, manifest, recipe.serving, settings, estimate)
     except Problems as error:
-        raise Problems(refused, error.problems) from None
+        raise Problems(f"{refused}:", error.problems) from None
     except ForgeError as error:
-        raise ForgeError(refused + error.message) from None
+        raise ForgeError(f"{refused}: {error.message}") from None

@@ -1,4 +1,4 @@
-"""Where a rollout takes place: on this machine, or on the cluster."""
+"""Where models are served: on this machine, or on the cluster."""
 
 from typing import Protocol
 
@@ -10,24 +10,24 @@ from forge.serving.desired import Actual, DesiredStore, Serving, read_document
 from forge.serving.local_target import FileDocument, LocalTarget
 from forge.serving.vllm_client import UNREACHABLE
 
-DOCUMENT = "vllm-desired"  # the ConfigMap, of which the cluster's reconciler and rollouts know
+DOCUMENT = "vllm-desired"  # the ConfigMap with the desired state
 
 
 class Target(Protocol):
-    """The document of what should be served, and what is said of it."""
+    """The document of the desired state, the reconciler's report, and the URL for clients."""
 
     document: DesiredStore
     endpoint: str
 
     def status(self) -> Actual | None:
-        """What the reconciler reports, or None where it does not answer."""
+        """The reconciler's report; None if it doesn't answer."""
 
     def ensure(self) -> None:
-        """See to it that a reconciler runs."""
+        """Start the reconciler if it isn't running."""
 
 
 class ClusterTarget:
-    """The cluster's vLLM, whose reconciler Kubernetes keeps running."""
+    """The cluster's vLLM. Kubernetes keeps its reconciler running."""
 
     def __init__(self, settings: Settings) -> None:
         from forge.serving.kubernetes_target import ConfigMapDocument, open_cluster
@@ -45,34 +45,37 @@ class ClusterTarget:
             return None
 
     def ensure(self) -> None:
-        """Nothing to do: Kubernetes starts it again."""
+        """Does nothing: Kubernetes restarts the reconciler."""
 
 
 def read_serving(settings: Settings) -> Serving:
-    """What should be served now, before any rollout that is under way, for who may not ask Kubernetes.
-
-    ForgeError where it can't be read.
+    """What should be served, leaving out a rollout in progress. On the cluster the reconciler is asked, not Kubernetes,
+    so no rights are needed. ForgeError if it can't be read.
     """
     if settings.serving_target == "local":
         desired, _ = FileDocument(settings).read()
     elif not settings.reconciler_url:
-        raise ForgeError("FORGE_SERVING_TARGET is kubernetes: set FORGE_RECONCILER_URL too")
+        raise ForgeError("is kubernetes", where="FORGE_SERVING_TARGET", fix="set FORGE_RECONCILER_URL too")
     else:
         url = f"{settings.reconciler_url.rstrip('/')}/desired"
         try:
             answer = urllib3.request("GET", url, retries=False, timeout=5)
         except UNREACHABLE as error:
-            raise ForgeError(f"{url}: no answer ({error}); start the reconciler, or fix FORGE_RECONCILER_URL") from None
+            raise ForgeError(
+                f"no answer ({error})", where=url, fix="start the reconciler, or fix FORGE_RECONCILER_URL"
+            ) from None
         if answer.status != 200:
-            raise ForgeError(f"{url}: answers {answer.status}: the reconciler has yet to read what it should serve")
+            raise ForgeError(f"answers {answer.status}: the reconciler hasn't read the desired state yet", where=url)
         desired = read_document(answer.data.decode(), url)
     return desired.trial.before if desired.trial else desired.serving
 
 
 def open_target(settings: Settings) -> Target:
-    """The target of the settings; ForgeError where they do not say where it is."""
+    """The target of the settings; ForgeError if they lack its URLs."""
     if settings.serving_target == "local":
         return LocalTarget(settings)
     if not settings.serving_url or not settings.reconciler_url:
-        raise ForgeError("FORGE_SERVING_TARGET is kubernetes: set FORGE_SERVING_URL and FORGE_RECONCILER_URL too")
+        raise ForgeError(
+            "is kubernetes", where="FORGE_SERVING_TARGET", fix="set FORGE_SERVING_URL and FORGE_RECONCILER_URL too"
+        )
     return ClusterTarget(settings)

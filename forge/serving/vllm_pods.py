@@ -1,7 +1,7 @@
-"""What the pods of a Deployment say of why it is not ready: for a person who can fix it.
+"""Explains why a Deployment isn't ready, from its pods, for a person who can fix it.
 
-Only pods of the Deployment's template as it is now count. Those of the one before may still be there, failing, and the
-Deployment's own conditions may still be about them: its controller does one thing after the other.
+Only pods of the current template count. Pods of the previous one may still exist and fail, and the Deployment's own
+conditions may still describe those, since its controller works step by step.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ SERVES = "forge/serves"  # the pod template's annotation with the versioned name
 PULL = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
 CREATE = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 HASH = "pod-template-hash"  # the label that a ReplicaSet and its pods share
-RESTARTS = 2  # after which a container that has ended is not waited for
+RESTARTS = 2  # after this many restarts, an exited container counts as failed
 
-Log = Callable[[str, str, bool], str]  # (pod, container, whether the one before) -> the end of its log
+Log = Callable[[str, str, bool], str]  # (pod, container, previous) -> the end of the log
 Object = dict[str, Any]
 
 
 def waiting_for(where: str, deployment: Object, sets: list[Object], pods: list[Object], log: Log) -> str:
-    """What a Deployment waits for that is not complete. Raises Failed where waiting will not help.
+    """What an incomplete Deployment waits for. Raises Failed if waiting won't help.
 
-    `sets` and `pods` are those that its selector finds; `log` reads the end of a log.
+    `sets` and `pods` are the ReplicaSets and pods that its selector matches; `log` reads the end of a log.
     """
     mine = next((one for one in sets if _template(one) == _template(deployment)), None)
     label = mine["metadata"]["labels"][HASH] if mine else None
@@ -36,11 +36,11 @@ def waiting_for(where: str, deployment: Object, sets: list[Object], pods: list[O
             "the pod template"
         )
     if not current:
-        return f"pod {', '.join(sorted(ending))} to end" if ending else f"a pod of {where} to be made"
+        return f"pod {', '.join(sorted(ending))} to terminate" if ending else f"a pod of {where} to be created"
     pod = max(current, key=lambda one: str(one["metadata"]["creationTimestamp"]))
     waiting = _pod(where, pod, log)
     late = _condition(deployment, "Progressing")
-    # The condition stays as it is when the Deployment starts a pod anew, and is then about the pod before.
+    # The condition isn't reset when a new pod is created, and may then be about the previous pod.
     if late.get("reason") == "ProgressDeadlineExceeded" and late.get("lastUpdateTime", "") > _created(pod):
         name, seconds = pod["metadata"]["name"], deployment["spec"].get("progressDeadlineSeconds")
         unready = _condition(pod, "Ready", "False").get("message", "")
@@ -52,15 +52,15 @@ def waiting_for(where: str, deployment: Object, sets: list[Object], pods: list[O
 
 
 def _pod(where: str, pod: Object, log: Log) -> str:
-    """What one pod waits for; raises Failed where it will not come to it."""
+    """What a pod waits for. Raises Failed if it will never get it."""
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     scheduled = _condition(pod, "PodScheduled", "False")
     if scheduled.get("reason") == "Unschedulable":
         message = scheduled.get("message", "")
-        fix = "give the node the labels, and the pod the requests, that the other needs"
+        fix = "make the node's labels and resources and the pod's selector and requests match"
         if "nvidia.com/gpu" in message:
-            fix = "something else holds the GPUs that it needs: find it with kubectl get pods -A -o wide, and end it"
-        raise Failed(f"{where}: no node takes pod {name} ({message}); {fix}")
+            fix = "other pods hold the GPUs that it needs: find them with kubectl get pods -A -o wide, and stop them"
+        raise Failed(f"{where}: pod {name} fits no node ({message}); {fix}")
     doing = []
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         doing.append(_container(where, name, container, log))
@@ -68,7 +68,7 @@ def _pod(where: str, pod: Object, log: Log) -> str:
 
 
 def _container(where: str, pod: str, container: Object, log: Log) -> str:
-    """What one container does that is not ready, or ""; raises Failed where it will not be."""
+    """What a container waits for; "" if it is ready. Raises Failed if it never will be."""
     state, its = container.get("state") or {}, f"container {container['name']} of pod {pod}"
     waiting, ended = state.get("waiting") or {}, state.get("terminated") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
@@ -80,27 +80,27 @@ def _container(where: str, pod: str, container: Object, log: Log) -> str:
     if reason in CREATE:
         raise Failed(f"{where}: {its} cannot be started ({reason}: {message}); fix the pod template")
     restarts = container.get("restartCount", 0)
-    done = container.get("ready", False)  # also of an init container that has ended well
+    done = container.get("ready", False)  # also true of an init container that has succeeded
     if reason == "CrashLoopBackOff" or (ended and not done and restarts >= RESTARTS):
         last = ended or (container.get("lastState") or {}).get("terminated") or {}
         raise Failed(_crash(where, its, last, restarts, log(pod, container["name"], not ended)))
     if done:
         return ""
     if ended:
-        return f"{container['name']} ended with exit code {ended.get('exitCode')}, and is started again"
+        return f"{container['name']} exited with code {ended.get('exitCode')} and is restarted"
     return f"{container['name']} {f'waits ({reason})' if reason else 'to be ready'}"
 
 
 def _crash(where: str, its: str, last: Object, restarts: int, log: str) -> str:
     code, reason = last.get("exitCode", "unknown"), last.get("reason", "")
     oom = reason == "OOMKilled"
-    fix = "it was killed for its memory: raise resources.limits.memory" if oom else "its log says why"
-    told = _quoted(log) or "\n(its log cannot be read here; see kubectl logs --previous)"
-    return f"{where}: {its} ends again and again ({restarts} restarts; last exit code {code} {reason}); {fix}{told}"
+    fix = "it ran out of memory: raise resources.limits.memory" if oom else "its log says why"
+    lines = _quoted(log) or "\n(its log cannot be read here; see kubectl logs --previous)"
+    return f"{where}: {its} keeps crashing ({restarts} restarts; last exit code {code} {reason}); {fix}{lines}"
 
 
 def _last_log(pod: Object, log: Log) -> str:
-    """The end of the log of the container that is running, and not ready."""
+    """The end of the log of a container that is running but not ready."""
     for container in (pod.get("status") or {}).get("containerStatuses") or []:
         if (container.get("state") or {}).get("running") and not container.get("ready"):
             return log(pod["metadata"]["name"], container["name"], False)
@@ -108,7 +108,7 @@ def _last_log(pod: Object, log: Log) -> str:
 
 
 def _template(one: Object) -> Object:
-    """A pod template, but for the label that the Deployment's controller puts into a ReplicaSet's."""
+    """A pod template without the label that the controller adds to a ReplicaSet's template."""
     template = one["spec"]["template"]
     labels = {name: value for name, value in template["metadata"]["labels"].items() if name != HASH}
     metadata = {name: value for name, value in template["metadata"].items() if value is not None}
@@ -116,7 +116,7 @@ def _template(one: Object) -> Object:
 
 
 def _condition(one: Object, kind: str, status: str = "") -> Object:
-    """A condition of an object's status, empty where there is none (or it is not in `status`)."""
+    """A condition of an object's status; empty if there is none, or it has another `status`."""
     for condition in (one.get("status") or {}).get("conditions") or []:
         if condition["type"] == kind and status in ("", condition["status"]):
             return dict(condition)

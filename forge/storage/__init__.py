@@ -1,4 +1,4 @@
-"""The object store: where artifacts and packages are kept, complete or not at all."""
+"""The object store for artifacts and packages, each complete or absent."""
 
 from forge.core.digest import digest_directory, digest_file, digest_json
 from forge.core.settings import Settings
@@ -21,5 +21,5 @@ __all__ = [
 
 
 def open_store(settings: Settings) -> Store:
-    """The store that the settings name. Opening it writes nothing there, and who only reads need not be able to."""
+    """The store in the settings. Opening it writes nothing, so read access is enough to read."""
     return BucketStore(settings.store, settings) if settings.store else DirectoryStore(settings.store_root)

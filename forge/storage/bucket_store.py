@@ -1,9 +1,8 @@
-"""An S3 bucket as the store. An artifact is there when its manifest is; it is read from a verified local copy."""
+"""A store in an S3 bucket. An artifact exists once its manifest does, and is read from a verified local copy."""
 
 import contextlib
 import functools
 import hashlib
-import io
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,16 +14,20 @@ from forge.core.settings import Settings
 from forge.storage import s3
 from forge.storage.artifacts import ARTIFACT, StoredArtifact
 from forge.storage.local_copies import Copies
-from forge.storage.manifest import MANIFEST, SIGNATURE, gone, read_manifest, write_manifest
-from forge.storage.transfer import File, download, is_etag_of, upload
-from forge.storage.transfer_progress import shown
+from forge.storage.manifest import MANIFEST, SIGNATURE, missing_artifact, read_manifest, write_manifest
+from forge.storage.s3_errors import Damaged
+from forge.storage.transfer import File, download, matches_etag, upload
+from forge.storage.transfer_progress import show_progress
 
 if TYPE_CHECKING:
     from minio import Minio
 
 
 class BucketStore:
-    """Objects under an s3://bucket/prefix, addressed by s3:// URIs. ForgeError where it cannot be read or written."""
+    """Objects under s3://bucket/prefix, addressed by s3:// URIs.
+
+    All methods raise ForgeError if the bucket cannot be read or written.
+    """
 
     def __init__(self, root: str, settings: Settings) -> None:
         self.root, self.settings = root, settings
@@ -34,31 +37,50 @@ class BucketStore:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Made once for each store, when it is first asked for, and lost with it."""
+        """A random ID that is created with the store, when first asked for, and lost with it."""
         identity = self.read("identity")
         if identity is None:
             self.put_if_absent("identity", uuid.uuid4().hex.encode())
-            identity = self.read("identity") or b""  # another process may have been first
+            identity = self.read("identity") or b""  # another process may have been faster
         return identity.decode()
+
+    @functools.cached_property
+    def conditional_writes(self) -> bool:
+        """Whether `put_if_unchanged` can be relied on. To find out, an object is written under leases/ and deleted."""
+        with self._connect() as client:
+            return s3.honours_conditions(client, self.bucket, self._name(f"leases/probe-{uuid.uuid4().hex}"))
 
     def uri(self, key: str) -> str:
         """The URI of a key."""
         return f"{self.root}/{key}"
 
     def read(self, key: str) -> bytes | None:
-        """A small object, or None where there is none."""
+        """A small object, or None if it does not exist."""
         with self._connect() as client:
             return s3.read_object(client, self.bucket, self._name(key))
 
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, replacing the old one."""
+        with self._connect() as client:
+            s3.put_object(client, self.bucket, self._name(key), data)
+
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write a small object; False, and nothing changed, where it already exists."""
+        """Write a small object; False, and nothing changes, if it exists."""
         with self._connect() as client:
             return s3.put_if_absent(client, self.bucket, self._name(key), data)
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write a small object, in place of what is there."""
+    def read_version(self, key: str) -> tuple[bytes, str] | None:
+        """A small object and its version for `put_if_unchanged`, or None if it does not exist."""
         with self._connect() as client:
-            client.put_object(self.bucket, self._name(key), io.BytesIO(data), len(data))
+            return s3.read_with_etag(client, self.bucket, self._name(key))
+
+    def put_if_unchanged(self, key: str, data: bytes, version: str) -> bool:
+        """Replace this version of a small object ("": create it); False, and nothing changes, if it has changed.
+
+        Only to be used if the store has `conditional_writes`.
+        """
+        with self._connect() as client:
+            return s3.put_if_unchanged(client, self.bucket, self._name(key), data, version)
 
     def names(self, key: str) -> list[str]:
         """The names of the small objects directly under a key, sorted."""
@@ -68,16 +90,16 @@ class BucketStore:
         return sorted(name.removeprefix(prefix) for name in names if not name.endswith("/"))
 
     def delete(self, key: str) -> None:
-        """Remove a small object; nothing happens where there is none."""
+        """Delete a small object if it exists."""
         with self._connect() as client:
             client.remove_object(self.bucket, self._name(key))
 
     def stage(self) -> contextlib.AbstractContextManager[Path]:
-        """A new local directory, to fill and publish; removed afterwards if it was not."""
+        """A new local directory, to fill and publish; deleted afterwards unless published."""
         return self.copies.stage()
 
     def exists(self, key: str) -> bool:
-        """Whether there is an artifact of this key, all of it."""
+        """Whether there is a complete artifact with this key."""
         with self._connect() as client:
             return s3.exists(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
 
@@ -91,9 +113,9 @@ class BucketStore:
     ) -> str:
         """Send a staged directory to <prefix>/sha256-<digest>, its manifest last, and return its URI.
 
-        The digest is that of all its files, unless another one is given. Where the key exists already, that copy
-        stays. Files that an earlier attempt sent are not sent again. `seal` is given the directory when its manifest
-        is written, before that is sent.
+        The digest is that of all files, unless another one is given. If the key exists already, that artifact stays.
+        Files that an earlier attempt has sent are not sent again. `seal` is called with the directory once its manifest
+        has been written, before anything is sent.
         """
         manifest = write_manifest(staged, facts or {})
         seal(staged)
@@ -113,29 +135,29 @@ class BucketStore:
         return self.uri(key)
 
     def path(self, uri: str) -> Path:
-        """The local path of an artifact or a part of it, fetched and verified; ForgeError where it is not there."""
+        """The local path of an artifact or of a file in it, fetched and verified. Raises ForgeError if missing."""
         key = self._key(uri)
         found = ARTIFACT.match(key)
         if found is None:
-            raise gone(uri)
+            raise missing_artifact(uri)
         artifact = found.group()
         path = self.copies.get(artifact, lambda directory: self._fetch(artifact, directory))
         return path / key[len(artifact) :].lstrip("/")
 
     def release(self, uri: str) -> None:
-        """Let go of an artifact's local copy: it may make room for others from then on."""
+        """Stop using an artifact's local copy, which may then be evicted."""
         if found := ARTIFACT.match(self._key(uri)):
             self.copies.release(found.group())
 
     def manifest(self, uri: str) -> dict[str, Any]:
-        """An artifact's manifest; ForgeError where it is not there, or broken."""
+        """An artifact's manifest; raises ForgeError if the artifact is missing or the manifest is broken."""
         data = self.read(f"{self._key(uri)}/{MANIFEST}")
         if data is None:
-            raise gone(uri)
+            raise missing_artifact(uri)
         return read_manifest(uri, data)
 
     def part(self, uri: str, name: str) -> bytes | None:
-        """A small file of an artifact, without the others; None where it, or the artifact, is not there."""
+        """A small file of an artifact, without the others; None if the file or the artifact does not exist."""
         data = self.read(f"{self._key(uri)}/{MANIFEST}")
         if data is None:
             return None
@@ -144,33 +166,33 @@ class BucketStore:
             return s3.read_object(client, self.bucket, f"{folder}/{name}")
 
     def attach(self, uri: str, name: str, data: bytes) -> None:
-        """Put a file beside an artifact's own, such as a signature."""
+        """Add a file to an artifact that its manifest does not list, such as a signature."""
         self.put(f"{self._key(uri)}/{name}", data)
 
     def sweep(self, prefix: str, older_than: timedelta) -> int:
-        """Remove what uploads that were broken off so long ago left under a prefix; returns how many there were."""
+        """Abort the uploads under a prefix that were interrupted longer ago; returns their number."""
         with self._connect() as client:
             return s3.abort_stale_uploads(client, self.bucket, self._name(f"{prefix}/"), older_than)
 
     def artifacts(self, prefix: str) -> list[StoredArtifact]:
-        """The artifacts under a prefix, and what there is of those that are not whole; sorted by URI."""
+        """The artifacts under a prefix, including those whose upload was interrupted, sorted by URI."""
         found: dict[str, StoredArtifact] = {}
         with self._connect() as client:
             for item in client.list_objects(self.bucket, prefix=self._name(f"{prefix}/"), recursive=True):
                 key = (item.object_name or "").removeprefix(self._name(""))
                 if (artifact := ARTIFACT.match(key)) and item.last_modified:
-                    uri, size, whole = (
-                        self.uri(artifact.group()),
-                        item.size or 0,
-                        key == f"{artifact.group()}/{MANIFEST}",
+                    uri = self.uri(artifact.group())
+                    known = found.get(uri, StoredArtifact(uri, 0, item.last_modified, False))
+                    found[uri] = StoredArtifact(
+                        uri,
+                        known.size + (item.size or 0),
+                        max(known.modified, item.last_modified),
+                        known.whole or key == f"{artifact.group()}/{MANIFEST}",
                     )
-                    one = found.get(uri, StoredArtifact(uri, 0, item.last_modified, False))
-                    modified = max(one.modified, item.last_modified)
-                    found[uri] = StoredArtifact(uri, one.size + size, modified, one.whole or whole)
         return sorted(found.values())
 
     def remove(self, uri: str) -> None:
-        """Remove an artifact, its manifest first; nothing happens where it is gone already."""
+        """Delete an artifact if it exists, its manifest first."""
         key = self._key(uri)
         self.copies.remove(key)
         with self._connect() as client:
@@ -179,69 +201,76 @@ class BucketStore:
                 client.remove_object(self.bucket, item.object_name or "")
 
     def _fetch(self, key: str, directory: Path) -> None:
+        """Download an artifact to a directory."""
         where = self.uri(key)
         with self._connect() as client:
             data = s3.read_object(client, self.bucket, self._name(f"{key}/{MANIFEST}"))
             if data is None:
-                raise gone(where)
+                raise missing_artifact(where)
             manifest = read_manifest(where, data)
             folder = self._folder(key, manifest)
-            listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
-            there = {(item.object_name or "").removeprefix(f"{folder}/"): item for item in listed}
-            for name in sorted(there.keys() - {MANIFEST, SIGNATURE} - {entry["path"] for entry in manifest["files"]}):
-                raise ForgeError(f"store: {where}: {name} is not in the manifest; remove the artifact and run again")
-            for entry in manifest["files"]:
-                if (item := there.get(entry["path"])) is None:
-                    raise ForgeError(f"store: {where}: {entry['path']} is missing; remove the artifact and run again")
-                if item.size != entry["size"]:
-                    raise ForgeError(
-                        f"store: {where}: {entry['path']} has {item.size} bytes, and its manifest says {entry['size']};"
-                        " remove the artifact and run again"
-                    )
-            wanted = [
-                (
-                    File(item.object_name or "", entry["size"], (item.etag or "").strip('"'), entry["sha256"]),
-                    directory / entry["path"],
-                )
-                for entry in manifest["files"]
-                for item in [there[entry["path"]]]
-            ]
+            files = self._listed(client, where, folder, manifest["files"])
             if signature := s3.read_object(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
                 (directory / SIGNATURE).write_bytes(signature)
+            targets = [(file, directory / file.name.removeprefix(f"{folder}/")) for file in files]
             try:
-                with shown(f"fetch {key}", sum(file.size for file, _ in wanted)) as tell:
-                    download(client, self.bucket, wanted, tell)
-            except s3.Damaged as error:
-                name = str(error).removeprefix(f"{folder}/")
+                with show_progress(f"fetch {key}", sum(file.size for file in files)) as report:
+                    download(client, self.bucket, targets, report)
+            except Damaged as error:
                 raise ForgeError(
-                    f"store: {where}: {name} is damaged, in the store or on the way here; run again, and if it stays "
-                    "so, remove the artifact"
+                    f"{where}: {str(error).removeprefix(f'{folder}/')} is damaged, in the store or by the network",
+                    where="store",
+                    fix="run again, and if that does not help, delete the artifact",
                 ) from None
         (directory / MANIFEST).write_bytes(data)
 
-    def _send(self, client: "Minio", staged: Path, key: str, folder: str, entries: list[dict[str, Any]]) -> None:
+    def _listed(self, client: "Minio", where: str, folder: str, entries: list[dict[str, Any]]) -> list[File]:
+        """The files of an artifact. Raises ForgeError unless the bucket has just the files of the manifest."""
+
+        def bad(what: str) -> ForgeError:
+            return ForgeError(f"{where}: {what}", where="store", fix="delete the artifact and run again")
+
         listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
-        there = {item.object_name: (item.size, (item.etag or "").strip('"')) for item in listed}
-        wanted = []
+        present = {(item.object_name or "").removeprefix(f"{folder}/"): item for item in listed}
+        for name in sorted(present.keys() - {MANIFEST, SIGNATURE} - {entry["path"] for entry in entries}):
+            raise bad(f"{name} is not in the manifest")
+        files = []
+        for entry in entries:
+            name, size = entry["path"], entry["size"]
+            if (item := present.get(name)) is None:
+                raise bad(f"{name} is missing")
+            if item.size != size:
+                raise bad(f"{name} has {item.size} bytes, and its manifest says {size}")
+            files.append(File(item.object_name or "", size, (item.etag or "").strip('"'), entry["sha256"]))
+        return files
+
+    def _send(self, client: "Minio", staged: Path, key: str, folder: str, entries: list[dict[str, Any]]) -> None:
+        """Upload the files of a staged directory that the bucket does not have yet."""
+        listed = client.list_objects(self.bucket, prefix=f"{folder}/", recursive=True)
+        present = {item.object_name: (item.size, (item.etag or "").strip('"')) for item in listed}
+        files = []
         for entry in entries:
             path, name = staged / entry["path"], f"{folder}/{entry['path']}"
-            size, etag = there.get(name, (None, ""))
-            if not (size == entry["size"] and is_etag_of(path, etag)):
-                wanted.append((path, File(name, entry["size"], sha256=entry["sha256"])))
-        with shown(f"send {key}", sum(file.size for _, file in wanted)) as tell:
-            upload(client, self.bucket, wanted, tell)
+            size, etag = present.get(name, (None, ""))
+            if size != entry["size"] or not matches_etag(path, etag):
+                files.append((path, File(name, entry["size"], sha256=entry["sha256"])))
+        with show_progress(f"send {key}", sum(file.size for _, file in files)) as report:
+            upload(client, self.bucket, files, report)
 
     def _folder(self, key: str, manifest: dict[str, Any]) -> str:
-        """Where an artifact's files are: beside its manifest, where its name is the digest of what it holds.
+        """The prefix of an artifact's files: that of its manifest, if the key is the digest of the files.
 
-        Otherwise two of one name may differ, of which one is there when its manifest is; neither touches the other's.
+        If it is another digest, two artifacts with the same key may differ. Each has its own folder then, and the one
+        whose manifest was first exists.
         """
-        content = str(manifest["digest"])
-        return self._name(key if key.endswith(f"/sha256-{content}") else f"{key}/{content[:16]}")
+        digest = str(manifest["digest"])
+        return self._name(key if key.endswith(f"/sha256-{digest}") else f"{key}/{digest[:16]}")
 
     def _key(self, uri: str) -> str:
         if not uri.startswith(f"{self.root}/"):
-            raise ForgeError(f"store: {uri} is not in {self.root}; set FORGE_STORE to the store that it was made in")
+            raise ForgeError(
+                f"{uri} is not in {self.root}", where="store", fix="set FORGE_STORE to the store that contains it"
+            )
         return uri.removeprefix(f"{self.root}/")
 
     def _name(self, key: str) -> str:

@@ -1,42 +1,39 @@
-"""What stages have done, by what they were asked to do: one that is tried again after that finds its result.
+"""The results of stages, recorded by their inputs: a stage that is retried finds its result instead of repeating it.
 
-A record is written as soon as the artifact is published, before checkpoints or shards are removed. Flyte's own cache
-knows a result only once the task has ended.
+A stage records its result as soon as the artifact is published, before it removes checkpoints or shards. Flyte's cache
+knows the result only when the task has ended.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
 from forge.core.code_version import code_version
 from forge.core.contracts import Artifact
 from forge.core.digest import digest_json
+from forge.storage.records import parse_or_none
 
 if TYPE_CHECKING:
     from forge.storage import Store
 
-Found = TypeVar("Found", bound=Artifact)
+Result = TypeVar("Result", bound=Artifact)
 
 
-def find_completed(store: "Store", stage: str, asked: Sequence[Any], kind: type[Found]) -> Found | None:
-    """What a stage has come to, `asked` being all that decides its result; None where its artifact is gone, too."""
-    data = store.read(_place(stage, asked))
-    if data is None:
-        return None
-    try:
-        result = kind.model_validate_json(data)
-    except ValidationError:  # of another release
-        return None
+def find_completed(store: "Store", stage: str, inputs: Sequence[Any], kind: type[Result]) -> Result | None:
+    """The result of a stage for `inputs`, which must decide it; None if there is none or its artifact is gone."""
+    result = parse_or_none(kind, store.read(_key(stage, inputs)))
+    return result if result is not None and _is_stored(store, result) else None
+
+
+def record_completed(store: "Store", stage: str, inputs: Sequence[Any], result: Artifact) -> None:
+    """Record the result of a stage, for `find_completed`."""
+    store.put(_key(stage, inputs), result.model_dump_json().encode())
+
+
+def _is_stored(store: "Store", result: Artifact) -> bool:
     root = store.uri("").rstrip("/") + "/"
-    here = result.store == store.identity and result.uri.startswith(root)
-    return result if here and store.exists(result.uri.removeprefix(root)) else None
+    ours = result.store == store.identity and result.uri.startswith(root)
+    return ours and store.exists(result.uri.removeprefix(root))
 
 
-def record_completed(store: "Store", stage: str, asked: Sequence[Any], result: Artifact) -> None:
-    """Record what a stage has come to, for `find_done`."""
-    store.put(_place(stage, asked), result.model_dump_json().encode())
-
-
-def _place(stage: str, asked: Sequence[Any]) -> str:
-    return f"done/{stage}/{digest_json([code_version('tasks.' + stage), *asked])}.json"
+def _key(stage: str, inputs: Sequence[Any]) -> str:
+    return f"done/{stage}/{digest_json([code_version('tasks.' + stage), *inputs])}.json"

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, and what makes writes last through a power cut."""
+"""Files and directories that are either complete or absent, also after a power failure."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from forge.core.processes import is_alive, this_process
 
-ABANDONED = 3 * 24 * 3600  # seconds; no stage works for so long
+ABANDONED = 3 * 24 * 3600  # seconds; no stage takes that long
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Replace a small file so that readers see the old or the new one whole; makes its directory if need be.
+    """Replace a small file so that readers see either the old or the new text; creates its directory if need be.
 
-    What need not outlive a power cut is not `durable`: a busy disk may take a second to say that it has it.
+    A `durable` file survives a power failure. Flushing it may take a second if the disk is busy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}")
@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(staging: Path) -> Iterator[Path]:
-    """A new directory of this process, to fill and rename; removed afterwards if it was not."""
+    """A new directory of this process, to fill and rename; deleted afterwards unless renamed."""
     staged = Path(tempfile.mkdtemp(dir=staging, prefix=owner()))
     try:
         yield staged
@@ -46,16 +46,16 @@ def staged_directory(staging: Path) -> Iterator[Path]:
 
 
 def owner() -> str:
-    """How the names begin of what this process stages."""
+    """The prefix of the names of all that this process stages."""
     return f"{this_process()}-"
 
 
 def remove_stale_staging(staging: Path) -> None:
-    """Remove what processes that were killed left in staging, where that is there."""
+    """Delete what killed processes have left in a staging directory, if it exists."""
     for staged in staging.iterdir() if staging.is_dir() else ():
-        with contextlib.suppress(OSError):  # swept by another, or not ours to remove
+        with contextlib.suppress(OSError):  # deleted by another process, or not ours to delete
             alive = is_alive(staged.name.rpartition("-")[0])
-            if alive is None:  # of another container, or from before this machine's start
+            if alive is None:  # from another container, or from before the last boot
                 alive = time.time() - staged.stat().st_mtime < ABANDONED
             if not alive and staged.is_dir():
                 shutil.rmtree(staged, ignore_errors=True)

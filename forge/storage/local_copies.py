@@ -1,4 +1,4 @@
-"""Local copies of artifacts that are kept elsewhere: whole, verified, and no more of them than there is room for."""
+"""Local copies of artifacts in a bucket: complete, verified, and evicted if they take up too much space."""
 
 import contextlib
 import fcntl
@@ -13,9 +13,9 @@ from forge.storage.files import remove_stale_staging, staged_directory, sync
 
 
 class Copies:
-    """Directories by key, of so many bytes in all; those that were not used for longest go first.
+    """Directories by key, with `limit` bytes in all. The least recently used are evicted first.
 
-    A copy is locked while the process lives that asked for it (shared, by the kernel), and then is not removed.
+    A process that asks for a copy holds a shared lock of the kernel on it until it ends. Locked copies stay.
     """
 
     def __init__(self, root: Path, limit: int) -> None:
@@ -24,37 +24,37 @@ class Copies:
         for directory in (self._staging, self._users, self._fetching):
             directory.mkdir(parents=True, exist_ok=True)
         self._held: dict[str, int] = {}
-        self._mutex = threading.Lock()  # the kernel's locks are between processes
+        self._mutex = threading.Lock()  # the kernel locks exclude processes, not threads
         remove_stale_staging(self._staging)
 
     def stage(self) -> contextlib.AbstractContextManager[Path]:
-        """A new directory beside the copies; removed afterwards, if it has not become one."""
+        """A new directory, to become a copy; deleted afterwards unless it has."""
         return staged_directory(self._staging)
 
     def get(self, key: str, fetch: Callable[[Path], None]) -> Path:
-        """The copy of a key, fetched into a new directory first where there is none. One process fetches it."""
+        """The copy of a key. If there is none, one process fetches it into a new directory."""
         with self._used(key) as target:
             if not target.is_dir():
                 with FileLock(self._fetching / _flat(key)), self.stage() as staged:
-                    if not target.is_dir():  # while we waited, another process may have fetched it
+                    if not target.is_dir():  # another process may just have fetched it
                         fetch(staged)
                         self._place(staged, target)
         return target
 
     def adopt(self, key: str, staged: Path) -> None:
-        """Make a staged directory the copy of a key, where there is none."""
+        """Make a staged directory the copy of a key, if there is none."""
         with self._used(key) as target, FileLock(self._fetching / _flat(key)):
             if not target.is_dir():
                 self._place(staged, target)
 
     def release(self, key: str) -> None:
-        """Let go of a copy, which may make room for others from then on."""
+        """Stop using a copy, which may then be evicted."""
         with self._mutex:
             if (handle := self._held.pop(key, None)) is not None:
                 os.close(handle)
 
     def remove(self, key: str) -> None:
-        """Remove the copy of a key; nothing happens where there is none, or another process uses it."""
+        """Delete the copy of a key, if there is one that no other process uses."""
         with self._mutex:
             if (handle := self._held.pop(key, None)) is not None:
                 os.close(handle)
@@ -62,21 +62,21 @@ class Copies:
 
     @contextlib.contextmanager
     def _used(self, key: str) -> Iterator[Path]:
-        """Keep a key's copy, which is given its place meanwhile, from being removed; others then make room for it."""
+        """Lock the copy of a key, which the caller puts in place. If it is new, others are evicted afterwards."""
         with self._mutex:
             if key not in self._held:
                 self._held[key] = self._locked(key, fcntl.LOCK_SH)
             target = self.root / key
-            there = target.is_dir()
+            is_new = not target.is_dir()
             yield target
             os.utime(self._users / _flat(key))
-            if not there:
-                self._make_room()
+            if is_new:
+                self._evict()
 
-    def _locked(self, key: str, how: int) -> int:
+    def _locked(self, key: str, mode: int) -> int:
         handle = os.open(self._users / _flat(key), os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(handle, how)
+            fcntl.flock(handle, mode)
         except BaseException:
             os.close(handle)
             raise
@@ -89,8 +89,8 @@ class Copies:
         os.rename(staged, target)
         sync(target.parent)
 
-    def _make_room(self) -> None:
-        """Remove copies that no process uses, the longest unused first, until the rest is within the limit."""
+    def _evict(self) -> None:
+        """Delete copies that no process uses, the least recently used first, until the limit is kept."""
         users = sorted(self._users.iterdir(), key=lambda user: user.stat().st_mtime)
         sizes = {user.name.replace("~", "/"): _bytes(self.root / user.name.replace("~", "/")) for user in users}
         total = sum(sizes.values())
@@ -99,7 +99,7 @@ class Copies:
                 total -= size
 
     def _remove_unused(self, key: str) -> bool:
-        """Remove a copy, unless another process uses it."""
+        """Delete a copy, unless another process uses it."""
         try:
             handle = self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,14 +111,14 @@ class Copies:
 
 
 def _flat(key: str) -> str:
-    """A key as a file's name."""
+    """A key as a file name."""
     return key.replace("/", "~")
 
 
 def _bytes(directory: Path) -> int:
-    """The size of a directory's files; 0 where it is not there."""
+    """The size of a directory's files; 0 if it does not exist."""
     total = 0
     for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # just deleted
             total += path.stat().st_size if path.is_file() else 0
     return total

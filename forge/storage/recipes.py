@@ -1,4 +1,4 @@
-"""Recipes read from where they are, and validated: all that is wrong is reported at once, with its line."""
+"""Recipes, read from files, S3 or the packaged ones, and validated: all errors are reported together, with lines."""
 
 import difflib
 from typing import Any
@@ -15,9 +15,9 @@ RECIPES = shipped("recipes")
 
 
 def read_recipe(recipe: str) -> tuple[str, bytes]:
-    """The name and the bytes of a recipe: a shipped one's name, a path, a file:// or s3:// URI, or the YAML itself.
+    """The name and the bytes of a recipe, which is given by its name, path, file:// or s3:// URI, or as YAML.
 
-    ForgeError where there is none.
+    Raises ForgeError if it does not exist.
     """
     if "\n" in recipe.strip() or recipe.lstrip().startswith("{"):
         return "given as YAML", recipe.encode()
@@ -29,25 +29,28 @@ def read_recipe(recipe: str) -> tuple[str, bytes]:
         with s3.connect(f"recipe {recipe}", load_settings()) as client:
             data = s3.read_object(client, bucket, key)
         if data is None:
-            raise ForgeError(f"recipe {recipe}: there is no such object; check the bucket and the key")
+            raise ForgeError("there is no such object", where=f"recipe {recipe}", fix="check the bucket and the key")
         return recipe, data
     if "://" in recipe and not recipe.startswith("file://"):
-        raise ForgeError(f"recipe {recipe}: only s3:// and file:// URIs are read; copy it to one, or give its text")
+        raise ForgeError(
+            "only s3:// and file:// URIs are read", where=f"recipe {recipe}", fix="copy it to one, or give its text"
+        )
     path = path_of(recipe)
     if path.is_file():
         return str(path), path.read_bytes()
     near = difflib.get_close_matches(recipe, names, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise ForgeError(
-        f"recipe {recipe}: neither a shipped recipe nor a file here. {hint}Shipped are {', '.join(names)}. On a "
-        "cluster, where your files are not, give an s3:// URI or the YAML itself"
+        f"neither a shipped recipe nor a file here. {hint}Shipped are {', '.join(names)}",
+        where=f"recipe {recipe}",
+        fix="on a cluster, which cannot read your files, give an s3:// URI or the YAML itself",
     )
 
 
 def load_recipe(recipe: str) -> Recipe:
-    """Read and validate a recipe, given as `read_recipe` takes it.
+    """Read and validate a recipe, given as for `read_recipe`.
 
-    Raises ForgeError or Problems naming the file, the line and the fix for each thing that is wrong.
+    Raises ForgeError or Problems with the file, the line and the fix of each error.
     """
     name, data = read_recipe(recipe)
     try:
@@ -55,13 +58,15 @@ def load_recipe(recipe: str) -> Recipe:
         document = yaml.safe_load(text)
         lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except UnicodeDecodeError as error:
-        raise ForgeError(f"recipe {name}: not UTF-8 text (byte {error.start})") from None
+        raise ForgeError(f"not UTF-8 text (byte {error.start})", where=f"recipe {name}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise ForgeError(f"recipe {where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise ForgeError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"recipe {where}") from None
     if not isinstance(document, dict):
-        raise ForgeError(f"recipe {name}: must be a mapping of sections; see {RECIPES / 'tiny-cpu.yaml'}")
+        raise ForgeError(
+            "must be a mapping of sections", where=f"recipe {name}", fix=f"see {RECIPES / 'tiny-cpu.yaml'}"
+        )
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -71,7 +76,7 @@ def load_recipe(recipe: str) -> Recipe:
 
 
 def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line number (from 1) of each key of a YAML document, by its path."""
+    """The line number (from 1) of each key of a YAML document, by its path."""
     lines: dict[tuple[str, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -86,7 +91,7 @@ def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[s
 
 
 def _explain(name: str, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
-    """One of pydantic's findings as a sentence with file, line and fix."""
+    """A finding of pydantic as a sentence with file, line and fix."""
     loc = tuple(str(part) for part in finding["loc"])
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
     where = f"{name}:{line}" if line else name
@@ -108,7 +113,7 @@ def _explain(name: str, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
 
 
 def _section(section: Any, part: str) -> Any:
-    """The class of a section's field, where that is itself a section."""
+    """The class of a field that is itself a section, or None."""
     if section is None or part not in section.model_fields:
         return None
     annotation = section.model_fields[part].annotation

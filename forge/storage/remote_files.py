@@ -1,6 +1,6 @@
-"""Raw rows kept elsewhere: in S3, or in a data set on the Hugging Face Hub. Identified where they are, then downloaded.
+"""Raw rows in S3 or in a data set on the Hugging Face Hub: identified remotely, then downloaded.
 
-The clients are imported when they are needed: the doors that import this module seldom meet a remote source.
+The clients are imported when needed, since most sources are local.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ FORM = "hf://datasets/OWNER/NAME[@revision][/path]"
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a URI of S3 or of the Hub, rather than a local path."""
+    """Whether a source is an S3 or Hub URI rather than a local path."""
     return source.startswith((S3, HUB))
 
 
 def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tuple[str, str]:
-    """The source's URI, pinned to a commit on the Hub, and the digest of what it holds; nothing is downloaded.
+    """The source's URI, pinned to a commit on the Hub, and the digest of its contents. Nothing is downloaded.
 
-    `suffixes` are the endings of data files' names, in lower case. The digest of an S3 source is that of its objects'
-    etags and sizes, not of their keys. ForgeError where it cannot be reached or holds no data file.
+    `suffixes` are the endings of data files' names, in lower case. The digest of an S3 source covers the ETags and
+    sizes of its objects, not their keys. Raises ForgeError if the source cannot be read or has no data file.
     """
     if source.startswith(S3):
         with connect(f"data {source}", settings) as client:
@@ -50,24 +50,24 @@ def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tupl
 def download_files(
     source: str, directory: Path, settings: Settings, suffixes: tuple[str, ...]
 ) -> list[tuple[str, Path]]:
-    """Download a source's data files; returns each one's URI and local path, sorted by URI.
+    """Download the data files of a source; returns the URI and local path of each, sorted by URI.
 
-    Files are whole or not there, and none lies outside the directory. ForgeError where a file changes meanwhile or
-    arrives damaged, where the disk is too small, and as in `identify`.
+    Files are complete or absent, and none is outside the directory. Raises ForgeError if a file changes meanwhile or
+    arrives damaged, if the disk is too small, and as `identify` does.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if source.startswith(S3):
         with connect(f"data {source}", settings) as client:
             files = _objects(client, source, suffixes)
-            _check_room(source, files, directory)
+            _check_free_space(source, files, directory)
             bucket, _ = split(source)
-            # Keys may hold anything, .. and names too long for a file included: only the ending is kept.
+            # A key may contain .. or be too long for a file name, so only its ending is used.
             paths = [directory / f"{number:06}{_suffix(file, suffixes)}" for number, file in enumerate(files)]
-            download(client, bucket, list(zip(files, paths, strict=True)), lambda done: None)
+            download(client, bucket, list(zip(files, paths, strict=True)))
         return [(f"{S3}{bucket}/{file.name}", path) for file, path in zip(files, paths, strict=True)]
     with _hub(source) as (api, uri):
         files = _repository_files(api, uri, source, suffixes)
-        _check_room(source, files, directory)
+        _check_free_space(source, files, directory)
         api.snapshot_download(
             uri.id,
             repo_type="dataset",
@@ -78,7 +78,9 @@ def download_files(
         for file in files:
             if (size := (directory / file.name).stat().st_size) != file.size:
                 raise ForgeError(
-                    f"data {source}: {file.name} arrived with {size} bytes instead of {file.size}; run again"
+                    f"{file.name} arrived with {size} bytes instead of {file.size}",
+                    where=f"data {source}",
+                    fix="run again",
                 )
         return [(replace(uri, path_in_repo=file.name).to_uri(), directory / file.name) for file in files]
 
@@ -92,7 +94,7 @@ def _objects(client: "Minio", source: str, suffixes: tuple[str, ...]) -> list[Fi
 
 @contextlib.contextmanager
 def _hub(source: str) -> Iterator[tuple["HfApi", "HfUri"]]:
-    """A client of the Hub and the source pinned to a commit; what the client raises becomes a ForgeError."""
+    """A client of the Hub and the source pinned to a commit. Errors of the client become ForgeErrors."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -104,26 +106,26 @@ def _hub(source: str) -> Iterator[tuple["HfApi", "HfUri"]]:
     )
     from huggingface_hub.utils import parse_hf_uri
 
-    mends = (
-        (HfUriError, f"not the URI of a data set; write it as {FORM}"),
-        (GatedRepoError, "its owner grants access to it; ask for that on the Hub, and set HF_TOKEN"),
-        (RepositoryNotFoundError, "no such data set, or a private one; check its name, or set HF_TOKEN"),
-        (RevisionNotFoundError, "no such revision; give a branch, a tag or a commit after the @, or leave it out"),
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE keeps it from being read; unset that, or copy the rows here"),
+    known = (
+        (HfUriError, "not the URI of a data set", f"write it as {FORM}"),
+        (GatedRepoError, "its owner restricts access", "request access on the Hub, and set HF_TOKEN"),
+        (RepositoryNotFoundError, "no such data set, or a private one", "check its name, or set HF_TOKEN"),
+        (RevisionNotFoundError, "no such revision", "give a branch, a tag or a commit after the @, or leave it out"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE prevents reading it", "unset that, or copy the rows here"),
     )
     try:
         uri = parse_hf_uri(source.rstrip("/"))
         if uri.type != "dataset":
             raise HfUriError(source, FORM)
-        # The client reads HF_ENDPOINT when it is imported; a setting counts when it is used.
+        # The client itself reads HF_ENDPOINT only when it is imported.
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
         commit = api.dataset_info(uri.id, revision=uri.revision, timeout=10).sha
         yield api, replace(uri, revision=commit)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
-        other = f"cannot be read ({first}); check the network, HF_ENDPOINT, HF_TOKEN and the free space"
-        mend = next((mend for kind, mend in mends if isinstance(error, kind)), other)
-        raise ForgeError(f"data {source}: {mend}") from None
+        other = (f"cannot be read ({first})", "check the network, HF_ENDPOINT, HF_TOKEN and the free space")
+        what, fix = next(((what, fix) for kind, what, fix in known if isinstance(error, kind)), other)
+        raise ForgeError(what, where=f"data {source}", fix=fix) from None
 
 
 def _repository_files(api: "HfApi", uri: "HfUri", source: str, suffixes: tuple[str, ...]) -> list[File]:
@@ -135,14 +137,14 @@ def _repository_files(api: "HfApi", uri: "HfUri", source: str, suffixes: tuple[s
 
 
 def _patterns(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Globs of what `_select` selects."""
+    """Globs of the files that `_select` selects."""
     endings = ("".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in suffixes)
     folder = glob.escape(f"{path}/" if path else "")
     return [glob.escape(path), *(f"{folder}*{ending}" for ending in endings)]
 
 
 def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, ...]) -> list[File]:
-    """The data files at a path, itself a file or a directory, sorted; ForgeError if there are none."""
+    """The data files at a path (a file or a directory), sorted; raises ForgeError if there are none."""
     inside = path.rstrip("/") + "/" if path else ""
     selected = sorted(
         file
@@ -151,7 +153,11 @@ def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, 
     )
     if not selected:
         known = ", ".join(suffixes)
-        raise ForgeError(f"data {source}: holds no data file (known are {known}); check the path, or put rows there")
+        raise ForgeError(
+            f"contains no data file (known are {known})",
+            where=f"data {source}",
+            fix="check the path, or put rows there",
+        )
     return selected
 
 
@@ -159,9 +165,11 @@ def _suffix(file: File, suffixes: tuple[str, ...]) -> str:
     return max((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), key=len)
 
 
-def _check_room(source: str, files: list[File], directory: Path) -> None:
+def _check_free_space(source: str, files: list[File], directory: Path) -> None:
     needed, free = sum(file.size for file in files), shutil.disk_usage(directory).free
     if needed > free:
         raise ForgeError(
-            f"data {source}: {needed:,} bytes, but {directory} has room for {free:,}; free space, or set FORGE_HOME"
+            f"{needed:,} bytes, but {directory} has only {free:,} free",
+            where=f"data {source}",
+            fix="free space, or set FORGE_HOME",
         )

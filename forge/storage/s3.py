@@ -1,141 +1,73 @@
-"""S3, by the minio client: connected with the settings, its errors told as ours, and small objects."""
+"""An S3 client that is configured from the settings, and small objects."""
 
-import configparser
 import contextlib
-import re
+import io
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from forge.core.errors import ForgeError
 from forge.core.settings import Settings
+from forge.storage import s3_requests
+from forge.storage.s3_credentials import find_credentials
+from forge.storage.s3_errors import SERVER_BUSY, code_of, retry, translate_s3_errors
 
 if TYPE_CHECKING:
     from minio import Minio
-    from minio.credentials import Provider
+    from urllib3 import PoolManager
 
 S3 = "s3://"
 CONNECTIONS = 8
-CONNECT = 5  # seconds
-RETRIES = 6  # of a request; the waits between them double up to 5 seconds
-PASSING = (500, 502, 503, 504)
-READ = 20  # seconds until the server says something, or something more
-SENDING = 60  # seconds that a part may take
-
-
-class Damaged(Exception):
-    """An object's bytes are not those that were sent, however often they were; its argument is the object's name."""
+CONNECT = 5  # seconds to connect and to send a request
+SENDING = 60  # seconds to connect and to send a request that uploads data
+READ = 20  # seconds to wait for the server's next bytes
+RETRIES = 6  # of a request; the waits between them double, up to 5 seconds
+JSON = {"Content-Type": "application/json"}
+CONFLICT = ("PreconditionFailed", "ConditionalRequestConflict")  # codes: the condition of a write does not hold
+NO_CONDITIONS = ("NotImplemented", "MethodNotAllowed")  # codes of a server that refuses the condition's header
 
 
 @contextlib.contextmanager
-def connect(what: str, settings: Settings, sending: float = CONNECT) -> Iterator["Minio"]:
-    """A client of the S3 server that the settings name; what it raises becomes a ForgeError about `what`.
+def connect(where: str, settings: Settings, sending: float = CONNECT) -> Iterator["Minio"]:
+    """A client of the S3 server in the settings. Whatever the client raises becomes a ForgeError at `where`.
 
-    `sending` is in how many seconds a request must be sent, connecting included: whoever uploads wants more of them.
+    `sending` is the time in seconds in which a request must be sent, including the connection. Uploads need more.
     """
     from minio import Minio
-    from minio.error import MinioException, S3Error
-    from urllib3 import PoolManager, Retry, Timeout
-    from urllib3.exceptions import HTTPError
 
-    endpoint, credentials = settings.s3_endpoint, _credentials(settings)
-    if not endpoint or credentials is None:
-        given = {
-            "FORGE_S3_ENDPOINT": endpoint,
-            "FORGE_S3_ACCESS_KEY": credentials or settings.s3_access_key.get_secret_value(),
-            "FORGE_S3_SECRET_KEY": credentials or settings.s3_secret_key.get_secret_value(),
-        }
-        missing = ", ".join(name for name, value in given.items() if not value)
-        raise ForgeError(f"{what}: S3 needs a server and credentials; set {missing} (or AWS's variables for the keys)")
-    keys = credentials.retrieve()
-    if not all(re.fullmatch("[!-~]*", key) for key in (keys.access_key, keys.secret_key, keys.session_token or "")):
-        raise ForgeError(
-            f"{what}: a key of S3 holds a space, a line's end or another character that no key has; mend "
-            "FORGE_S3_ACCESS_KEY and FORGE_S3_SECRET_KEY, or AWS's variables"
-        )
-    url = urlsplit(endpoint)
-    # The client's own limits, five minutes and five retries, would wait half an hour for a server that is not there.
-    http = PoolManager(
-        maxsize=CONNECTIONS,
-        timeout=Timeout(connect=sending, read=READ),  # urllib3 sends under the limit to connect
-        retries=Retry(
-            total=RETRIES,
-            connect=2,
-            other=2,  # TLS errors: a certificate that is not trusted will not be
-            backoff_factor=0.1,
-            backoff_jitter=0.1,
-            backoff_max=5,
-            status_forcelist=PASSING,
-            allowed_methods=None,  # S3's POSTs may be repeated too
-        ),
-    )
-    try:
+    credentials = find_credentials(where, settings)
+    with translate_s3_errors(where, settings.s3_endpoint):
+        url = urlsplit(settings.s3_endpoint)
         client = Minio(
             url.netloc,
             secure=url.scheme == "https",
             region=settings.s3_region,
-            http_client=http,
+            http_client=_http_pool(sending),
             credentials=credentials,
         )
         if settings.s3_virtual_host:
             client.enable_virtual_style_endpoint()
         yield client
-    except S3Error as error:
-        raise _answered(what, endpoint, error.code or "", error.message or "") from None
-    except HTTPError as error:
-        reason = getattr(error, "reason", None) or error
-        trust = "CERTIFICATE_VERIFY_FAILED" in str(reason)
-        mend = "name its certificate's file in SSL_CERT_FILE" if trust else "check FORGE_S3_ENDPOINT and the network"
-        raise ForgeError(f"{what}: {endpoint} cannot be read ({reason}); {mend}") from None
-    except Damaged as error:
-        raise ForgeError(
-            f"{what}: {error} arrived damaged again and again; see the network and the server's disks, and run again"
-        ) from None
-    except (MinioException, SyntaxError) as error:  # ElementTree's errors are SyntaxErrors
-        if found := re.search("<Code>([^<]+)</Code>", str(error)):  # the client takes no XML that is called text
-            raise _answered(what, endpoint, found.group(1), "") from None
-        raise ForgeError(
-            f"{what}: {endpoint} does not answer as S3 does; give FORGE_S3_ENDPOINT the port of its S3 API"
-        ) from None
-    except ValueError as error:
-        raise ForgeError(f"{what}: {error}; mend the name, or FORGE_S3_ENDPOINT or FORGE_S3_REGION") from None
-    except OSError as error:
-        raise ForgeError(f"{what}: cannot be written here ({error}); free space, or set FORGE_HOME") from None
 
 
-def _answered(what: str, endpoint: str, code: str, message: str) -> ForgeError:
-    arrived = "what was sent arrived damaged again and again; see the network, and run again"
-    mends = {
-        "BadDigest": arrived,
-        "XAmzContentSHA256Mismatch": arrived,
-        "NoSuchBucket": "check the bucket's name and FORGE_S3_ENDPOINT",
-        "NoSuchKey": "an object was removed meanwhile; run again",
-        "PermanentRedirect": "check FORGE_S3_REGION",
-        "AuthorizationHeaderMalformed": "check FORGE_S3_REGION",
-    }
-    mend = mends.get(code, "check FORGE_S3_ACCESS_KEY, FORGE_S3_SECRET_KEY and what they may do")
-    return ForgeError(f"{what}: {endpoint} answers {code}{f' ({message})' if message else ''}; {mend}")
+def _http_pool(sending: float) -> "PoolManager":
+    """Connections that give up sooner than the client's own, which would wait half an hour for an absent server."""
+    from urllib3 import PoolManager, Retry, Timeout
 
-
-def _credentials(settings: Settings) -> "Provider | None":
-    """Where the keys come from: the settings, or else the usual AWS variables, or else the AWS credentials file."""
-    from minio.credentials import AWSConfigProvider, ChainedProvider, EnvAWSProvider, StaticProvider
-
-    access_key, secret_key = settings.s3_access_key.get_secret_value(), settings.s3_secret_key.get_secret_value()
-    if access_key or secret_key:
-        return StaticProvider(access_key, secret_key) if access_key and secret_key else None
-    found = ChainedProvider([EnvAWSProvider(), AWSConfigProvider()])
-    try:
-        found.retrieve()
-    except configparser.Error as error:  # its message shows lines of the file
-        raise ForgeError(
-            f"the AWS credentials file cannot be read ({type(error).__name__}; a % in it is written %%); mend "
-            "AWS_SHARED_CREDENTIALS_FILE, or set FORGE_S3_ACCESS_KEY and FORGE_S3_SECRET_KEY"
-        ) from None
-    except ValueError:
-        return None
-    return found
+    return PoolManager(
+        maxsize=CONNECTIONS,
+        timeout=Timeout(connect=sending, read=READ),  # urllib3 applies the connect timeout to sending, too
+        retries=Retry(
+            total=RETRIES,
+            connect=2,
+            other=2,  # TLS errors, which an untrusted certificate causes every time
+            backoff_factor=0.1,
+            backoff_jitter=0.1,
+            backoff_max=5,
+            status_forcelist=SERVER_BUSY,
+            allowed_methods=None,  # S3's POST requests can be repeated, too
+        ),
+    )
 
 
 def split(source: str) -> tuple[str, str]:
@@ -144,28 +76,8 @@ def split(source: str) -> tuple[str, str]:
     return bucket, key
 
 
-def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
-    """Write a small object; False where there is another one already.
-
-    Of racing writers one wins where the server knows If-None-Match (MinIO, AWS, Ceph). Others ignore it, so that the
-    last one wins: they are looked at first, and afterwards.
-    """
-    from minio.error import S3Error
-
-    if exists(client, bucket, name):
-        return False
-    headers: dict[str, str | list[str] | tuple[str]] = {"If-None-Match": "*", "Content-Type": "application/json"}
-    try:
-        client._put_object(bucket, name, data, headers)  # the public methods take no such header
-    except S3Error as error:
-        if error.code in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return read_object(client, bucket, name) == data  # ours, where the answer to an earlier request was lost
-        raise
-    return True
-
-
 def exists(client: "Minio", bucket: str, name: str) -> bool:
-    """Whether there is an object."""
+    """Whether an object exists."""
     from minio.error import S3Error
 
     try:
@@ -178,44 +90,108 @@ def exists(client: "Minio", bucket: str, name: str) -> bool:
 
 
 def read_object(client: "Minio", bucket: str, name: str) -> bytes | None:
-    """A small object, or None where there is none."""
+    """A small object, or None if it does not exist."""
+    found = read_with_etag(client, bucket, name)
+    return None if found is None else found[0]
+
+
+def read_with_etag(client: "Minio", bucket: str, name: str) -> tuple[bytes, str] | None:
+    """A small object and its ETag, or None if it does not exist."""
     from minio.error import MinioException
 
-    if not exists(client, bucket, name):
-        return None
     try:
-        # Unlike get_object's, its body is read where the client repeats what breaks off.
-        return bytes(client._execute("GET", bucket, name).data)
+        return _get(client, bucket, name)
     except MinioException as error:
-        if "NoSuchKey" in str(error):  # removed meanwhile
+        if code_of(error) == "NoSuchKey":
             return None
         raise
 
 
-def abort_stale_uploads(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
-    """Abort uploads in parts under a prefix that were begun before so long, and return how many.
+@retry.wraps
+def _get(client: "Minio", bucket: str, name: str) -> tuple[bytes, str]:
+    response = client.get_object(bucket, name)
+    try:
+        return response.read(), response.headers.get("ETag", "").strip('"')
+    finally:
+        response.close()
+        response.release_conn()
 
-    A process that was killed leaves them, and they take room that no listing shows.
+
+def put_object(client: "Minio", bucket: str, name: str, data: bytes) -> None:
+    """Write a small object, replacing the old one."""
+    client.put_object(bucket, name, io.BytesIO(data), len(data))
+
+
+def put_if_absent(client: "Minio", bucket: str, name: str, data: bytes) -> bool:
+    """Write a small object; False if another one exists.
+
+    One of several concurrent writers wins if the server honours If-None-Match (MinIO, AWS and Ceph do). On others the
+    last one wins, so writers must read the object afterwards.
+    """
+    return not exists(client, bucket, name) and put_if_unchanged(client, bucket, name, data, "")
+
+
+def put_if_unchanged(client: "Minio", bucket: str, name: str, data: bytes, etag: str) -> bool:
+    """Replace the version of a small object with this ETag ("": create it); False if it has changed.
+
+    Servers that ignore conditions always write; see `honours_conditions`.
     """
     from minio.error import MinioException
 
-    swept, key, upload_id = 0, "", ""
-    while True:
-        try:  # no public method tells of them
-            found = client._list_multipart_uploads(bucket, prefix=prefix, key_marker=key, upload_id_marker=upload_id)
-        except MinioException as error:
-            if "NoSuchUpload" in str(error):  # rclone's way to say that there are none
-                return swept
+    condition = {"If-Match": f'"{etag}"'} if etag else {"If-None-Match": "*"}
+    try:
+        s3_requests.put(client, bucket, name, data, JSON | condition)
+    except MinioException as error:
+        if code_of(error) in CONFLICT or (etag and code_of(error) == "NoSuchKey"):
+            # A retried request conflicts with itself if the answer to the first was lost.
+            return read_object(client, bucket, name) == data
+        raise
+    return True
+
+
+def honours_conditions(client: "Minio", bucket: str, probe: str) -> bool:
+    """Whether the server refuses a write whose condition does not hold. Tried on an object that is then deleted."""
+    from minio.error import MinioException
+
+    put_object(client, bucket, probe, b"probe")
+    try:
+        for etag in ("", "0" * 32):  # If-None-Match, If-Match
+            if put_if_unchanged(client, bucket, probe, b"written against its condition", etag):
+                return False
+    except MinioException as error:
+        if code_of(error) in NO_CONDITIONS:
+            return False
+        raise
+    finally:
+        client.remove_object(bucket, probe)
+    return True
+
+
+def abort_stale_uploads(client: "Minio", bucket: str, prefix: str, older_than: timedelta) -> int:
+    """Abort multipart uploads under a prefix that began longer ago; returns their number.
+
+    Processes that were killed leave them, and they take up space that no listing of objects shows.
+    """
+    from minio.error import MinioException
+
+    aborted = 0
+    try:
+        for upload in s3_requests.unfinished_uploads(client, bucket, prefix):
+            began = upload.initiated_time
+            if began is None or datetime.now(UTC) - began >= older_than:
+                _abort(client, bucket, upload.object_name, upload.upload_id or "")
+                aborted += 1
+    except MinioException as error:
+        if code_of(error) != "NoSuchUpload":  # rclone's answer if there are none
             raise
-        for upload in found.uploads:
-            begun = upload.initiated_time
-            if begun is None or datetime.now(UTC) - begun >= older_than:
-                try:
-                    client._abort_multipart_upload(bucket, upload.object_name, upload.upload_id or "")
-                except MinioException as error:
-                    if "NoSuchUpload" not in str(error):  # aborted or completed meanwhile
-                        raise
-                swept += 1
-        key, upload_id = found.next_key_marker or "", found.next_upload_id_marker or ""
-        if not found.is_truncated or not key:
-            return swept
+    return aborted
+
+
+def _abort(client: "Minio", bucket: str, name: str, upload_id: str) -> None:
+    from minio.error import MinioException
+
+    try:
+        s3_requests.abort_upload(client, bucket, name, upload_id)
+    except MinioException as error:
+        if code_of(error) != "NoSuchUpload":  # another process has aborted or completed it
+            raise

@@ -1,4 +1,4 @@
-"""Whether every pod has a node: its GPUs, cores and memory, by day and by night, while all is replaced at once."""
+"""Check that every pod fits a node: GPUs, cores and memory, by day and by night, even while all pods are replaced."""
 
 import datetime
 import zoneinfo
@@ -8,21 +8,30 @@ from decimal import Decimal
 
 from kubernetes.utils import parse_quantity
 
-from forge.cluster.nodes import SHAPES, TIME_ZONE, TRAINING, TRAINING_HOURS, Node, TrainingShape
+from forge.cluster.gpus import GIB
+from forge.cluster.nodes import (
+    SHAPES,
+    TIME_ZONE,
+    TRAINING,
+    TRAINING_HOURS,
+    TRAINING_PRIORITY,
+    Node,
+    TrainingShape,
+    training_nodes,
+)
 from infra.check.tree import Object, Pod, Tree
 
-GIB = 1024**3
 GPU = "nvidia.com/gpu"
-# What the kubelet keeps of a node for itself and the system (infra/k3s). Tasks leave more, for what runs on
-# every node (forge.cluster.nodes.KEPT_CORES).
+# What the kubelet reserves on each node for the system (infra/k3s). Tasks leave more, for DaemonSets
+# (forge.cluster.nodes.KEPT_CORES).
 RESERVED_CORES, RESERVED_MEMORY = 2, 8
-WAITS = "forge-notebooks"  # the priority of what may wait for a GPU
+MAY_WAIT = "forge-notebooks"  # the priority class of pods that may stay pending
 OS = {"kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64", "nvidia.com/gpu.present": "true"}
 
 
 @dataclass
-class Room:
-    """What is left of a node."""
+class NodeCapacity:
+    """A node and its unused cores, memory and GPUs."""
 
     node: Node
     cores: Decimal
@@ -31,18 +40,18 @@ class Room:
     pods: list[str] = field(default_factory=list)
 
     def takes(self, pod: Pod, need: tuple[Decimal, Decimal, Decimal]) -> bool:
-        """Whether a pod may run here, and fits."""
+        """Whether a pod tolerates the node, selects it, and fits."""
         labels = {"role": self.node.role, **({"pool": self.node.pool} if self.node.pool else {}), **self.node.labels}
         labels |= {name: value for name, value in OS.items() if "gpu" not in name or self.node.gpus}
-        wanted = (pod.spec.get("nodeSelector") or {}).items()
+        selector = (pod.spec.get("nodeSelector") or {}).items()
         taints = [taint.model_dump() for taint in self.node.taints]
         if self.node.role == "control-plane":
             taints.append({"key": "node-role.kubernetes.io/control-plane", "value": "true", "effect": "NoSchedule"})
         fits = need[0] <= self.cores and need[1] <= self.memory and need[2] <= self.gpus
-        return fits and wanted <= labels.items() and all(_tolerates(pod.spec, taint) for taint in taints)
+        return fits and selector <= labels.items() and all(_tolerates(pod.spec, taint) for taint in taints)
 
     def put(self, pod: Pod, need: tuple[Decimal, Decimal, Decimal]) -> None:
-        """Give it to a pod."""
+        """Place a pod here."""
         self.cores, self.memory, self.gpus = (
             self.cores - need[0], self.memory - need[1], self.gpus - need[2],
         )  # fmt: skip
@@ -59,26 +68,26 @@ def _tolerates(spec: Object, taint: dict[str, str]) -> bool:
 
 
 def check_placement(tree: Tree) -> Iterator[str]:
-    """Pods that no node takes, in any hour of the day."""
+    """Report pods that fit no node, by day or by night."""
     try:
         nodes = nodes_of_tree(tree)
     except ValueError as error:
         yield f"infra/nodes.yaml: {' '.join(str(error).split())}"
         return
-    shape = max(SHAPES, key=lambda one: (one.nodes * one.nproc_per_node, one.nodes))
-    for name, hour in (("day", TRAINING_HOURS[0] + 1), ("night", TRAINING_HOURS[-1] + 2)):
-        trainings = [shape] if hour in TRAINING_HOURS else []
-        yield from (f"{finding} (by {name})" for finding in place(nodes, pods_at(tree, hour), trainings)[1])
+    day, night = pods_at(tree, TRAINING_HOURS[0] + 1), pods_at(tree, TRAINING_HOURS[-1] + 2)
+    by_day = [finding for shape in SHAPES for finding in place(nodes, day, [shape])[1]]
+    yield from (f"{finding} (by day)" for finding in dict.fromkeys(by_day))
+    yield from (f"{finding} (by night)" for finding in place(nodes, night, [])[1])
     yield from _windows(tree)
 
 
 def nodes_of_tree(tree: Tree) -> list[Node]:
-    """The node list of a tree; ValueError where it is wrong."""
+    """The node list of a tree. Raises ValueError if it is wrong."""
     return [Node.model_validate(one) for one in tree.lists["nodes"]]
 
 
 def pods_at(tree: Tree, hour: int) -> list[Pod]:
-    """The pods that run at an hour in Sao Paulo, with as many replicas as their schedule wants then."""
+    """The pods that run at an hour in the cluster's time zone, with the replicas of their schedule."""
     found = []
     for pod in tree.pods:
         replicas = pod.replicas
@@ -98,74 +107,76 @@ def pods_at(tree: Tree, hour: int) -> list[Pod]:
 
 
 def hours(window: dict[str, str]) -> set[int]:
-    """The hours, each in its first minutes, in which a cron trigger wants replicas."""
+    """The hours during which a cron trigger asks for replicas."""
     start, end = (int(window[name].split()[1]) for name in ("start", "end"))
-    last = end + (1 if int(window["end"].split()[0]) else 0)  # within the hour
+    last = end + (1 if int(window["end"].split()[0]) else 0)  # the last hour counts if it is only partly in the window
     return {hour % 24 for hour in range(start, last if last > start else last + 24)}
 
 
-def place(nodes: list[Node], pods: list[Pod], trainings: list[TrainingShape]) -> tuple[list[Room], list[str]]:
-    """Put all pods, and trainings as tasks/task_pods.py asks for them, on nodes: what is left, and what found no node.
+def place(nodes: list[Node], pods: list[Pod], trainings: list[TrainingShape]) -> tuple[list[NodeCapacity], list[str]]:
+    """Place all pods, and trainings with the resources of tasks/task_pods.py; returns the nodes and what did not fit.
 
-    What asks for most is put first, on the node that has least left of what takes it, as a scheduler that packs would.
+    Largest pods first, each on the fullest node that takes it, as a bin-packing scheduler does.
     """
-    rooms = [
-        Room(node, Decimal(node.cores - RESERVED_CORES), Decimal((node.memory_gib - RESERVED_MEMORY) * GIB),
+    placed = [
+        NodeCapacity(node, Decimal(node.cores - RESERVED_CORES), Decimal((node.memory_gib - RESERVED_MEMORY) * GIB),
              Decimal(node.gpus.count if node.gpus else 0))
         for node in nodes
     ]  # fmt: skip
     findings = []
     for pod in [one for one in pods if one.kind == "DaemonSet"]:
         need = needed(pod)
-        for room in rooms:
-            if room.takes(pod, (Decimal(0), Decimal(0), Decimal(0))):
-                if not room.takes(pod, need):
-                    findings.append(f"{pod.where}: {room.node.name} has no room for it")
-                room.put(pod, need)
+        for node in placed:
+            if node.takes(pod, (Decimal(0), Decimal(0), Decimal(0))):
+                if not node.takes(pod, need):
+                    findings.append(f"{pod.where}: does not fit {node.node.name}")
+                node.put(pod, need)
     single = [(pod, needed(pod)) for pod in pods if pod.kind != "DaemonSet" for _ in range(pod.replicas + pod.surge)]
     single += [one for shape in trainings for one in _training(nodes, shape)]
     for pod, need in sorted(single, key=lambda one: (one[1][2], one[1][1], one[1][0]), reverse=True):
-        able = [room for room in rooms if room.takes(pod, need)]
+        able = [node for node in placed if node.takes(pod, need)]
         if able:
-            min(able, key=lambda room: (room.gpus, room.memory)).put(pod, need)
-        elif pod.spec.get("priorityClassName") != WAITS:
+            min(able, key=lambda node: (node.gpus, node.memory)).put(pod, need)
+        elif pod.spec.get("priorityClassName") != MAY_WAIT:
             what = f"{need[2]} GPUs, {need[0]} cores, {need[1] / GIB:.0f} GiB"
-            findings.append(f"{pod.where}: no node has room for it ({what}), or none takes its selector and taints")
-    return rooms, findings
+            findings.append(
+                f"{pod.where}: no node has room for it ({what}), or none matches its selector and tolerations"
+            )
+    return placed, findings
 
 
 def _training(nodes: list[Node], shape: TrainingShape) -> list[tuple[Pod, tuple[Decimal, Decimal, Decimal]]]:
-    node = next(one for one in nodes if one.role == TRAINING)
+    node = next(iter(training_nodes(shape, nodes)), None) or next(one for one in nodes if one.role == TRAINING)
     cores, memory = node.share(shape.nproc_per_node)
     spec = {
-        "nodeSelector": {"role": TRAINING, "gpu-type": "nvidia"},
+        "nodeSelector": node.selector,
         "tolerations": [{"key": one.key, "value": one.value, "effect": one.effect} for one in node.taints],
-        "priorityClassName": "forge-training",
+        "priorityClassName": TRAINING_PRIORITY,
     }
     pod = Pod(f"a training of shape {shape}", "homelab-production", {}, {}, spec, "PyTorchJob")
     return [(pod, (Decimal(cores), Decimal(memory * GIB), Decimal(shape.nproc_per_node)))] * shape.nodes
 
 
 def needed(pod: Pod) -> tuple[Decimal, Decimal, Decimal]:
-    """Cores, bytes and GPUs that a pod requests: its containers together, or the largest that runs before them."""
-    total, before = [Decimal(0)] * 3, [Decimal(0)] * 3
+    """Cores, bytes and GPUs that a pod requests: the sum of its containers, or its largest init container if larger."""
+    total, init = [Decimal(0)] * 3, [Decimal(0)] * 3
     for container in pod.containers:
         total = [a + b for a, b in zip(total, _requests(container), strict=True)]
     for container in pod.spec.get("initContainers", []):
-        before = [max(a, b) for a, b in zip(before, _requests(container), strict=True)]
-    cores, memory, gpus = (max(a, b) for a, b in zip(total, before, strict=True))
+        init = [max(a, b) for a, b in zip(init, _requests(container), strict=True)]
+    cores, memory, gpus = (max(a, b) for a, b in zip(total, init, strict=True))
     return cores, memory, gpus
 
 
 def _requests(container: Object) -> tuple[Decimal, Decimal, Decimal]:
     resources = container.get("resources") or {}
-    asked = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
-    cores, memory, gpus = (parse_quantity(asked.get(name, 0)) for name in ("cpu", "memory", GPU))
+    requests = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+    cores, memory, gpus = (parse_quantity(requests.get(name, 0)) for name in ("cpu", "memory", GPU))
     return cores, memory, gpus
 
 
 def _windows(tree: Tree) -> Iterator[str]:
-    """What is scaled by the clock on nodes that train never runs in the hours in which they train."""
+    """Report pods that a schedule runs on training nodes during training hours."""
     zone = zoneinfo.ZoneInfo(TIME_ZONE)
     for where, one in tree.of("ScaledObject"):
         for trigger in one["spec"]["triggers"]:
@@ -174,7 +185,7 @@ def _windows(tree: Tree) -> Iterator[str]:
             window = trigger["metadata"]
             offset = datetime.datetime(2026, 1, 1, tzinfo=zone).utcoffset()
             if datetime.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo(window["timezone"])).utcoffset() != offset:
-                yield f"{where}: its time zone {window['timezone']} is not {TIME_ZONE}"
+                yield f"{where}: the time zone {window['timezone']} is not {TIME_ZONE}"
             both = sorted(hours(window) & set(TRAINING_HOURS))
             name = one["spec"]["scaleTargetRef"]["name"]
             on_training = any(
@@ -182,4 +193,4 @@ def _windows(tree: Tree) -> Iterator[str]:
                 for pod in tree.pods
             )
             if both and on_training:
-                yield f"{where}: runs at {both[0]}:00 in {TIME_ZONE}, when its nodes train (forge/cluster/nodes.py)"
+                yield f"{where}: runs at {both[0]}:00 in {TIME_ZONE}, during training hours (forge/cluster/nodes.py)"

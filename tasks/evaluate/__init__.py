@@ -1,1 +1,1 @@
-"""A trained model and held-out rows -> scores before and after, answers, and a report that people read."""
+"""A trained model and held-out rows -> scores against base and champion, the gate's verdict, and an HTML report."""

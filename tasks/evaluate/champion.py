@@ -1,4 +1,4 @@
-"""The champion's package: found, and verified before anything is compared with it."""
+"""The champion for a comparison: found in the registry, and its package verified file by file."""
 
 import json
 import logging
@@ -23,14 +23,14 @@ from forge.storage.manifest import MANIFEST, read_manifest, verify, write_manife
 
 log = logging.getLogger(__name__)
 
-MEND = "put it back, or take the alias champion from the version in MLflow, to start without one"
+FIX = "restore it, or remove the alias champion from the version in MLflow to start without a champion"
 
 
 def champion_to_compare(name: str, model: Model, store: Store, settings: Settings) -> Champion:
-    """The champion that a model is compared with, `Champion()` where there is none.
+    """The champion that a model is compared with, `Champion()` if there is none.
 
-    A model that is the champion already is compared with the one that it was compared with when it was registered, if
-    that is still there: so its evaluation is the same one before and after its promotion, and is not made again.
+    A model that is the champion itself is compared with the champion it was compared with when it was registered, if
+    that still exists. So its evaluation has the same inputs before and after its promotion, and is not repeated.
     """
     client = open_registry(settings)
     with translate_mlflow_errors(f"the champion of {name} cannot be read", settings):
@@ -40,91 +40,104 @@ def champion_to_compare(name: str, model: Model, store: Store, settings: Setting
         tags = client.get_model_version(name, champion.version).tags
     if tags.get(MODEL_DIGEST) != model_digest(model, store):
         return champion
-    card = store.part(store.uri(f"evaluations/sha256-{tags.get(EVALUATION, '')}"), "evaluation.json")
-    if card is None:
+    previous = _champion_at_registration(tags.get(EVALUATION, ""), store)
+    if previous is None or (previous.version and not _exists(name, previous, store)):
         return champion
-    before = Champion(**(json.loads(card)["champion"] or {}))
+    return previous
+
+
+def _champion_at_registration(evaluation: str, store: Store) -> Champion | None:
+    """The champion in the card of an evaluation, `Champion()` if it had none; None if the evaluation is missing."""
+    card = store.part(store.uri(f"evaluations/sha256-{evaluation}"), "evaluation.json")
+    return None if card is None else Champion(**(json.loads(card)["champion"] or {}))
+
+
+def _exists(name: str, champion: Champion, store: Store) -> bool:
     try:
-        if before.version:
-            find_package(name, before, store)
-    except ForgeError:  # removed by retention since
-        return champion
-    return before
+        find_package(name, champion, store)
+    except ForgeError:  # pruned since
+        return False
+    return True
 
 
 def model_digest(model: Model, store: Store) -> str:
-    """The digest of a trained model's files alone, by its manifest."""
+    """The digest of a trained model's files alone, from its manifest."""
     files = {entry["path"]: entry["sha256"] for entry in store.manifest(model.uri)["files"]}
     inside = {path.removeprefix("model/"): digest for path, digest in files.items() if path.startswith("model/")}
     return digest_json(dict(sorted(inside.items())))
 
 
 def find_package(name: str, champion: Champion, store: Store) -> str:
-    """The digest of the champion's package; ForgeError where it, or the package that it stands on, is not there."""
+    """The digest of the champion's package. ForgeError if the package, or a registered base of it, is missing."""
     try:
         manifest = store.manifest(champion.uri)
         if manifest.get("kind") == ADAPTER and is_registered(manifest["base"]["location"]):
             store.manifest(manifest["base"]["location"])
     except ForgeError as error:
-        raise _told(name, champion, error) from None
+        raise _champion_error(name, champion, error) from None
     return champion.digest or str(manifest["digest"])
 
 
 def champion_model(
     name: str, champion: Champion, candidate: str, store: Store, settings: Settings
 ) -> tuple[LocalBase, str] | None:
-    """The champion as a whole model on this machine, its package verified file by file, and that model's digest.
+    """The champion as a whole model on this machine, and that model's digest; None if it is the candidate itself.
 
-    None where it is the candidate, which has the digest `candidate`.
+    `candidate` is the candidate's digest. Raises ForgeError if the package is missing or damaged.
     """
     digest = find_package(name, champion, store)
     try:
         package, manifest = open_package(champion.uri, digest, settings, store)
-        model_digest = str(manifest.get("model_digest", digest))
-        if model_digest == candidate:
+        registered = str(manifest.get("model_digest", digest))
+        if registered == candidate:
             return None
         if manifest.get("kind") != ADAPTER:
-            return LocalBase(str(package)), model_digest
-        directory = merged_champion(package, manifest, settings, store)
+            return LocalBase(str(package)), registered
+        merged = merged_champion(package, manifest, settings, store)
     except ForgeError as error:
-        raise _told(name, champion, error) from None
-    its_digest = str(read_manifest(str(directory), (directory / MANIFEST).read_bytes())["digest"])
-    verify(directory, its_digest)  # whose message says to delete it, which makes it again
-    if its_digest != model_digest:
-        # What went into it is verified: other processors round, and other releases save, in another way.
+        raise _champion_error(name, champion, error) from None
+    return LocalBase(str(merged)), _merged_digest(merged, champion, registered)
+
+
+def _merged_digest(directory: Path, champion: Champion, registered: str) -> str:
+    """The digest of a merged model, verified against its manifest. Logs a warning if it was registered with another."""
+    digest = str(read_manifest(str(directory), (directory / MANIFEST).read_bytes())["digest"])
+    verify(directory, digest)
+    if digest != registered:
+        # The adapter and its base are verified; rounding depends on the processor, and the files on library releases.
         log.warning(
-            f"version {champion.version}, merged on this machine, is not to the byte the model that was "
-            f"registered (sha256 {its_digest[:12]} and not {model_digest[:12]}); its answers are kept apart"
+            f"version {champion.version}, merged on this machine, is not identical to the registered model (sha256 "
+            f"{digest[:12]} instead of {registered[:12]}); its answers are cached separately"
         )
-    return LocalBase(str(directory)), its_digest
+    return digest
 
 
 def merged_champion(package: Path, manifest: dict[str, Any], settings: Settings, store: Store) -> Path:
-    """An adapter's package as a whole model, made once on this machine and kept as copies of the store are.
+    """An adapter's package merged into its base, as a directory that is kept on this machine.
 
-    Raises ForgeError where its base is gone, or is not what it was.
+    Raises ForgeError if the base is missing or has changed.
     """
     location, revision = manifest["base"]["location"], manifest["base"]["revision"]
     folder = None if is_registered(location) else directory_of(location)
 
-    def make(staged: Path) -> None:
-        import torch  # preflight has no need of these
+    def build(staged: Path) -> None:
+        import torch  # preflight imports this module, and needs neither of these
 
         from forge.models.weights import merge
 
         if folder is None:
-            local = local_base(Base(location=location, revision=revision), settings, store)
+            base = local_base(Base(location=location, revision=revision), settings, store)
         elif digest_directory(folder)[0] == revision:
-            local = LocalBase(str(folder))
+            base = LocalBase(str(folder))
         else:
-            raise ForgeError(f"its base {folder} is gone or was changed, and is not {revision} any more")
-        merge(local, package, getattr(torch, manifest["dtype"]), staged)
+            raise ForgeError(f"its base {folder} is missing or has changed, its digest is no longer {revision}")
+        merge(base, package, getattr(torch, manifest["dtype"]), staged)
         write_manifest(staged, {})
 
     copies = Copies(settings.home / "merged", int(settings.copies_gb * 1e9))
-    return copies.get(f"sha256-{manifest['digest']}", make)
+    return copies.get(f"sha256-{manifest['digest']}", build)
 
 
-def _told(name: str, champion: Champion, error: ForgeError) -> ForgeError:
-    reason, _, _ = error.message.partition("; ")
-    return ForgeError(f"champion {name} version {champion.version}: {reason}; {MEND}")
+def _champion_error(name: str, champion: Champion, error: ForgeError) -> ForgeError:
+    where = f"champion {name} version {champion.version}" + (f": {error.where}" if error.where else "")
+    return ForgeError(error.what, where=where, fix=FIX)

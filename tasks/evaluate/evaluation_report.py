@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page, the verdict first, that one can send to a colleague. Light and dark."""
+"""The evaluation report: one self-contained HTML page, with the verdict first, in light and dark colours."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forge.core.recipe import GateRecipe
-from tasks.evaluate.gate import Verdict, measured
+from tasks.evaluate.gate import OUTCOMES, Verdict, metric_values
 from tasks.evaluate.items import Item
 from tasks.evaluate.score import Judged, Scores, speed_of
 from tasks.evaluate.statistics import CONFIDENCE, Interval, score_interval
@@ -41,9 +41,10 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Page:
-    """All that a report shows. `judged` and `scores` have an entry for candidate, base and, if there is one, champion.
+    """The contents of a report.
 
-    `reference` is what the candidate was compared with, or "" where it is the champion itself.
+    `judged` and `scores` have an entry for candidate, base and (if compared) champion. `reference` is the model that
+    the candidate was compared with, "" if it is the champion itself. `slices` has the indices of each slice's items.
     """
 
     name: str
@@ -61,26 +62,26 @@ class Page:
 
     @property
     def models(self) -> list[str]:
-        """The models in the order in which they came to be."""
+        """The models, the oldest first."""
         return [who for who in COLOURS if who in self.judged]
 
-    def interval(self, who: str, places: np.ndarray | None = None) -> Interval:
-        """A model's mean score, of some items or all, with the bounds of the gate's confidence."""
+    def interval(self, who: str, indices: np.ndarray | None = None) -> Interval:
+        """A model's mean score with its bounds, on the given items or all."""
         score = self.judged[who].score
-        return score_interval(score if places is None else score[places])
+        return score_interval(score if indices is None else score[indices])
 
     def regressions(self) -> list[tuple[Item, int]]:
-        """The items on which the candidate lost most, and where they are; ties by likelihood."""
+        """The items on which the candidate is worst compared with the reference, with their indices; ties by NLL."""
         if not self.reference:
             return []
         new, old = self.judged["candidate"], self.judged[self.reference]
-        lost = measured(new, self.gate) - measured(old, self.gate)
-        less_likely = np.nan_to_num(new.nll - old.nll, nan=np.inf)
-        order = sorted(np.flatnonzero(lost < 0).tolist(), key=lambda at: (lost[at], -less_likely[at]))
+        change = metric_values(new, self.gate) - metric_values(old, self.gate)
+        nll_change = np.nan_to_num(new.nll - old.nll, nan=np.inf)
+        order = sorted(np.flatnonzero(change < 0).tolist(), key=lambda at: (change[at], -nll_change[at]))
         return [(self.items[at], at) for at in order[:REGRESSIONS]]
 
     def samples(self) -> list[tuple[Item, int]]:
-        """Some items, the wrong answers first, and where they are."""
+        """Some items with their indices, wrong answers first."""
         order = np.argsort(self.judged["candidate"].score, kind="stable")[:SAMPLES].tolist()
         return [(self.items[at], at) for at in order]
 
@@ -92,6 +93,7 @@ def render_evaluation_report(page: Page) -> str:
         page=page,
         verdict=page.verdict,
         models=page.models,
+        outcomes=OUTCOMES,
         speed={who: speed_of(of) for who, of in page.judged.items()},
         score_plot=plot_scores(page),
         loss_plot=plot_loss(page.training["curve"]),
@@ -105,8 +107,8 @@ def plot_scores(page: Page) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.8 + 0.45 * len(page.models)))
         axes = figure.subplots()
-        for place, who in enumerate(page.models):
-            _bounds(axes, page.interval(who), place, who)
+        for row, who in enumerate(page.models):
+            _plot_interval(axes, page.interval(who), row, who)
         axes.set_yticks(range(len(page.models)), page.models)
         axes.set(xlabel="score (%)", xlim=(-2, 102), ylim=(-0.6, len(page.models) - 0.4))
         return _svg(figure)
@@ -120,23 +122,18 @@ def plot_slices(page: Page) -> str:
         axes = figure.subplots()
         for row, name in enumerate(reversed(names)):
             for at, who in enumerate(page.models):
-                label = who if row == 0 else None
-                _bounds(
-                    axes,
-                    page.interval(who, page.slices[name]),
-                    row + (at - (len(page.models) - 1) / 2) * 0.24,
-                    who,
-                    label,
-                )
+                height = row + (at - (len(page.models) - 1) / 2) * 0.24
+                _plot_interval(axes, page.interval(who, page.slices[name]), height, who, who if row == 0 else None)
         axes.set_yticks(range(len(names)), [_short(name) for name in reversed(names)])
         axes.set(xlabel="score (%)", xlim=(-2, 102), ylim=(-0.6, len(names) - 0.4))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         return _svg(figure)
 
 
-def _bounds(axes: Axes, found: Interval, place: float, who: str, label: str | None = None) -> None:
-    axes.plot([100 * found.low, 100 * found.high], [place, place], color=COLOURS[who], linewidth=2.5, alpha=0.55)
-    axes.plot([100 * found.estimate], [place], "o", color=COLOURS[who], markersize=6, label=label)
+def _plot_interval(axes: Axes, interval: Interval, height: float, who: str, label: str | None = None) -> None:
+    bounds = [100 * interval.low, 100 * interval.high]
+    axes.plot(bounds, [height, height], color=COLOURS[who], linewidth=2.5, alpha=0.55)
+    axes.plot([100 * interval.estimate], [height], "o", color=COLOURS[who], markersize=6, label=label)
 
 
 def _short(name: str) -> str:
@@ -144,7 +141,7 @@ def _short(name: str) -> str:
 
 
 def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
-    """Training and held-out loss against trained steps, as SVG."""
+    """Training and held-out loss by step, as SVG."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3))
         axes = figure.subplots()
@@ -152,14 +149,14 @@ def plot_loss(curve: Sequence[Mapping[str, float]]) -> str:
         heldout = [p for p in curve if "heldout_loss" in p]
         steps, losses = [p["step"] for p in heldout], [p["heldout_loss"] for p in heldout]
         axes.plot(steps, losses, color=COLOURS["candidate"], marker="o", label="held out")
-        axes.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
-        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes.legend()
         return _svg(figure)
 
 
 def _svg(figure: Figure) -> str:
-    """A figure as an SVG element that takes the page's text colour."""
+    """A figure as an SVG element in the page's text colour."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -1,6 +1,8 @@
-"""The gate: may this model take the champion's place? Yes, no, or not to be told from these items.
+"""The gate: may a candidate become the champion? It answers pass, refuse (rejected) or inconclusive.
 
-Every comparison is of the same items, by the paired bootstrap. All of it is in docs/evaluation.md.
+The main rule tests non-inferiority: a candidate passes if it is shown to be not worse than the champion by more than a
+margin, and is rejected if it is significantly worse at all. Models are compared on the same items, with the paired
+bootstrap. See docs/evaluation.md.
 """
 
 import math
@@ -15,20 +17,22 @@ from tasks.evaluate.score import Judged
 from tasks.evaluate.statistics import (
     CONFIDENCE,
     Interval,
-    bootstrap,
-    holm,
-    items_to_decide,
+    bootstrap_interval,
+    holm_rejections,
+    non_inferiority_sample_size,
     resampled_means,
     score_interval,
 )
 
 Outcome = Literal["pass", "refuse", "inconclusive"]
-WORSE = 0.01  # chance at which two equally good models are told apart; for all slices together, the same again
+OUTCOMES: dict[Outcome, str] = {"pass": "passed", "refuse": "rejected", "inconclusive": "inconclusive"}
+REFERENCES = ("champion", "base")  # the names of the rule about all items
+SIGNIFICANCE = 0.01  # chance of rejecting an equally good model; the same for all slices together
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: a figure, its bounds where it has some, and the threshold; `says` is all of it in one line."""
+    """The result of one rule: an estimate with bounds (if any) and threshold; `detail` is all of it as one line."""
 
     rule: str
     outcome: Outcome
@@ -37,12 +41,12 @@ class Finding:
     high: float | None
     threshold: float
     items: int
-    says: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of all rules: the worst of theirs. `reason` is one line."""
+    """The worst outcome of all rules. `reason` is one line."""
 
     outcome: Outcome
     reason: str
@@ -55,7 +59,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the candidate is compared with: the champion, or, where there is none yet, what it was trained from."""
+    """The model that the candidate is compared with: the champion, or the base model if there is no champion yet."""
 
     name: Literal["champion", "base"]
     judged: Judged
@@ -64,157 +68,177 @@ class Reference:
 def decide(
     candidate: Judged, reference: Reference | None, slices: Mapping[str, np.ndarray], recipe: GateRecipe
 ) -> Verdict:
-    """The verdict on a candidate; `slices` has the places of each slice's items.
+    """The verdict on a candidate; `slices` has the indices of each slice's items.
 
-    Without a reference the candidate is the champion itself, and only the rules about it alone apply.
+    Without a reference the candidate is the champion itself, and only the rules about the candidate alone apply.
     """
-    findings = [*_alone(candidate, recipe)]
+    findings = _candidate_rules(candidate, recipe)
     if reference is None:
-        same = "this model is the champion already"
-        findings.append(Finding("champion", "pass", 0.0, None, None, 0.0, len(candidate.answers), same))
+        detail = "this model is already the champion"
+        findings.append(Finding("champion", "pass", 0.0, None, None, 0.0, len(candidate.answers), detail))
     else:
-        findings += _against(candidate, reference, slices, recipe)
-    for outcome, what in (("refuse", "refused"), ("inconclusive", "inconclusive")):
-        worst = [finding for finding in findings if finding.outcome == outcome]
-        if worst:
-            worst.sort(
-                key=lambda finding: finding.rule not in ("champion", "base") or not finding.items
-            )  # what tells most
-            others = len(worst) - 1
+        findings += _comparison_rules(candidate, reference, slices, recipe)
+    return _verdict(findings)
+
+
+def _verdict(findings: list[Finding]) -> Verdict:
+    worst: tuple[Outcome, ...] = ("refuse", "inconclusive")
+    for outcome in worst:
+        failed = [finding for finding in findings if finding.outcome == outcome]
+        if failed:
+            # The comparison of all items says most, unless it had no items.
+            lead = min(failed, key=lambda finding: finding.rule not in REFERENCES or not finding.items)
+            others = len(failed) - 1
             more = f" (and by {others} other rule{'s' * (others > 1)})" if others else ""
-            return Verdict(outcome, f"{what} by {worst[0].rule}: {worst[0].says}{more}", tuple(findings))  # type: ignore[arg-type]
-    return Verdict(
-        "pass", f"passed: {findings[-1].says if reference is None else _main(findings).says}", tuple(findings)
-    )
+            return Verdict(outcome, f"{OUTCOMES[outcome]} by {lead.rule}: {lead.detail}{more}", tuple(findings))
+    lead = next(finding for finding in findings if finding.rule in REFERENCES)
+    return Verdict("pass", f"{OUTCOMES['pass']}: {lead.detail}", tuple(findings))
 
 
-def _main(findings: list[Finding]) -> Finding:
-    return next(finding for finding in findings if finding.rule in ("champion", "base"))
-
-
-def _alone(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
-    """Rules about the candidate alone."""
+def _candidate_rules(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
+    """The rules about the candidate alone."""
     items = len(candidate.answers)
     findings = []
 
-    def rule(name: str, good: bool, otherwise: Outcome, figure: float, threshold: float, says: str) -> None:
-        outcome: Outcome = "pass" if good else otherwise
-        findings.append(Finding(name, outcome, figure, None, None, threshold, items, says))
+    def rule(name: str, holds: bool, otherwise: Outcome, estimate: float, threshold: float, detail: str) -> None:
+        outcome: Outcome = "pass" if holds else otherwise
+        findings.append(Finding(name, outcome, estimate, None, None, threshold, items, detail))
 
     rule("items", items >= recipe.min_items, "inconclusive", items, recipe.min_items,
          f"{items} items; gate.min_items is {recipe.min_items}")  # fmt: skip
     finite = int(np.isfinite(candidate.nll).sum())
     rule("finite", finite == items, "refuse", finite / items, 1.0,
          f"{finite} of {items} items have a finite likelihood")  # fmt: skip
-    ended = sum(answer.ended for answer in candidate.answers) / items
-    rule("ended", ended >= recipe.min_finished, "refuse", ended, recipe.min_finished,
-         f"{ended:.1%} of the answers came to their end within evaluation.max_new_tokens; gate.min_finished is "
+    finished = sum(answer.ended for answer in candidate.answers) / items
+    rule("finished", finished >= recipe.min_finished, "refuse", finished, recipe.min_finished,
+         f"{finished:.1%} of the answers ended within evaluation.max_new_tokens; gate.min_finished is "
          f"{recipe.min_finished:.1%}")  # fmt: skip
-    expects = ~np.isnan(candidate.valid)
-    if expects.any():
-        valid = float(candidate.valid[expects].mean())
+    expects_json = ~np.isnan(candidate.valid)
+    if expects_json.any():
+        valid = float(candidate.valid[expects_json].mean())
         rule("valid JSON", valid >= recipe.min_json_validity, "refuse", valid, recipe.min_json_validity,
-             f"{valid:.1%} of the answers are valid JSON where it is expected; gate.min_json_validity is "
+             f"{valid:.1%} of the answers are valid JSON where JSON is expected; gate.min_json_validity is "
              f"{recipe.min_json_validity:.1%}")  # fmt: skip
     if recipe.min_score:
-        findings.append(_floor(candidate.score, recipe.min_score))
+        findings.append(_min_score_rule(candidate.score, recipe.min_score))
     return findings
 
 
-def _floor(score: np.ndarray, floor: float) -> Finding:
-    """The mean score reaches a floor: Wilson's bounds where items are right or wrong, else the bootstrap's."""
-    found = score_interval(score)
-    outcome: Outcome = "pass" if found.low >= floor else "refuse" if found.high < floor else "inconclusive"
-    says = f"score {found.estimate:.1%} (95% bounds {found.low:.1%} to {found.high:.1%}); gate.min_score is {floor:.1%}"
-    return Finding("floor", outcome, found.estimate, found.low, found.high, floor, len(score), says)
+def _min_score_rule(score: np.ndarray, threshold: float) -> Finding:
+    interval = score_interval(score)
+    outcome: Outcome = (
+        "pass" if interval.low >= threshold else "refuse" if interval.high < threshold else "inconclusive"
+    )
+    detail = (
+        f"score {interval.estimate:.1%} (95% bounds {interval.low:.1%} to {interval.high:.1%}); gate.min_score is "
+        f"{threshold:.1%}"
+    )
+    return Finding("min_score", outcome, interval.estimate, interval.low, interval.high, threshold, len(score), detail)
 
 
-def _against(
+def _comparison_rules(
     candidate: Judged, reference: Reference, slices: Mapping[str, np.ndarray], recipe: GateRecipe
 ) -> list[Finding]:
-    """Rules about the candidate beside the reference."""
-    new, old = measured(candidate, recipe), measured(reference.judged, recipe)
+    """The rules that compare the candidate with the reference: on all items, and on each slice."""
+    new, old = metric_values(candidate, recipe), metric_values(reference.judged, recipe)
     paired = np.isfinite(new) & np.isfinite(old)
-    if recipe.metric == "nll" and _counts(candidate) != _counts(reference.judged):
-        why = "their tokenizers differ, and so do nats a token; set gate.metric to score"
-        return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, 0, why)]
-    if paired.sum() < min(recipe.min_items, len(paired)):  # too few items in all is another rule's
-        why = f"{paired.sum()} items have figures of both; gate.min_items is {recipe.min_items}"
-        return [Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, int(paired.sum()), why)]
-    improve = reference.name == "base" or recipe.require_improvement
-    whole = Comparison(new[paired], old[paired])
-    findings = [
-        whole.finding(reference.name, recipe, None if improve else recipe.non_inferiority_margin, whole.worse <= WORSE)
-    ]
+    pairs = int(paired.sum())
+    if recipe.metric == "nll" and _token_counts(candidate) != _token_counts(reference.judged):
+        return [_no_comparison(reference, 0, "the models' tokenizers differ, so nats per token cannot be compared; set "
+                               "gate.metric to score")]  # fmt: skip
+    if pairs < min(recipe.min_items, len(paired)):  # too few items in total is the business of the rule items
+        detail = f"{pairs} items have values from both models; gate.min_items is {recipe.min_items}"
+        return [_no_comparison(reference, pairs, detail)]
+    superiority = reference.name == "base" or recipe.require_improvement
+    whole = PairedComparison(new[paired], old[paired])
+    margin = None if superiority else recipe.non_inferiority_margin
+    findings = [whole.finding(reference.name, recipe, margin, whole.p_value <= SIGNIFICANCE)]
     parts = {}
     for name, places in slices.items():
-        judged = places[paired[places]]
-        if len(judged) >= recipe.min_slice_items:
-            parts[name] = Comparison(new[judged], old[judged])
-    worse = holm([part.worse for part in parts.values()], WORSE)
-    for (name, part), is_worse in zip(parts.items(), worse, strict=True):
+        both = places[paired[places]]
+        if len(both) >= recipe.min_slice_items:
+            parts[name] = PairedComparison(new[both], old[both])
+    significant = holm_rejections([part.p_value for part in parts.values()], SIGNIFICANCE)
+    for (name, part), is_worse in zip(parts.items(), significant, strict=True):
         findings.append(part.finding(f"slice {name}", recipe, recipe.slice_margin, is_worse))
     return findings
 
 
-def measured(judged: Judged, recipe: GateRecipe) -> np.ndarray:
-    """What models are compared by, an entry an item: the higher the better."""
+def _no_comparison(reference: Reference, items: int, detail: str) -> Finding:
+    return Finding(reference.name, "inconclusive", math.nan, None, None, 0.0, items, detail)
+
+
+def metric_values(judged: Judged, recipe: GateRecipe) -> np.ndarray:
+    """A model's value of gate.metric for each item, shape [items]; higher is better."""
     return judged.score if recipe.metric == "score" else -judged.nll
 
 
-def _counts(judged: Judged) -> list[int]:
-    """How many tokens each item's expected answers are to a model."""
+def _token_counts(judged: Judged) -> list[int]:
     return [answer.nll_tokens for answer in judged.answers]
 
 
-class Comparison:
-    """Two models' figures for the same items, shape [items]: the new one's and the old one's, the higher the better."""
+class PairedComparison:
+    """Two models' values for the same items, higher is better, shape [items]: the candidate's, and the reference's.
+
+    `p_value` is that of the null hypothesis that the candidate is not worse, by the bootstrap.
+    """
 
     def __init__(self, new: np.ndarray, old: np.ndarray) -> None:
         self.new, self.old = new, old
         self.difference = new - old
-        self.means = resampled_means(self.difference)
-        self.interval: Interval = bootstrap(self.difference, CONFIDENCE, self.means)
-        self.worse = float((np.count_nonzero(self.means >= 0) + 1) / (len(self.means) + 1))  # p-value
+        means = resampled_means(self.difference)
+        self.interval: Interval = bootstrap_interval(self.difference, CONFIDENCE, means)
+        self.p_value = float((np.count_nonzero(means >= 0) + 1) / (len(means) + 1))
 
     def finding(self, rule: str, recipe: GateRecipe, margin: float | None, is_worse: bool) -> Finding:
-        """Whether the new one is better (no margin), or at least no worse than by a margin, and not plainly worse."""
-        found, threshold = self.interval, 0.0 if margin is None else -margin
-        nothing_differs = not self.difference.any() and not rule.startswith("slice")
-        outcome: Outcome
+        """Test non-inferiority within a margin, or superiority if the margin is None.
+
+        The candidate is rejected if it is significantly worse, even within the margin.
+        """
+        low, high = self.interval.low, self.interval.high
+        threshold = 0.0 if margin is None else -margin
+        outcome, conclusion = self._test(rule, recipe, margin, is_worse)
+        detail = f"{self._figures(recipe)} on {len(self.new)} items: {conclusion}"
+        return Finding(rule, outcome, self.interval.estimate, low, high, threshold, len(self.new), detail)
+
+    def _test(self, rule: str, recipe: GateRecipe, margin: float | None, is_worse: bool) -> tuple[Outcome, str]:
         if is_worse:
-            outcome, why = "refuse", "it is worse, and not by chance"
-        elif nothing_differs:
+            return "refuse", "significantly worse"
+        if rule in REFERENCES and not self.difference.any():
             other = " (or set gate.metric to nll)" if recipe.metric == "score" else ""
-            why = f"the same on every item, which tells nothing of either; ask what tells models apart{other}"
-            outcome = "inconclusive"
-        elif found.low > threshold:
-            outcome, why = "pass", "it is better" if margin is None else f"no worse than by {_gap(margin, recipe)}"
-        else:
-            outcome, why = "inconclusive", self._undecided(recipe, margin)
+            return "inconclusive", (
+                f"equal on every item, which shows nothing about either model; use items that tell models apart{other}"
+            )
+        if margin is None:
+            return ("pass", "better") if self.interval.low > 0 else ("inconclusive", self._undecided(recipe, None))
+        if self.interval.low > -margin:
+            return "pass", f"non-inferior within a margin of {_gap(margin, recipe)}"
+        return "inconclusive", self._undecided(recipe, margin)
+
+    def _figures(self, recipe: GateRecipe) -> str:
+        """Both means, and their difference with its bounds, in the direction of the metric (a lower NLL is better)."""
         sign = 1 if recipe.metric == "score" else -1
-        ours, theirs = sign * float(self.new.mean()), sign * float(self.old.mean())
-        what = {"score": "score", "nll": "NLL"}[recipe.metric]
-        ends = sorted((sign * found.low, sign * found.high))
-        says = (
-            f"{what} {_number(ours, recipe)} against {_number(theirs, recipe)}, difference "
-            f"{_gap(sign * found.estimate, recipe, '+')} (95% bounds {_gap(ends[0], recipe, '+', '')} to "
-            f"{_gap(ends[1], recipe, '+', '')}) on {len(self.new)} items: {why}"
+        name = {"score": "score", "nll": "NLL"}[recipe.metric]
+        new, old = sign * float(self.new.mean()), sign * float(self.old.mean())
+        low, high = sorted((sign * self.interval.low, sign * self.interval.high))
+        return (
+            f"{name} {_number(new, recipe)} against {_number(old, recipe)}, difference "
+            f"{_gap(sign * self.interval.estimate, recipe, '+')} (95% bounds {_gap(low, recipe, '+', '')} to "
+            f"{_gap(high, recipe, '+', '')})"
         )
-        return Finding(rule, outcome, found.estimate, found.low, found.high, threshold, len(self.new), says)
 
     def _undecided(self, recipe: GateRecipe, margin: float | None) -> str:
-        """What would decide."""
+        """What was not shown, and about how many items would decide."""
         deviation, shift = float(self.difference.std(ddof=1)), self.interval.estimate
         if margin is None:
-            wanted = items_to_decide(deviation, shift) if shift > 0 else None
-            asked = "that it is better is not shown"
+            items = non_inferiority_sample_size(deviation, shift) if shift > 0 else None
+            open_question = "not shown to be better"
         else:
-            wanted = items_to_decide(deviation, margin)
-            if wanted <= len(self.new):  # it would be decided, if they were equally good
-                wanted = items_to_decide(deviation, margin + shift) if margin + shift > 0 else None
-            asked = f"that it is no worse than by {_gap(margin, recipe)} is not shown"
-        return asked + (f"; about {wanted:,} items would decide" if wanted else "")
+            items = non_inferiority_sample_size(deviation, margin)
+            if items <= len(self.new):  # enough if the models were equally good, so use the observed difference
+                items = non_inferiority_sample_size(deviation, margin + shift) if margin + shift > 0 else None
+            open_question = f"not shown to be non-inferior within a margin of {_gap(margin, recipe)}"
+        return open_question + (f"; about {items:,} items would decide" if items else "")
 
 
 def _number(value: float, recipe: GateRecipe) -> str:

@@ -1,4 +1,4 @@
-"""What models are asked: held-out conversations, each up to its last answer, and how that answer is judged."""
+"""Evaluation items: held-out conversations up to their last answer, and how that answer is scored."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ from forge.core.recipe import Check
 
 @dataclass(frozen=True)
 class Item:
-    """A held-out conversation: `messages` up to the last assistant turn, the `tools` it may call, and that turn."""
+    """A held-out conversation: the `messages` before its last assistant turn, that turn, and the `tools` it may use."""
 
     messages: list[dict[str, Any]]
     expected: str
@@ -21,40 +21,42 @@ class Item:
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """All messages, the expected answer included."""
+        """All messages, including the expected answer."""
         return [*self.messages, {"role": "assistant", "content": self.expected}]
 
     @property
     def question(self) -> str:
-        """What was said last before the answer."""
+        """The last message before the answer."""
         return str(self.messages[-1]["content"])
 
 
 def read_items(path: Path, most: int, check: Check | None) -> tuple[list[Item], int]:
-    """The first held-out conversations, and how many rows before the last of them were passed over.
+    """The first `most` held-out conversations, and how many rows were skipped to find them.
 
-    Rows are stored in the order of their digests, so the first are a fair draw. `check` is that of rows without one of
-    their own; None is json where JSON is expected, and else exact. Plain texts are passed over, and answers that are a
-    tool call or hold reasoning apart: no check says anything of them.
+    Rows are stored in the order of their digests, so the first ones are a random sample. `check` applies to rows that
+    have none; if it is None, answers in JSON are compared as JSON and others exactly. Plain texts are skipped, and so
+    are answers with tool calls or reasoning_content: no check can score them.
     """
     items: list[Item] = []
-    passed_over = 0
+    skipped = 0
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             *messages, last = row.get("messages") or [{}]
             if not messages or set(last) != {"role", "content"}:
-                passed_over += 1
+                skipped += 1
                 continue
-            judged = Check.model_validate(row["check"]) if "check" in row else check or default_check(last["content"])
-            items.append(Item(messages, last["content"], row["slice"], judged, row.get("tools")))
+            item_check = (
+                Check.model_validate(row["check"]) if "check" in row else check or default_check(last["content"])
+            )
+            items.append(Item(messages, last["content"], row["slice"], item_check, row.get("tools")))
             if len(items) == most:
                 break
-    return items, passed_over
+    return items, skipped
 
 
 def default_check(expected: str) -> Check:
-    """How an answer is judged where nobody said."""
+    """The check for a row and a recipe that set none."""
     return Check(kind="json" if is_json(expected) else "exact")
 
 
@@ -72,5 +74,5 @@ def parse_json(text: str) -> Any:
 
 
 def digest_items(items: list[Item]) -> str:
-    """Identity of what is asked, and of how it is judged."""
+    """Digest of the items, including how they are scored."""
     return digest_json([{**asdict(item), "check": item.check.model_dump()} for item in items])

@@ -1,4 +1,4 @@
-"""Every evaluation is a run in MLflow, whatever its verdict: figures, verdict and report."""
+"""Every evaluation is a run in MLflow, whatever its verdict: metrics, verdict and report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from forge.core.contracts import Evaluation
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import artifact_root, open_registry, translate_mlflow_errors
+from forge.registry.mlflow_registry import open_registry, translate_mlflow_errors
+from forge.registry.mlflow_runs import MAX_TEXT, evaluation_experiment, experiment_id, metrics_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "forge-evaluation"
-DIGEST = "forge.evaluation"  # the tag that an evaluation's run is found by
-FIGURES = ("items", "score", "score_base", "score_champion", "exact_match", "nll", "nll_base", "json_validity")
+DIGEST = "forge.evaluation"  # tag with the evaluation's digest, by which its run is found
 
 
 def record_evaluation(
@@ -24,29 +23,21 @@ def record_evaluation(
     more: Mapping[str, float],
     report: Path,
 ) -> None:
-    """Write an evaluation's run, once; ForgeError where MLflow does not take it."""
+    """Record an evaluation as a run, unless there is one already; `more` are further metrics.
+
+    Raises ForgeError if MLflow rejects it.
+    """
     client = open_registry(settings)
     with translate_mlflow_errors(f"the evaluation {evaluation.uri} could not be recorded", settings):
-        _record_once(client, settings, name, evaluation, tags, more, report)
-
-
-def _record_once(
-    client: "MlflowClient",
-    settings: Settings,
-    name: str,
-    evaluation: Evaluation,
-    tags: Mapping[str, str],
-    more: Mapping[str, float],
-    report: Path,
-) -> None:
-    found = client.search_runs([experiment_id(client, settings)], f"tags.`{DIGEST}` = '{evaluation.digest}'")
-    if any(run.info.status == "FINISHED" for run in found):
-        return
-    for run in found:
-        client.delete_run(run.info.run_id)
-    verdict = {"verdict": evaluation.verdict, "reason": evaluation.reason[:4000], "model": name}
-    figures = {key: value for key in FIGURES if (value := getattr(evaluation, key)) is not None}
-    record(client, settings, name, {DIGEST: evaluation.digest, **verdict, **tags}, {**figures, **more}, report)
+        experiment = experiment_id(client, evaluation_experiment(settings), settings)
+        runs = client.search_runs([experiment], f"tags.`{DIGEST}` = '{evaluation.digest}'")
+        if any(run.info.status == "FINISHED" for run in runs):
+            return
+        for run in runs:  # left unfinished by an interrupted attempt
+            client.delete_run(run.info.run_id)
+        verdict = {"verdict": evaluation.verdict, "reason": evaluation.reason[:MAX_TEXT], "model": name}
+        metrics = {"items": evaluation.items, **metrics_of(evaluation), **more}
+        record(client, settings, name, {DIGEST: evaluation.digest, **verdict, **tags}, metrics, report)
 
 
 def record(
@@ -54,20 +45,14 @@ def record(
     settings: Settings,
     run_name: str,
     tags: Mapping[str, str],
-    figures: Mapping[str, float],
+    metrics: Mapping[str, float],
     report: Path | None = None,
 ) -> None:
-    """Write one run of the experiment; it is FINISHED when all of it is there."""
-    run_id = str(client.create_run(experiment_id(client, settings), tags=dict(tags), run_name=run_name).info.run_id)
-    for key, value in figures.items():
+    """Write a run of the evaluation experiment; its status is FINISHED once it is complete."""
+    experiment = experiment_id(client, evaluation_experiment(settings), settings)
+    run_id = str(client.create_run(experiment, tags=dict(tags), run_name=run_name).info.run_id)
+    for key, value in metrics.items():
         client.log_metric(run_id, key, value)
     if report:
         client.log_artifact(run_id, str(report))
     client.set_terminated(run_id)
-
-
-def experiment_id(client: "MlflowClient", settings: Settings) -> str:
-    """The experiment of where this runs, made where it is not there."""
-    name = EXPERIMENT + settings.name_suffix
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name, artifact_root(settings))

@@ -1,4 +1,4 @@
-"""The score of an answer, by the kind of its check, and the mean scores of many."""
+"""The score of an answer, by the kind of its check, and the mean scores of a model."""
 
 import math
 import re
@@ -16,14 +16,14 @@ from tasks.evaluate.items import Item, is_json, parse_json
 if TYPE_CHECKING:
     from tasks.evaluate.answer import Answer
 
-# Words; where a script writes none, its characters (Han, kana, Thai to Khmer).
+# Words, or characters in scripts without spaces between words (Han, kana, Thai to Khmer).
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff]|\w+?(?=[\u3040-\u30ff"
                    r"\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1780-\u17ff]|\W|$)")  # fmt: skip
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 
 def judge(check: Check, expected: str, answer: str) -> float:
-    """How right an answer is, in [0, 1]; white space at the ends never counts."""
+    """An answer's score in [0, 1]; leading and trailing white space is ignored."""
     return KINDS[check.kind](check, expected.strip(), answer.strip())
 
 
@@ -36,24 +36,24 @@ def _normalised(check: Check, expected: str, answer: str) -> float:
 
 
 def normalise(text: str) -> str:
-    """A text in lower case, without punctuation, its compatibility forms and its spacing evened out."""
+    """A text with case folded, NFKC forms, no punctuation, and single spaces."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(c if not unicodedata.category(c).startswith("P") else " " for c in folded).split())
 
 
 def _json(check: Check, expected: str, answer: str) -> float:
-    """Share of the fields of either that both have, with the same value."""
+    """The share of all fields that the expected and the given JSON have in common, with equal values."""
     if not is_json(answer):
         return 0.0
-    wanted, given = dict(fields(parse_json(expected))), dict(fields(parse_json(answer)))
-    return sum(given.get(name, _MISSING) == value for name, value in wanted.items()) / len(wanted.keys() | given.keys())
+    right, given = dict(fields(parse_json(expected))), dict(fields(parse_json(answer)))
+    return sum(given.get(name, _MISSING) == value for name, value in right.items()) / len(right.keys() | given.keys())
 
 
 _MISSING = object()
 
 
 def fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """The leaves of a JSON value with their paths; true is not 1, and an empty object or list is a leaf."""
+    """The leaves of a JSON value with their paths. True differs from 1, and an empty object or list is a leaf."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from fields(part, (*path, key))
@@ -69,23 +69,23 @@ def _regex(check: Check, expected: str, answer: str) -> float:
 
 
 def _number(check: Check, expected: str, answer: str) -> float:
-    wanted, given = last_number(expected), last_number(answer)
-    if wanted is None or given is None:
+    right, given = last_number(expected), last_number(answer)
+    if right is None or given is None:
         return 0.0
-    return float(math.isclose(given, wanted, rel_tol=0, abs_tol=abs(wanted) * check.tolerance + 1e-12))
+    return float(math.isclose(given, right, rel_tol=0, abs_tol=abs(right) * check.tolerance + 1e-12))
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, in which commas group digits; None where there is none."""
+    """The last number of a text, with commas as digit separators; None if there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def _rouge(check: Check, expected: str, answer: str) -> float:
-    """ROUGE-L's F1 (Lin 2004, https://aclanthology.org/W04-1013): of the longest common subsequence of words."""
-    wanted, given = WORDS.findall(normalise(expected)), WORDS.findall(normalise(answer))
-    common = LCSseq.similarity(wanted, given)
-    return 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
+    """ROUGE-L F1 over words (Lin 2004, https://aclanthology.org/W04-1013)."""
+    right, given = WORDS.findall(normalise(expected)), WORDS.findall(normalise(answer))
+    common = LCSseq.similarity(right, given)
+    return 2 * common / (len(right) + len(given)) if right or given else 1.0
 
 
 KINDS: dict[str, Callable[[Check, str, str], float]] = {
@@ -100,9 +100,9 @@ KINDS: dict[str, Callable[[Check, str, str], float]] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """One model's answers and their figures, an entry an item; `nll` is nats a token.
+    """One model's answers and their scores, one entry per item; `nll` is in nats per token.
 
-    `valid` says whether the answer is JSON, and is NaN where none is expected.
+    `valid` is 1 if the answer is JSON, 0 if it is not, and NaN if no JSON is expected.
     """
 
     answers: "list[Answer]"
@@ -112,13 +112,13 @@ class Judged:
     nll: np.ndarray
 
     def part(self, at: np.ndarray) -> "Judged":
-        """The items at some places."""
-        answers = [self.answers[place] for place in at]
+        """The items at these indices."""
+        answers = [self.answers[index] for index in at]
         return Judged(answers, self.score[at], self.exact[at], self.valid[at], self.nll[at])
 
 
 def judge_all(items: Sequence[Item], answers: "Sequence[Answer]") -> Judged:
-    """Judge a model's answers to items."""
+    """Score a model's answers to items."""
     pairs = list(zip(items, answers, strict=True))
     return Judged(
         list(answers),
@@ -131,9 +131,9 @@ def judge_all(items: Sequence[Item], answers: "Sequence[Answer]") -> Judged:
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures over items: shares in [0, 1]; `nll` is the mean over items of nats a token, `perplexity` over tokens.
+    """Mean scores over items, in [0, 1]; `nll` is the mean over items of nats per token, `perplexity` is over tokens.
 
-    `json_validity` is None where no item expects JSON, `sampled_score` where no answers were drawn.
+    `json_validity` is None if no item expects JSON, and `sampled_score` if no answers were sampled.
     """
 
     items: int
@@ -147,16 +147,16 @@ class Scores:
 
 
 def summarise(items: Sequence[Item], judged: Judged) -> Scores:
-    """Mean figures; at least one item."""
+    """The mean scores over at least one item."""
     answers = judged.answers
-    expects = ~np.isnan(judged.valid)
+    expects_json = ~np.isnan(judged.valid)
     drawn = [judge(i.check, i.expected, text) for i, a in zip(items, answers, strict=True) for text in a.samples]
     nats, tokens = sum(answer.nll for answer in answers), sum(answer.nll_tokens for answer in answers)
     return Scores(
         items=len(items),
         score=float(judged.score.mean()),
         exact_match=float(judged.exact.mean()),
-        json_validity=float(judged.valid[expects].mean()) if expects.any() else None,
+        json_validity=float(judged.valid[expects_json].mean()) if expects_json.any() else None,
         nll=float(judged.nll.mean()),
         perplexity=math.exp(min(nats / tokens, 700.0)) if math.isfinite(nats) else math.nan,
         ended=sum(answer.ended for answer in answers) / len(answers),
@@ -165,9 +165,9 @@ def summarise(items: Sequence[Item], judged: Judged) -> Scores:
 
 
 def speed_of(judged: Judged) -> dict[str, float]:
-    """How fast a model answered: generated tokens a second, and the median and longest wait for a batch (seconds)."""
+    """Generated tokens per second, and the median and longest latency of a batch (seconds)."""
     waits = sorted(answer.seconds for answer in judged.answers)
-    batches = {answer.seconds for answer in judged.answers}  # each batch's time stands with each of its items
+    batches = {answer.seconds for answer in judged.answers}  # each item has its batch's time
     return {
         "tokens_per_second": round(sum(answer.tokens for answer in judged.answers) / max(sum(batches), 1e-9), 1),
         "median_seconds": round(waits[len(waits) // 2], 3),
@@ -175,7 +175,7 @@ def speed_of(judged: Judged) -> dict[str, float]:
     }
 
 
-def places_by_slice(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """Where the items of each slice are, in the order of the slices' names."""
+def indices_by_slice(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """The indices of each slice's items, ordered by slice name."""
     names = np.array([item.slice for item in items])
     return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}

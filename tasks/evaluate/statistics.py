@@ -1,4 +1,4 @@
-"""Intervals that the gate decides by. Every one is one-sided: a 95 % bound is passed by chance in one of 20 cases."""
+"""The statistics of the gate. All bounds are one-sided: the truth lies beyond a 95 % bound in one of 20 cases."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-CONFIDENCE = 0.95  # of each bound, unless told
+CONFIDENCE = 0.95  # of each bound
 RESAMPLES = 10_000
 SEED = 20
-_CELLS = 4_000_000  # random numbers drawn at once
+_CELLS = 4_000_000  # random numbers drawn together
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,11 @@ class Interval:
     high: float
 
 
-def wilson(successes: float, items: int, confidence: float) -> Interval:
-    """Wilson's score interval of a share (https://doi.org/10.1080/01621459.1927.10502953); `items` at least 1."""
+def wilson_interval(successes: float, items: int, confidence: float) -> Interval:
+    """Wilson's score interval of a proportion, for at least one item.
+
+    https://doi.org/10.1080/01621459.1927.10502953
+    """
     z = NormalDist().inv_cdf(confidence)
     share = successes / items
     middle = (share + z * z / (2 * items)) / (1 + z * z / items)
@@ -31,9 +34,9 @@ def wilson(successes: float, items: int, confidence: float) -> Interval:
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
-    """Means of RESAMPLES samples drawn from values with replacement, sorted; always the same ones for a seed.
+    """The means of RESAMPLES bootstrap samples of `values`, sorted. The seed is fixed, so they are reproducible.
 
-    Equal values are drawn together, so that the cost is that of the different ones.
+    The counts of the distinct values are drawn from a multinomial, so the cost depends on their number.
     """
     distinct, counts = np.unique(values, return_counts=True)
     random = np.random.default_rng(SEED)
@@ -47,47 +50,51 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def bootstrap(values: np.ndarray, confidence: float, means: np.ndarray | None = None) -> Interval:
-    """The percentile bootstrap's interval of a mean (Efron & Tibshirani 1993, chapter 13).
+def bootstrap_interval(values: np.ndarray, confidence: float, means: np.ndarray | None = None) -> Interval:
+    """The percentile bootstrap interval of a mean (Efron & Tibshirani 1993, chapter 13).
 
-    Where no two values differ, resampling would say that the mean is certain. What is certain is only that fewer than
-    a share of 1 - (1 - confidence) ^ (1 / items) of all items are otherwise, by as much as 1.
+    If all values are equal, the bootstrap would claim certainty. In that case the bounds follow from a weaker
+    statement: at this confidence, less than a share 1 - (1 - confidence) ^ (1 / items) of the population differs, and
+    by 1 at most.
     """
     mean = float(values.mean())
     if values.min() == values.max():
-        doubt = 1 - (1 - confidence) ** (1 / len(values))
-        return Interval(mean, mean - doubt, mean + doubt)
+        half = 1 - (1 - confidence) ** (1 / len(values))
+        return Interval(mean, mean - half, mean + half)
     means = resampled_means(values) if means is None else means
     low, high = np.quantile(means, [1 - confidence, confidence])
     return Interval(mean, float(low), float(high))
 
 
 def score_interval(score: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """A mean score with its bounds: Wilson's where every item is right or wrong, else the bootstrap's."""
+    """A mean score with its bounds: Wilson's if every item is right or wrong, else the bootstrap's."""
     if np.isin(score, (0.0, 1.0)).all():
-        return wilson(float(score.sum()), len(score), confidence)
-    return bootstrap(score, confidence)
+        return wilson_interval(float(score.sum()), len(score), confidence)
+    return bootstrap_interval(score, confidence)
 
 
-def items_to_decide(deviation: float, margin: float, confidence: float = CONFIDENCE, power: float = 0.9) -> int:
-    """About how many items show that a model is no worse than by `margin`, with a probability of `power`, if it is not.
+def non_inferiority_sample_size(
+    deviation: float, margin: float, confidence: float = CONFIDENCE, power: float = 0.9
+) -> int:
+    """Items needed to show non-inferiority within `margin`, with probability `power`, if the models are equally good.
 
-    `deviation` is that of the paired differences. The normal approximation of a one-sided test
-    (https://doi.org/10.1002/sim.4780010204).
+    `deviation` is the standard deviation of the paired differences. Uses the normal approximation of the one-sided
+    test (https://doi.org/10.1002/sim.4780010204). For a difference in means, pass the margin plus that difference; to
+    show superiority, pass the difference alone.
     """
     z = NormalDist()
     return math.ceil((deviation * (z.inv_cdf(confidence) + z.inv_cdf(power)) / margin) ** 2)
 
 
-def holm(chances: list[float], level: float) -> list[bool]:
-    """Which of several findings stand, given their p-values, if any is to be false with a chance of `level` at most.
+def holm_rejections(p_values: list[float], level: float) -> list[bool]:
+    """Which null hypotheses Holm's step-down method rejects at a family-wise error rate of `level`.
 
-    Holm's step-down (https://www.jstor.org/stable/4615733).
+    https://www.jstor.org/stable/4615733
     """
-    order = sorted(range(len(chances)), key=chances.__getitem__)
-    stands = [False] * len(chances)
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    rejected = [False] * len(p_values)
     for rank, at in enumerate(order):
-        if chances[at] > level / (len(order) - rank):
+        if p_values[at] > level / (len(order) - rank):
             break
-        stands[at] = True
-    return stands
+        rejected[at] = True
+    return rejected

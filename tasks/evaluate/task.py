@@ -1,4 +1,4 @@
-"""The doors of evaluation."""
+"""The Flyte tasks of evaluation."""
 
 from typing import Annotated, NamedTuple
 
@@ -15,7 +15,7 @@ from tasks.task_pods import light, on_gpus
 
 
 class GatedEvaluation(NamedTuple):
-    """An evaluation, and whether the gate lets the model on."""
+    """An evaluation, and whether the model passed the gate."""
 
     evaluation: Annotated[Evaluation, HashMethod(cache_key)]
     passed: bool
@@ -23,7 +23,7 @@ class GatedEvaluation(NamedTuple):
 
 @task(**light())
 def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(value_key)]:
-    """The champion that a model is to be compared with: looked up when there is the model, and not cached."""
+    """The champion to compare a model with. It is looked up after training, and not cached, since it may change."""
     from tasks.evaluate.champion import champion_to_compare
 
     start_logging("evaluate")
@@ -33,14 +33,14 @@ def current_champion(name: str, model: Model) -> Annotated[Champion, HashMethod(
 
 @task(
     enable_deck=True,
-    deck_fields=(),  # the report alone: Flyte's own decks ask for a pip that the images lack
+    deck_fields=(),  # only the report: Flyte's own decks need pip, which the images lack
     cache=Cache(version=code_version("tasks.evaluate"), serialize=True),
     **on_gpus(TrainingShape(1, 2), hours=6),
 )
 def evaluate_model(
     name: str, dataset: Dataset, model: Model, champion: Champion, evaluation: EvaluationRecipe, gate: GateRecipe
 ) -> GatedEvaluation:
-    """Compare a model with what it was trained from and with the champion; the report is also the task's deck."""
+    """Compare a model with its base and with the champion. The report is also the task's Flyte deck."""
     from tasks.evaluate.evaluate import evaluate
 
     start_logging("evaluate")
@@ -53,7 +53,7 @@ def evaluate_model(
 
 @task(**light(hours=2))
 def check_champion(name: str, dataset: Dataset, evaluation: EvaluationRecipe, gate: GateRecipe) -> str:
-    """Ask the champion the current held-out prompts over its API; fails where it is worse than when it was promoted."""
+    """Score the served champion on the held-out prompts; fails if it has become worse since its promotion."""
     from tasks.evaluate.drift import check_drift
 
     start_logging("champion_check")

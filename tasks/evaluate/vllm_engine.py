@@ -1,4 +1,4 @@
-"""The same questions as `answer`'s, answered by vLLM: the engine that serves, in an environment of its own."""
+"""Answers to items with vLLM, the engine that serves. It runs in its own Python environment."""
 
 import contextlib
 import json
@@ -7,37 +7,53 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.core.errors import ForgeError
+from forge.core.processes import last_lines
 from forge.core.recipe import EvaluationRecipe
 from forge.core.settings import Settings
+from forge.models.chat import load_tokenizer
+from forge.models.hub import local_directory
 from forge.registry.packages import LocalBase
 from forge.serving.vllm_environment import saved_dtype, vllm_environment
-from tasks.evaluate.answer import SEED, Answer, Tell, batches
-from tasks.evaluate.ask import Asked, load_tokenizer
+from tasks.evaluate.answer import SEED, Answer, OnProgress, batches, cannot_load
+from tasks.evaluate.ask import Asked
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # but for one a GPU, where there are several
-ENDING = 30.0  # seconds that vLLM has to end by itself when all is answered
-LOOK = 0.1  # seconds between looks at what was answered
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # with several GPUs, vLLM still starts one process per GPU
+EXIT_SECONDS = 30.0  # for vLLM to exit after the last answer
+POLL_SECONDS = 0.1  # between reads of the answers
 
 
 def answer_with_vllm(
-    of: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, tell: Tell
+    model: LocalBase, asked: Sequence[Asked], recipe: EvaluationRecipe, settings: Settings, on_progress: OnProgress
 ) -> list[Answer]:
-    """Answer every item with a model in Hugging Face format, in its own dtype; `tell` hears how many are done.
+    """Answer every item with a model in Hugging Face format, in the dtype it was saved in, on all GPUs together.
 
-    Tokens are made and read here, so that they are those of the other engine. All GPUs share one model. `seconds` of
-    an answer are those of its batch.
+    Prompts are tokenized and answers decoded in this process, as with the other engine.
 
-    Raises ForgeError, with the end of vLLM's log, where vLLM ends without having answered.
+    Raises ForgeError with the end of vLLM's log if vLLM exits before it has answered everything.
     """
-    tokenizer = load_tokenizer(of)
-    directory = local_directory(of)
-    request = {
+    tokenizer = load_tokenizer(model)
+
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    answers: dict[int, Answer] = {}
+    request = worker_request(local_directory(model), asked, recipe)
+    with contextlib.closing(run_worker(request, settings.serving_python)) as answered:
+        for lines in answered:
+            answers |= {line["at"]: read_answer(line, len(asked[line["at"]].scored), text) for line in lines}
+            on_progress(len(answers))
+    return [answers[at] for at in range(len(asked))]
+
+
+def worker_request(directory: Path, asked: Sequence[Asked], recipe: EvaluationRecipe) -> dict[str, Any]:
+    """The worker's input: the model, how to generate, and the items with their batches."""
+    return {
         "model": str(directory),
         **model_facts(directory),
         "seed": SEED,
@@ -48,108 +64,92 @@ def answer_with_vllm(
         "batches": list(batches([len(one.prompt) for one in asked], recipe.batch_size)),
     }
 
-    def text(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    answers: dict[int, Answer] = {}
-    with contextlib.closing(run_worker(request, settings.serving_python)) as batches_answered:
-        for batch in batches_answered:
-            for one in batch:
-                answers[one["at"]] = Answer(
-                    text=text(one["tokens"]),
-                    tokens=len(one["tokens"]),
-                    ended=one["ended"],
-                    seconds=one["seconds"],
-                    nll=one["nll"],
-                    nll_tokens=len(asked[one["at"]].scored),
-                    samples=tuple(text(tokens) for tokens in one["samples"]),
-                )
-            tell(len(answers))
-    return [answers[at] for at in range(len(asked))]
+def read_answer(line: dict[str, Any], nll_tokens: int, text: Callable[[list[int]], str]) -> Answer:
+    """An answer from a line of the worker's output."""
+    return Answer(
+        text=text(line["tokens"]),
+        tokens=len(line["tokens"]),
+        ended=line["ended"],
+        seconds=line["seconds"],
+        nll=line["nll"],
+        nll_tokens=nll_tokens,
+        samples=tuple(text(tokens) for tokens in line["samples"]),
+    )
 
 
 def run_worker(request: dict[str, Any], python: Path) -> Generator[list[dict[str, Any]], None, None]:
-    """Give a request to a worker, and its answers as they come; none of its processes is left at the end.
+    """Run a worker on a request and yield its answers as they arrive. No process of it survives the generator.
 
-    The worker leads a session, whose processes are killed. Its standard input ends with this process, and with the
-    `Popen` of a worker that was interrupted while it started: then it ends by itself.
+    The worker leads a session, and all processes of the session are killed at the end. The worker also kills them
+    itself when its standard input closes: when this process dies, or is interrupted while Popen starts the worker.
     """
     with tempfile.TemporaryDirectory(prefix="forge-vllm-", ignore_cleanup_errors=True) as folder:
-        asked, answers, log = (Path(folder) / name for name in ("request.json", "answers.jsonl", "vllm.log"))
-        asked.write_text(json.dumps(request))
-        answers.touch()
-        try:
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    [python, "-P", WORKER, asked, answers],
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=vllm_environment(**ONE_PROCESS),
-                    cwd=folder,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise ForgeError(
-                f"evaluation: vLLM cannot be started to answer with {request['model']}: {python}: {error.strerror}; "
-                "see FORGE_SERVING_PYTHON, or run make setup"
-            ) from None
-        with process:
+        answers, log = Path(folder, "answers.jsonl"), Path(folder, "vllm.log")
+        with _start_worker(request, python, Path(folder), answers, log) as process:
             try:
                 done = 0
-                for found in follow(process, answers):
-                    done += len(found)
-                    yield found
+                for lines in follow(process, answers):
+                    done += len(lines)
+                    yield lines
                     if done == len(request["items"]):
                         with contextlib.suppress(subprocess.TimeoutExpired):
-                            process.wait(ENDING)
+                            process.wait(EXIT_SECONDS)
                         return
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         raise ForgeError(
-            f"evaluation: vLLM ended (status {process.returncode}) before it had answered with {request['model']}:\n"
-            + last_lines(log)
+            f"vLLM exited (status {process.returncode}) before it had answered with {request['model']}:\n"
+            + last_lines(log),
+            where="evaluation",
         )
 
 
+def _start_worker(
+    request: dict[str, Any], python: Path, folder: Path, answers: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    asked = folder / "request.json"
+    asked.write_text(json.dumps(request))
+    answers.touch()
+    try:
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [python, "-P", WORKER, asked, answers],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=vllm_environment(**ONE_PROCESS),
+                cwd=folder,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise ForgeError(
+            f"vLLM cannot be started to answer with {request['model']}: {python}: {error.strerror}",
+            where="evaluation",
+            fix="check FORGE_SERVING_PYTHON, or run make setup",
+        ) from None
+
+
 def follow(process: subprocess.Popen[bytes], answers: Path) -> Iterator[list[dict[str, Any]]]:
-    """The lines that a process adds to a file, as it adds them, until it ends."""
+    """The lines that a process appends to a file, as they arrive, until it exits."""
     with answers.open() as lines:
         rest = ""
-        ended = False
-        while not ended:
-            ended = process.poll() is not None  # before the look, which then misses nothing
+        exited = False
+        while not exited:
+            exited = process.poll() is not None  # before reading, so that no line is missed
             *complete, rest = (rest + lines.read()).split("\n")
             if complete:
                 yield [json.loads(line) for line in complete]
-            elif not ended:
-                time.sleep(LOOK)
-
-
-def local_directory(of: LocalBase) -> Path:
-    """Where a model's files are on this machine; downloads them from the hub if they are not."""
-    if Path(of.location).is_dir():
-        return Path(of.location)
-    from huggingface_hub import snapshot_download
-
-    kinds = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-    try:
-        return Path(snapshot_download(of.location, revision=of.revision or None, allow_patterns=kinds))
-    except (OSError, ValueError) as error:
-        raise ForgeError(f"evaluation: {of.location} cannot be loaded: {str(error).splitlines()[0]}") from None
+            elif not exited:
+                time.sleep(POLL_SECONDS)
 
 
 def model_facts(directory: Path) -> dict[str, Any]:
-    """A model's `dtype`, and the number of its attention `heads`, which its GPUs share evenly."""
+    """A model's `dtype`, and its number of attention `heads`, which tensor parallelism must divide."""
     try:
         config = json.loads((directory / "config.json").read_text())
         dtype = saved_dtype(directory)
     except (OSError, ValueError) as error:
-        raise ForgeError(f"evaluation: {directory} cannot be loaded: {error}") from None
+        raise cannot_load(directory, error) from None
     return {"dtype": dtype, "heads": int((config | config.get("text_config", {})).get("num_attention_heads", 1))}
-
-
-def last_lines(log: Path, count: int = 10) -> str:
-    """The end of a log, indented."""
-    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-count:])

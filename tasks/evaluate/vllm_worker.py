@@ -1,7 +1,7 @@
-"""Answers a request with vLLM: `python -P vllm_worker.py request.json answers.jsonl`, by the Python that has vLLM.
+"""Answers a request with vLLM: `python -P vllm_worker.py request.json answers.jsonl`, with the Python that has vLLM.
 
-It is a program of that environment, not a module of this project, of which it imports nothing. `-P` keeps Python from
-looking for `vllm` and `statistics` among the files beside it. It ends as soon as its standard input does.
+This is a script for vLLM's environment and imports nothing from this project. `-P` keeps Python from importing the
+`statistics` in this folder instead of its own. It exits as soon as its standard input closes.
 """
 
 import json
@@ -15,23 +15,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BATCHED_TOKENS = 2048  # a step; the likelihood holds a row of logits for each, in fp32
+BATCHED_TOKENS = 2048  # per step; the likelihood needs a row of fp32 logits for each
 
 
 def main(request: Path, answers: Path) -> None:
-    """Answer what is asked in `request`, and append an item's answer a line to `answers`, batch by batch."""
+    """Answer the items of `request` batch by batch, and append one line per item to `answers`."""
     asked = json.loads(request.read_text())
     model = load(asked)
     items = asked["items"]
     with answers.open("a") as lines:
         for batch in asked["batches"]:
-            found = answer(model, asked, [(at, items[at]) for at in batch])
-            lines.write("".join(json.dumps(one) + "\n" for one in found))
+            answered = answer(model, asked, [(at, items[at]) for at in batch])
+            lines.write("".join(json.dumps(one) + "\n" for one in answered))
             lines.flush()
 
 
 def load(asked: dict[str, Any]) -> Any:
-    """The model on all GPUs that can share its attention heads evenly, or on the CPU, set up as the server does it."""
+    """The model on as many GPUs as divide its attention heads, or on the CPU, with the server's options."""
     from vllm import LLM  # type: ignore[import-not-found]
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
@@ -48,40 +48,20 @@ def load(asked: dict[str, Any]) -> Any:
 
 
 def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The answers to a batch of items, each with its place.
+    """The answers to a batch of items; `at` is an item's index.
 
-    The end of a turn, and penalties if there are any, are those of the model's generation_config.json, as the server
-    takes them. An item that is empty, or longer than the context, has no answer, or no likelihood (NaN).
+    End-of-turn tokens and penalties come from the model's generation_config.json, as in the server. An item that is
+    empty or exceeds the context has an empty answer, or a likelihood of NaN.
     """
-    from vllm import SamplingParams
-
-    room = model.model_config.max_model_len
-    usual = model.model_config.get_diff_sampling_param()
-    usual |= {"top_p": 1.0, "top_k": 0, "detokenize": False}
-
-    def most(item: dict[str, Any]) -> int:
-        return int(min(asked["max_new_tokens"], room - len(item["prompt"])))
-
-    def run(parts: list[tuple[int, list[int], Any]]) -> dict[int, Any]:
-        prompts = [{"prompt_token_ids": tokens} for _, tokens, _ in parts]
-        found = model.generate(prompts, [how for _, _, how in parts], use_tqdm=False) if parts else []
-        return {at: output for (at, _, _), output in zip(parts, found, strict=True)}
-
-    fitting = [(at, item) for at, item in batch if 0 < len(item["prompt"]) < room]
+    context = model.model_config.max_model_len
     started = time.monotonic()
-    greedy = run(
-        [
-            (at, item["prompt"], SamplingParams(**usual | {"temperature": 0.0, "max_tokens": most(item)}))
-            for at, item in fitting
-        ]
-    )
+    greedy = generate(model, asked, batch, {"temperature": 0.0})
     seconds = time.monotonic() - started
-    drawn = {}
-    if count := asked["samples"]:
-        # Drawn by the engine's seed: with seeds of their own, vLLM fails on a CPU where a prompt is read in two steps.
-        how = usual | {"temperature": asked["temperature"], "n": count}
-        drawn = run([(at, item["prompt"], SamplingParams(**how | {"max_tokens": most(item)})) for at, item in fitting])
-    likely = run([(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= room])
+    count, drawn = asked["samples"], {}
+    if count:
+        # Samples use the engine's seed: with a seed per request, vLLM fails on a CPU if a prompt takes two steps.
+        drawn = generate(model, asked, batch, {"temperature": asked["temperature"], "n": count})
+    likely = run(model, [(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= context])
     for at, item in batch:
         first = greedy[at].outputs[0] if at in greedy else None
         yield {
@@ -94,36 +74,61 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
         }
 
 
-def scoring(item: dict[str, Any]) -> tuple[list[int], Any]:
-    """What gives the likelihood of an item's tokens: those before the last scored one as a prompt, and that one's own.
+def generate(
+    model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, Any]]], options: dict[str, Any]
+) -> dict[int, Any]:
+    """vLLM's outputs for the prompts that fit the context, by index."""
+    from vllm import SamplingParams
 
-    vLLM always generates a token, for which a conversation that fills the context has no room. So the last one is
-    looked up among what would come next.
+    context = model.model_config.max_model_len
+    options = model.model_config.get_diff_sampling_param() | {"top_p": 1.0, "top_k": 0, "detokenize": False} | options
+
+    def sampling(prompt: list[int]) -> Any:
+        return SamplingParams(**options | {"max_tokens": min(asked["max_new_tokens"], context - len(prompt))})
+
+    prompts = [(at, item["prompt"]) for at, item in batch if 0 < len(item["prompt"]) < context]
+    return run(model, [(at, prompt, sampling(prompt)) for at, prompt in prompts])
+
+
+def run(model: Any, requests: list[tuple[int, list[int], Any]]) -> dict[int, Any]:
+    """vLLM's outputs for prompts with their sampling parameters, by index."""
+    if not requests:
+        return {}
+    prompts = [{"prompt_token_ids": tokens} for _, tokens, _ in requests]
+    outputs = model.generate(prompts, [sampling for _, _, sampling in requests], use_tqdm=False)
+    return {at: output for (at, _, _), output in zip(requests, outputs, strict=True)}
+
+
+def scoring(item: dict[str, Any]) -> tuple[list[int], Any]:
+    """The prompt and options that give the likelihood of an item's tokens: all tokens before the last scored one.
+
+    vLLM always generates a token, and after a conversation that fills the context there is no room for one. So the
+    likelihood of the last scored token is taken from the generation step.
     """
     from vllm import SamplingParams
 
     last = item["scored"][-1]
-    how = SamplingParams(
+    sampling = SamplingParams(
         max_tokens=1, prompt_logprobs=0, logprob_token_ids=[item["whole"][last]], temperature=0.0, detokenize=False
     )
-    return item["whole"][:last], how
+    return item["whole"][:last], sampling
 
 
 def nll(item: dict[str, Any], output: Any) -> float:
-    """Summed negative log likelihood (nats) of an item's scored tokens."""
+    """Summed negative log-likelihood (nats) of an item's scored tokens."""
     *before, last = item["scored"]
     whole = item["whole"]
     nats = [output.prompt_logprobs[place][whole[place]].logprob for place in before]
     return -math.fsum([*nats, output.outputs[0].logprobs[0][whole[last]].logprob])
 
 
-def end_with_asker() -> None:
-    """End, with all processes of this session, when standard input does: who asks has stopped, or died."""
+def exit_with_parent() -> None:
+    """Kill all processes of this session when standard input closes: the parent has stopped or died."""
     while os.read(0, 1):
         pass
     os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_asker, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

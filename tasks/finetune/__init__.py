@@ -1,6 +1,6 @@
-"""Packed rows and a base model (or an architecture) -> a trained model. Torch-native, on any number of processes."""
+"""Packed rows and a base model (or an architecture) -> a trained model. Plain torch, on any number of processes."""
 
 import logging
 
-# It warns of kernels for a CPU that it does without, whenever peft looks whether it is there.
+# Whenever peft checks for it, it warns about missing CPU kernels that it can do without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

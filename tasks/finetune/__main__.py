@@ -17,40 +17,40 @@ from forge.storage import open_store
 from forge.storage.recipes import load_recipe
 from tasks.finetune.export import export
 from tasks.finetune.process_group import Rank, process_group
-from tasks.finetune.run import copies_of, job_key, telemetry_of
+from tasks.finetune.run import job_key, open_mirror, open_telemetry
 from tasks.finetune.train import Trainer, TrainingJob
 
 log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Train as a recipe says on a prepared data set; the model appears in the output directory when it is complete."""
+    """Train a recipe on a prepared data set. The output directory appears when the model is complete."""
     parser = argparse.ArgumentParser(prog="python -m tasks.finetune", description=main.__doc__)
     parser.add_argument("--recipe", required=True, help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--data", type=Path, required=True, help="a data set's directory: that with dataset.json")
-    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--data", type=Path, required=True, help="directory of a data set (with dataset.json)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
     options = parser.parse_args()
     start_logging("train")
     try:
         recipe, settings = load_recipe(options.recipe), load_settings()
         card = options.data / "dataset.json"
         if not card.is_file():
-            raise ForgeError(f"{options.data}: not a prepared data set (it has no dataset.json)")
+            raise ForgeError("not a prepared data set (it has no dataset.json)", where=str(options.data))
         if options.out.exists():
-            raise ForgeError(f"{options.out}: is there already; name another directory, or remove it")
+            raise ForgeError("already exists", where=str(options.out), fix="name another directory, or remove it")
         checkpoints = options.out.with_name(f"{options.out.name}.checkpoints")
-        named, revision, store = recipe.model.base or "", recipe.model.revision or "", open_store(settings)
-        if is_registered(named):
-            base = registered_base(named, revision, settings, store)
-            local = LocalBase(str(store.path(base.location)))  # which is verified by now
+        name, revision, store = recipe.model.base or "", recipe.model.revision or "", open_store(settings)
+        if is_registered(name):
+            base = registered_base(name, revision, settings, store)
+            local = LocalBase(str(store.path(base.location)))  # verified by registered_base
         else:
-            directory = path_of(named).expanduser().absolute()
-            base = Base(location=directory.as_uri() if named and directory.is_dir() else named, revision=revision)
+            directory = path_of(name).expanduser().absolute()
+            base = Base(location=directory.as_uri() if name and directory.is_dir() else name, revision=revision)
             local = local_base(base, settings, store)
         key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
-        copies = copies_of(key, settings)
-        job = TrainingJob(options.data, local, recipe.model, recipe.training, checkpoints, copies, origin=base)
-        # Of this launcher's alone: an earlier one's failure is not this one's.
+        mirror = open_mirror(key, settings)
+        job = TrainingJob(options.data, local, recipe.model, recipe.training, checkpoints, mirror, origin=base)
+        # One file per launcher: an earlier failure is not this one's.
         with process_group(options.out.with_name(f"{options.out.name}.failure-{os.getppid()}.json")) as rank:
             train(rank, job, options.out, settings)
     except ForgeError as error:
@@ -60,9 +60,9 @@ def main() -> int:
 
 
 def train(rank: Rank, job: TrainingJob, out: Path, settings: Settings) -> None:
-    """Train, and have the model appear in the directory when all of it is there."""
+    """Train, and rename the exported model to `out` when it is complete."""
     trainer = Trainer(rank, job)
-    with telemetry_of(trainer, settings, name=out.name) as telemetry:
+    with open_telemetry(trainer, settings, name=out.name) as telemetry:
         trainer.train(telemetry)
     if not rank.first:
         export(trainer, None)
@@ -73,7 +73,7 @@ def train(rank: Rank, job: TrainingJob, out: Path, settings: Settings) -> None:
     export(trainer, staged)
     os.rename(staged, out)
     trainer.checkpoints.remove()
-    log.info(f"{out} holds the model; {trainer.tokens_per_second():,.0f} tokens/s")
+    log.info(f"wrote the model to {out}; {trainer.tokens_per_second():,.0f} tokens/s")
 
 
 if __name__ == "__main__":

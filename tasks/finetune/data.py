@@ -1,4 +1,4 @@
-"""Packed rows, memory-mapped, in an order that the seed alone decides."""
+"""Memory-mapped packed rows, in an order that only the seed decides."""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ IGNORED = -100
 class Batch:
     """Packed rows as int64 tensors [rows, context].
 
-    `positions` restart with each document, which is how transformers' models tell documents apart: attention stays
-    within them. `targets` are the tokens to predict at each place, IGNORED where none is trained.
+    `positions` restart with each document: models in transformers then keep attention within documents. `targets` are
+    the tokens to predict at each position, IGNORED where none is trained.
     """
 
     tokens: torch.Tensor
@@ -28,7 +28,7 @@ class Batch:
 
 
 class PackedRows:
-    """The rows of one split of a data set, in shards. Opened by every process; the pages are shared."""
+    """The rows of one side of the split, in shards. Processes share the memory-mapped pages."""
 
     def __init__(self, directory: Path) -> None:
         shards = sorted(path for path in directory.iterdir() if path.is_dir())
@@ -36,8 +36,8 @@ class PackedRows:
             [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
             for name in ("tokens", "trained", "document")
         )
-        self._first = np.cumsum([0, *map(len, self._tokens)])  # row of each shard
-        # Of each row; a document's first token is never a target.
+        self._first = np.cumsum([0, *map(len, self._tokens)])  # first row of each shard, and the total
+        # Per row. A document's first token is never a target.
         self.trained_tokens = np.concatenate([trained.sum(axis=1) for trained in self._trained])
         self.all_tokens = np.concatenate([(document > 0).sum(axis=1) for document in self._document])
 
@@ -45,8 +45,8 @@ class PackedRows:
         return int(self._first[-1])
 
     def _rows(self, shards: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
-        places = zip(rows, np.searchsorted(self._first, rows, side="right") - 1, strict=True)
-        return np.stack([shards[shard][row - self._first[shard]] for row, shard in places])
+        shard_of = np.searchsorted(self._first, rows, side="right") - 1
+        return np.stack([shards[shard][row - self._first[shard]] for row, shard in zip(rows, shard_of, strict=True)])
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The given rows, ready for the model."""
@@ -59,23 +59,26 @@ class PackedRows:
 
 
 def positions(document: torch.Tensor) -> torch.Tensor:
-    """Place of each token within its document: int64 [rows, context] from the document numbers of the same shape."""
+    """Position of each token in its document: int64 [rows, context], from document numbers of the same shape."""
     place = torch.arange(document.shape[1]).expand_as(document)
     first = torch.ones_like(document, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     return place - torch.where(first, place, 0).cummax(dim=1).values
 
 
-class Order:
-    """Which rows each step trains on: whole epochs, each a permutation of its own; the step is the whole position."""
+class GlobalBatchSampler:
+    """Which rows each step trains on: epoch after epoch, each in its own permutation.
+
+    It has no state to save: the step alone decides.
+    """
 
     def __init__(self, rows: int, global_batch_size: int, epochs: float, seed: int) -> None:
         self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
         self.steps = max(1, math.ceil(rows * epochs / global_batch_size))
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
-    def step(self, step: int) -> np.ndarray:
-        """Row numbers of the global batch of a step (int64 [global_batch_size])."""
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row numbers of a step's global batch: int64 [global_batch_size]."""
         cursor = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         return np.array([self._row(*divmod(int(at), self.rows)) for at in cursor])
 

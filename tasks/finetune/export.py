@@ -1,4 +1,4 @@
-"""What training leaves: a model in Hugging Face format, the adapter if there is one, and the card."""
+"""Export a trained model: Hugging Face format, the adapter if there is one, and a card."""
 
 import importlib.metadata
 import json
@@ -24,14 +24,14 @@ CARD = "training.json"
 
 
 def export(trainer: Trainer, directory: Path | None) -> None:
-    """Write the trained model into a directory. Every rank calls it; the first one's directory is written to.
+    """Write the trained model into a directory. Every rank calls it, all but the first with None.
 
-    `model/` holds safetensors in the recipe's precision with tokenizer and generation config, `adapter/` what LoRA
-    trained (then `model/` is the base with the adapter merged into it), `base/` the random weights that training from
-    scratch started from, `training.json` the recipe, the loss curve, the speed and the versions.
+    `model/` holds safetensors in the recipe's precision with tokenizer and generation config. With LoRA, `adapter/` is
+    the adapter and `model/` the base with the adapter merged. `base/` holds the random weights that training from
+    scratch started from, and `training.json` the recipe, the loss curve, the speed and the versions.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainer.adapter is not None)
-    weights = get_model_state_dict(trainer.causal, options=options)
+    weights = get_model_state_dict(trainer.model, options=options)
     if directory is None:
         return
     job = trainer.job
@@ -40,7 +40,7 @@ def export(trainer: Trainer, directory: Path | None) -> None:
         save_adapter(trainer.adapter, weights, job.origin, directory / "adapter")
         merge(job.base, directory / "adapter", dtype, directory / "model", trainer.tokenizer)
     else:
-        save(trainer.causal, weights, dtype, trainer.tokenizer, directory / "model")
+        save(trainer.model, weights, dtype, trainer.tokenizer, directory / "model")
     if job.model.architecture is not None:
         base = build_model(job.model, job.base, trainer.tokenizer, trainer.context, job.training.seed, torch.float32)
         save(base, base.state_dict(), torch.float32, trainer.tokenizer, directory / "base")
@@ -49,10 +49,10 @@ def export(trainer: Trainer, directory: Path | None) -> None:
 
 
 def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, directory: Path) -> None:
-    """Write an adapter as peft does, but with no path of this machine in it, and the same files each time."""
+    """Write an adapter as peft does, but reproducibly and without local paths."""
     named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
     adapter.save_pretrained(directory, state_dict=named)
-    (directory / "README.md").unlink()  # peft's card, which names the base's path; registration writes its own
+    (directory / "README.md").unlink()  # it names the base's local path; registration writes its own
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
     config |= {"base_model_name_or_path": portable_name(base), "target_modules": sorted(config["target_modules"])}
@@ -60,9 +60,9 @@ def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, directory: P
 
 
 def card(trainer: Trainer, digest: str) -> dict[str, Any]:
-    """What the model was made from, and how it went."""
-    job, facts = trainer.job, trainer.facts
-    flops_per_token, peak = trainer.flops()
+    """The training card: inputs, result and speed of a run."""
+    job, state = trainer.job, trainer.state
+    flops_per_token, peak_flops = trainer.flops()
     dataset = json.loads((job.data / "dataset.json").read_text())
     return {
         "kind": "model",
@@ -71,12 +71,12 @@ def card(trainer: Trainer, digest: str) -> dict[str, Any]:
         "dataset": {"digest": dataset["digest"]},
         "parameters": trainer.parameters,
         "recipe": {"model": job.model.model_dump(mode="json"), "training": job.training.model_dump(mode="json")},
-        "steps": facts.step,
-        "best_step": facts.best_step if job.training.early_stopping_patience else None,
-        "skipped_steps": facts.skipped,
-        "curve": facts.curve,
+        "steps": state.step,
+        "best_step": state.best_step if job.training.early_stopping_patience else None,
+        "skipped_steps": state.skipped,
+        "curve": state.curve,
         "tokens_per_second": round(trainer.tokens_per_second()),
-        "mfu": round(trainer.tokens_per_second() * flops_per_token / peak, 4),
+        "mfu": round(trainer.tokens_per_second() * flops_per_token / peak_flops, 4),
         "seconds": round(time.monotonic() - trainer.started, 1),
         "seconds_to_first_step": round(trainer.seconds_to_first_step, 2),
         "made_by": current_owner(),

@@ -1,44 +1,43 @@
-"""The loss: cross entropy on trained tokens, without ever holding all logits."""
+"""The loss: cross entropy on trained tokens, without materialising all logits."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from forge.capacity.training_memory import LOSS_CHUNK
 from forge.core.errors import ForgeError
 from tasks.finetune.data import IGNORED, Batch
-
-CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits are held at once
 
 
 class TrainedTokenLoss(nn.Module):
     """Cross entropy summed over the trained tokens of a batch (a scalar, nats)."""
 
-    def __init__(self, causal: Any) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.causal = causal
-        config = causal.config.get_text_config()
+        self.model = model
+        config = model.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         for name in ("logit_scale", "logits_scaling"):
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ForgeError(
-                    f"base model of type {config.model_type}: it scales its logits ({name}), which this version of "
-                    "Forge does not train; take a model of another architecture"
+                    f"it scales its logits ({name}), which Forge does not support yet",
+                    where=f"base model of type {config.model_type}",
+                    fix="choose a model of another architecture",
                 )
-        head = causal.get_output_embeddings()
+        head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ForgeError(
-                "training.lora.target_modules names the output layer, which this version of Forge does not adapt; "
-                "leave it out"
+                "training.lora.target_modules names the output layer, which Forge cannot adapt yet", fix="leave it out"
             )
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Run the model on a batch of packed rows."""
-        hidden = self.causal.base_model(
+        """The loss of a batch of packed rows."""
+        hidden = self.model.base_model(
             input_ids=batch.tokens, position_ids=batch.positions, use_cache=False
         ).last_hidden_state
         trained = batch.targets != IGNORED
-        head = self.causal.get_output_embeddings()
+        head = self.model.get_output_embeddings()
         loss: torch.Tensor = LinearCrossEntropy.apply(
             hidden[trained], head.weight, head.bias, batch.targets[trained], self.softcap
         )
@@ -46,11 +45,11 @@ class TrainedTokenLoss(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of a linear layer's outputs: logits and their gradients a chunk of tokens at a time.
+    """Sum of the cross entropies of a linear layer's outputs, computed for a chunk of tokens at a time.
 
-    The gradients are made in the forward pass, while the logits are at hand (as in https://arxiv.org/abs/2410.10989),
-    so that no logits are kept and none are made twice. torch.nn.functional.linear_cross_entropy does so too, but in
-    bfloat16 it also sums the loss in bfloat16, and it knows no capped logits.
+    The forward pass also computes the gradients, while it has the logits (as in https://arxiv.org/abs/2410.10989), so
+    that logits are neither kept nor recomputed. torch.nn.functional.linear_cross_entropy does the same, but sums the
+    loss in bfloat16 if the inputs are, and does not support capped logits.
     """
 
     @staticmethod
@@ -62,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Of hidden [tokens, hidden size], weight [vocabulary, hidden size], bias [vocabulary], targets [tokens]."""
+        """Shapes: hidden [tokens, size], weight [vocabulary, size], bias [vocabulary], targets [tokens]."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
@@ -71,8 +70,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
             total = torch.zeros((), device=hidden.device)
-            for begin in range(0, len(hidden), CHUNK.get(device, 1024)):
-                chunk = slice(begin, begin + CHUNK.get(device, 1024))
+            tokens = LOSS_CHUNK.get(device, LOSS_CHUNK["cuda"])
+            for begin in range(0, len(hidden), tokens):
+                chunk = slice(begin, begin + tokens)
                 inputs, target = hidden[chunk].to(dtype), targets[chunk, None]
                 logits = (inputs @ matrix.T).float()
                 if bias is not None:
@@ -82,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 slope = 1 - (logits / softcap) ** 2 if softcap else None
                 normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
                 total += (normaliser - logits.gather(1, target)).sum()
-                gradient = logits.sub_(normaliser).exp_()  # softmax, and one less at the target
+                gradient = logits.sub_(normaliser).exp_()  # softmax, minus one at the target
                 gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
                 if slope is not None:
                     gradient *= slope
@@ -98,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale what the forward pass made."""
+        """Scale the gradients of the forward pass."""
         (scale,) = gradients
         hidden, weight, bias = ctx.saved_tensors
         return (

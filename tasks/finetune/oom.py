@@ -1,4 +1,4 @@
-"""What a user reads where a step finds no memory."""
+"""Explain out-of-memory errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,26 +11,27 @@ from forge.cluster.gpus import GIB, find_gpus
 from forge.core.errors import ForgeError
 from forge.core.recipe import TrainingRecipe
 
-LESS = 0.8  # of the estimate: what an advised change comes to at most
+TARGET = 0.8  # fraction of the estimate that a suggested change must stay below
 
 
 @contextlib.contextmanager
-def explain_oom(size: ModelSize, recipe: TrainingRecipe, context: int, how: Parallelism) -> Iterator[None]:
-    """Turn torch's error into one with what was to be allocated, the estimate, and the recipe's fields that help."""
+def explain_oom(size: ModelSize, recipe: TrainingRecipe, context: int, parallelism: Parallelism) -> Iterator[None]:
+    """Turn torch's error into one with the failed allocation, the estimate, and changes to the recipe that help."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        # The allocator for the CPU has no class of error of its own.
+        # The CPU allocator raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
             raise
         reason = reason[reason.find("you tried") :] if "you tried" in reason else reason.partition(" GPU ")[0]
-        estimate = estimate_memory(size, recipe, context, how)
+        estimate = estimate_memory(size, recipe, context, parallelism)
         gpu = next(iter(find_gpus()), None)
-        mend = nearest_fit(size, recipe, context, gpu, int(LESS * estimate.total))
-        taken = f"; torch held {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else ""
+        changes = nearest_fit(size, recipe, context, gpu, int(TARGET * estimate.total))
+        held = f"; torch held {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else ""
         raise ForgeError(
-            f"out of memory: {reason.rstrip('. ')}{taken}. One process was estimated to need {estimate}; "
-            + (f"less is needed with {', '.join(mend)}" if mend else "take a smaller base model")
-            + ", or end what else is using this memory"
+            f"{reason.rstrip('. ')}{held}. The estimate for one process was {estimate}",
+            where="out of memory",
+            fix=(f"set {', '.join(changes)}" if changes else "use a smaller base model")
+            + ", or stop other programs that use this memory",
         ) from None

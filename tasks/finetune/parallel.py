@@ -1,4 +1,4 @@
-"""All parallelism: how a model is recomputed, compiled, replicated or sharded over the ranks."""
+"""Parallelism: activation checkpointing, compilation, and replicating or sharding a model over the ranks."""
 
 from typing import Any
 
@@ -14,27 +14,27 @@ from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.process_group import Rank
 
 
-def parallelize(loss: TrainedTokenLoss, recipe: TrainingRecipe, rank: Rank, how: Parallelism) -> nn.Module:
-    """The loss of this rank's share of a batch; its gradients are the mean over the ranks.
+def parallelize(loss: TrainedTokenLoss, recipe: TrainingRecipe, rank: Rank, parallelism: Parallelism) -> nn.Module:
+    """The loss of this rank's share of a batch; gradients are averaged over the ranks.
 
-    In this order: activation checkpointing, then compilation of each layer, then sharding.
+    Applies, in this order, activation checkpointing, compilation of each layer, and DDP or FSDP.
     """
-    layers = layers_of(loss.causal)
+    layers = layers_of(loss.model)
     if recipe.activation_checkpointing != "none":
         every = 2 if recipe.activation_checkpointing == "selective" else 1
-        loss.causal.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        loss.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
     if recipe.compile:
         for layer in layers:
             layer.compile(dynamic=False)
-    if how == "ddp":
+    if parallelism == "ddp":
         return DistributedDataParallel(loss, device_ids=[rank.device.index] if rank.device.type == "cuda" else None)
-    if how == "none":
+    if parallelism == "none":
         return loss
-    if how == "hybrid":
-        shape = (recipe.nodes, rank.world // recipe.nodes)
+    if parallelism == "hybrid":
+        shape = (recipe.nodes, rank.world_size // recipe.nodes)
         mesh = init_device_mesh(rank.device.type, shape, mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(rank.device.type, (rank.world,))
+        mesh = init_device_mesh(rank.device.type, (rank.world_size,))
     policy = MixedPrecisionPolicy()
     if recipe.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -44,16 +44,16 @@ def parallelize(loss: TrainedTokenLoss, recipe: TrainingRecipe, rank: Rank, how:
     return loss
 
 
-def layers_of(causal: Any) -> nn.ModuleList:
-    """The transformer's blocks."""
-    count = causal.config.get_text_config().num_hidden_layers
-    return next(m for m in causal.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+def layers_of(model: Any) -> nn.ModuleList:
+    """The transformer's layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
 
-def sync_gradients(module: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass shares gradients out among the ranks: the last one of an accumulation does.
+def sync_gradients(module: nn.Module, last: bool) -> None:
+    """Set whether the next backward pass averages gradients over the ranks: only the last one of a global batch does.
 
-    Sharded gradients are always shared out: a rank has no room for whole ones.
+    With FSDP each pass does, since a rank has no memory for unsharded gradients.
     """
     if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = wanted
+        module.require_backward_grad_sync = last

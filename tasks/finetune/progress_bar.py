@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a training run: a bar on a terminal, otherwise a line every few seconds."""
 
 import logging
 import sys
@@ -12,27 +12,27 @@ from tasks.finetune.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-LINE_EVERY = 10.0  # seconds, where the output is no terminal
+LINE_EVERY = 10.0  # seconds, if the output is not a terminal
 
 
 class TrainingProgress:
-    """Shows step, loss, tokens a second and time left. Silent when `shown` is false (every rank but the first)."""
+    """Shows step, loss, tokens per second and time left, if `shown` (on the first rank)."""
 
-    def __init__(self, steps: int, facts: TrainState, shown: bool) -> None:
+    def __init__(self, steps: int, state: TrainState, shown: bool) -> None:
         self.steps, self.shown = steps, shown
         self._last = time.monotonic()
-        self._before = facts.step, facts.tokens, facts.seconds
+        self._start = state.step, state.tokens, state.seconds
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("train"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[metrics]}"),
                 TimeRemainingColumn(),
                 console=Console(file=sys.stdout),
             )
-            self._task = self._bar.add_task("train", total=steps, figures="")
+            self._task = self._bar.add_task("train", total=steps, metrics="")
 
     def __enter__(self) -> "TrainingProgress":
         if self._bar:
@@ -45,19 +45,19 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, facts: TrainState) -> None:
-        """Tell how far it is."""
+    def update(self, state: TrainState) -> None:
+        """Show the progress so far."""
         if not self.shown:
             return
-        step, tokens, seconds = self._before
-        elapsed = max(facts.seconds - seconds, 1e-9)
-        loss = f"loss {facts.curve[-1]['loss']:.4f}  " if facts.curve else ""
-        skipped = f"  {len(facts.skipped)} skipped" if facts.skipped else ""
-        figures = f"{loss}{(facts.tokens - tokens) / elapsed:,.0f} tokens/s{skipped}"
+        step, tokens, seconds = self._start
+        elapsed = max(state.seconds - seconds, 1e-9)
+        loss = f"loss {state.curve[-1]['loss']:.4f}  " if state.curve else ""
+        skipped = f"  {len(state.skipped)} skipped" if state.skipped else ""
+        metrics = f"{loss}{(state.tokens - tokens) / elapsed:,.0f} tokens/s{skipped}"
         now = time.monotonic()
         if self._bar:
-            self._bar.update(self._task, completed=facts.step, figures=figures)
-        elif now - self._last >= LINE_EVERY or facts.step == self.steps:
+            self._bar.update(self._task, completed=state.step, metrics=metrics)
+        elif now - self._last >= LINE_EVERY or state.step == self.steps:
             self._last = now
-            left = elapsed / (facts.step - step) * (self.steps - facts.step)
-            log.info(f"step {facts.step:,}/{self.steps:,}  {figures}  {left:.0f} s left")
+            left = elapsed / (state.step - step) * (self.steps - state.step)
+            log.info(f"step {state.step:,}/{self.steps:,}  {metrics}  {left:.0f} s left")

@@ -14,7 +14,7 @@ from forge.registry.packages import local_base
 from forge.storage import Store
 from forge.storage.completed import find_completed, record_completed
 from tasks.finetune.checkpoint import Checkpoints
-from tasks.finetune.checkpoint_mirror import Bucket
+from tasks.finetune.checkpoint_mirror import CheckpointMirror
 from tasks.finetune.export import export
 from tasks.finetune.process_group import Rank
 from tasks.finetune.telemetry import Telemetry
@@ -23,8 +23,8 @@ from tasks.finetune.train import Trainer, TrainingJob
 log = logging.getLogger(__name__)
 
 STAGE = "finetune"
-# What of a training recipe says how it is run, and not what it comes to: a job goes on where another of these changed.
-HOW = frozenset(
+# Fields of a training recipe that do not change its result: a job with other values of these resumes an earlier one.
+EXECUTION_FIELDS = frozenset(
     ("nodes", "nproc_per_node", "parallelism", "micro_batch_size", "activation_checkpointing", "compile",
      "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "max_skipped_steps", "gpu_temperature_limit")
 )  # fmt: skip
@@ -41,22 +41,22 @@ def train(
 ) -> Model | None:
     """Train on a data set and publish the model; the first rank returns it.
 
-    A job that was broken off goes on from its last checkpoint, and one whose model was published is not done again.
+    An interrupted job resumes from its last checkpoint. A job whose model was published before returns that model.
     """
     started = time.time()
     key = job_key(dataset.digest, base, model, recipe)
-    checkpoints, copies = settings.checkpoints / key, copies_of(key, settings)
-    # The first rank looks for all: what another finds may differ, and each waits for the others in training.
+    checkpoints, mirror = settings.checkpoints / key, open_mirror(key, settings)
+    # The first rank decides for all: if they found different things, some would wait for the others forever.
     done = find_completed(store, STAGE, [key], Model) if rank.first else None
-    if rank.first_says(done is not None):
+    if rank.broadcast_from_first(done is not None):
         if done is not None:
-            log.info(f"{done.uri} was published before; nothing is left to train")
-            Checkpoints(checkpoints, replace(rank, world=1), recipe.keep_checkpoints, copies).remove()
+            log.info(f"nothing to train: {done.uri} was published before")
+            Checkpoints(checkpoints, replace(rank, world_size=1), recipe.keep_checkpoints, mirror).remove()
         return done
     local = local_base(base, settings, store)
-    job = TrainingJob(store.path(dataset.uri), local, model, recipe, checkpoints, copies, origin=base)
+    job = TrainingJob(store.path(dataset.uri), local, model, recipe, checkpoints, mirror, origin=base)
     trainer = Trainer(rank, job)
-    with telemetry_of(trainer, settings, name=job.checkpoints.name) as telemetry:
+    with open_telemetry(trainer, settings, name=job.checkpoints.name) as telemetry:
         trainer.train(telemetry)
     if not rank.first:
         export(trainer, None)
@@ -76,8 +76,8 @@ def train(
 
 
 @contextlib.contextmanager
-def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Telemetry | None]:
-    """The first rank's telemetry, where the settings name an MLflow server or a port for Prometheus."""
+def open_telemetry(trainer: Trainer, settings: Settings, name: str) -> Iterator[Telemetry | None]:
+    """Telemetry on the first rank, if the settings name an MLflow server or a port for Prometheus."""
     if not trainer.rank.first or not (settings.mlflow_uri or settings.metrics_port):
         yield None
         return
@@ -85,18 +85,22 @@ def telemetry_of(trainer: Trainer, settings: Settings, name: str) -> Iterator[Te
     params = {**job.training.model_dump(mode="json"), "base": job.origin.location or "random weights"}
     per_token, peak = trainer.flops()
     with Telemetry(
-        settings, name, params, training=name, steps=trainer.order.steps, device=trainer.rank.device,
+        settings, name, params, training=name, steps=trainer.sampler.steps, device=trainer.rank.device,
         flops_per_token=per_token, peak_flops=peak,
     ) as telemetry:  # fmt: skip
         yield telemetry
 
 
-def copies_of(key: str, settings: Settings) -> Bucket | None:
-    """Where a job's checkpoints are copied to, if anywhere."""
-    return Bucket(f"{settings.checkpoint_copies}/{key}", settings) if settings.checkpoint_copies else None
+def open_mirror(key: str, settings: Settings) -> CheckpointMirror | None:
+    """The mirror of a job's checkpoints, if the settings have a bucket for it."""
+    return CheckpointMirror(f"{settings.checkpoint_copies}/{key}", settings) if settings.checkpoint_copies else None
 
 
 def job_key(dataset: str, base: Base, model: ModelRecipe, recipe: TrainingRecipe) -> str:
-    """What decides a job's result (its data set's digest among it), in 16 hexadecimal digits."""
-    parts = [base.model_dump(), model.model_dump(mode="json"), recipe.model_dump(mode="json", exclude=set(HOW))]
+    """Key of everything that a job's result depends on (`dataset` is a digest): 16 hexadecimal digits."""
+    parts = [
+        base.model_dump(),
+        model.model_dump(mode="json"),
+        recipe.model_dump(mode="json", exclude=set(EXECUTION_FIELDS)),
+    ]
     return digest_json([dataset, *parts])[:16]

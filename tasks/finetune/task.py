@@ -1,7 +1,6 @@
-"""The doors of fine-tuning: torch elastic tasks. On the cluster they are pods with GPUs, here they are processes.
+"""The Flyte tasks of fine-tuning, one per shape: torch elastic tasks, in GPU pods on the cluster, else in processes.
 
-One door for each shape, since Flyte cannot change how many nodes a registered task has; `training_pipeline` goes
-through the recipe's. Importing them imports no torch.
+`training_pipeline` runs the task of the recipe's shape. Importing this module imports no torch.
 """
 
 import os
@@ -29,44 +28,48 @@ from forge.core.processes import end_by, end_soon
 from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.core.settings import load_settings
 from forge.storage import open_store
-from tasks.task_pods import on_gpus
+from tasks.task_pods import OnTrainingNodes, on_gpus
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-HOURS = 48  # that a training may take
-RETRIES = 5  # of a run that a drained or reclaimed node ended; other failures are not tried again
-# One thread a process until it has counted the cores; and as many seconds, not 30, until the elastic agent kills
-# processes that it has told to end: as long may a checkpoint and its copy take.
+HOURS = 48  # timeout of a training
+RETRIES = 5  # after a node was drained or reclaimed; other failures are not retried
+# One OpenMP thread until a process has counted its cores. And 600 rather than 30 seconds until the elastic agent kills
+# processes that it has sent SIGTERM: they may be saving and copying a checkpoint.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
-# The elastic agent takes these over and does not give them back.
+# The elastic agent replaces these handlers and does not restore them.
 ELASTIC_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Processes(Elastic):
-    """An Elastic configuration whose process count is the recipe's (`training.nproc_per_node`)."""
+    """An Elastic configuration; the number of processes at run time is the recipe's `training.nproc_per_node`."""
 
 
-class TrainingTask(PytorchElasticFunctionTask):
-    """Runs the task function in as many processes as the recipe says; a failure is the first failing rank's own.
+class TrainingTask(OnTrainingNodes, PytorchElasticFunctionTask):
+    """Runs the task function in the recipe's processes; on one machine, in those of all its nodes.
 
-    Without a cluster, those of all nodes run on this machine.
+    If ranks fail, the error is that of the first rank that failed.
     """
 
     def __init__(self, task_config: Processes, task_function: Callable[..., Any], **kwargs: Any) -> None:
-        # As the plugin's own, which imports torch to read the number of nodes.
-        alone = task_config.nnodes == 1
-        kind = self._ELASTIC_TASK_TYPE_STANDALONE if alone else self._ELASTIC_TASK_TYPE
+        # Like the plugin's __init__, which would import torch to parse the number of nodes.
+        kind = self._ELASTIC_TASK_TYPE_STANDALONE if task_config.nnodes == 1 else self._ELASTIC_TASK_TYPE
         PythonFunctionTask.__init__(self, task_config, task_function, task_type=kind, task_type_version=1, **kwargs)
         self.min_nodes = self.max_nodes = int(task_config.nnodes)
         self.rdzv_backend = "c10d"
 
-    def execute(self, **kwargs: Any) -> Any:
-        """Start the processes and return the first rank's result; ForgeError says what failed, and where.
+    @property
+    def shape(self) -> TrainingShape:
+        """Nodes, and processes (GPUs) per node."""
+        return TrainingShape(int(self.task_config.nnodes), self.task_config.nproc_per_node)
 
-        On the cluster, a training that was told to stop ends this process by SIGTERM, which Flyte tries again. An
-        exception would leave an error file, and Flyte takes that for the end of the attempt, even where a queue has
-        suspended the job and its workers go on in the same attempt.
+    def execute(self, **kwargs: Any) -> Any:
+        """Start the processes and return rank 0's result. Raises ForgeError with the failed rank and its error.
+
+        On the cluster, if the training received SIGTERM, this process exits by SIGTERM too, and Flyte retries it. An
+        exception would write an error file, which ends the attempt for Flyte, even if a queue only suspended the job
+        and its workers will resume within the same attempt.
         """
         training = kwargs["training"]
         local = FlyteContextManager.current_context().execution_state.is_local_execution()
@@ -77,48 +80,50 @@ class TrainingTask(PytorchElasticFunctionTask):
         self._task_config = replace(self.task_config, nproc_per_node=processes)
         failure = failure_file(os.getpid())
         failure.unlink(missing_ok=True)
-        given = {name: value for name, value in ENVIRONMENT.items() if not os.environ.get(name)}
-        os.environ.update(given)
+        added = {name: value for name, value in ENVIRONMENT.items() if not os.environ.get(name)}
+        os.environ.update(added)
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         started = time.time()
         try:
             model: Model = super().execute(**kwargs)
-            # Starting the processes is part of the work, as starting vLLM is of a rollout's.
+            # Count the start of the processes as well, as a rollout counts vLLM's start.
             return model.model_copy(update={"started": started, "seconds": time.time() - started})
         except IgnoreOutputs as error:
-            if error.__context__ is None:  # done, on another node than the first rank's
+            if error.__context__ is None:  # success, on a node without rank 0
                 raise
-            # The elastic agent was told to end, and has ended the processes. On the cluster, a node is drained or
-            # wanted by others: what is saved is gone on from.
+            # The elastic agent received a signal and stopped the processes. On the cluster, a node is being drained or
+            # reclaimed; the next attempt resumes from the checkpoint.
             if local:
                 raise KeyboardInterrupt from None
             end_by(signal.SIGTERM)
         except FlyteUserRuntimeException as error:
             from tasks.finetune.process_group import describe_failure, read_failure
 
-            found = read_failure(failure)
-            if found and found["stopped"] and not local:
+            report = read_failure(failure)
+            if report and report["stopped"] and not local:
                 end_by(signal.SIGTERM)
-            raise ForgeError(describe_failure(found) if found else describe_exit(error.value, failure)) from None
+            raise (ForgeError(describe_failure(report)) if report else exit_error(error.value, failure)) from None
         finally:
-            Console().show_cursor()  # the bar of a process that was ended could not
-            for name in given:  # elsewhere in this process, as it was
+            Console().show_cursor()  # a killed process leaves it hidden by its progress bar
+            for name in added:  # later stages of a local run share this process
                 del os.environ[name]
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 
-def describe_exit(error: "ChildFailedError", failure: Path) -> str:
-    """What the user reads of a process that ended without saying why: most often the kernel wanted its memory."""
+def exit_error(error: "ChildFailedError", failure: Path) -> ForgeError:
+    """The error for a process that left no failure report: usually one that the kernel killed to free memory."""
     rank, failed = error.get_first_failure()
-    if failed.exitcode > 0:  # it raised before it had joined the others
-        return f"training failed on rank {rank}: {failed.message}"
+    if failed.exitcode > 0:  # it raised before it joined the process group
+        return ForgeError(f"training failed on rank {rank}: {failed.message}")
     from tasks.finetune.process_group import describe_stacks
 
-    how = signal.Signals(-failed.exitcode).name
-    return (
-        f"training: rank {rank} ended without a word ({how}); if the machine ran out of memory, lower "
-        f"training.global_batch_size or data.max_seq_len{describe_stacks(failure)}"
+    name = signal.Signals(-failed.exitcode).name
+    return ForgeError(
+        f"rank {rank} was killed ({name})",
+        where="training",
+        fix="if the machine ran out of memory, lower training.micro_batch_size or data.max_seq_len"
+        f"{describe_stacks(failure)}",
     )
 
 
@@ -126,58 +131,31 @@ TaskPlugins.register_pythontask_plugin(Processes, TrainingTask)
 
 
 def failure_file(launcher: int) -> Path:
-    """Where the ranks that a process launched say which of them failed first; on the cluster, those of all nodes."""
+    """Where ranks report the first failure: those that one process launched; on the cluster, those of all nodes."""
     execution = os.environ.get("FLYTE_INTERNAL_EXECUTION_ID")
     return load_settings().failures / f"training-{execution or launcher}.json"
 
 
-def shaped(shape: TrainingShape) -> dict[str, Any]:
-    """What makes a task one that trains in a shape."""
+def task_options(shape: TrainingShape) -> dict[str, Any]:
+    """Arguments of `@task` for a training in a shape."""
     waiting = 900  # seconds that nodes wait for one another: an image may have to be pulled first
     return {
+        **on_gpus(shape, hours=HOURS),
         "task_config": Processes(
             nnodes=shape.nodes,
             nproc_per_node=shape.nproc_per_node,
-            increase_shared_mem=False,  # Flyte's shared_memory says how much
+            increase_shared_mem=False,  # OnTrainingNodes sets it
             monitor_interval=0.2,
             rdzv_configs={"timeout": waiting, "join_timeout": waiting, "read_timeout": waiting},
             run_policy=RunPolicy(clean_pod_policy=CleanPodPolicy.ALL, ttl_seconds_after_finished=24 * 3600),
         ),
         "cache": Cache(version=code_version("tasks.finetune"), serialize=True),
         "retries": RETRIES,
-        **on_gpus(shape, hours=HOURS),
     }
 
 
-ONE_GPU, ONE_NODE, TWO_NODES = SHAPES
-
-
-@task(**shaped(ONE_GPU))
-def train_on_1x1(
-    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
-) -> Annotated[Model, HashMethod(cache_key)]:
-    """Packed rows and a base model (or an architecture) to a trained model in the store, on one GPU."""
-    return train(dataset, base, model, training)
-
-
-@task(**shaped(ONE_NODE))
-def train_on_1x2(
-    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
-) -> Annotated[Model, HashMethod(cache_key)]:
-    """The same on the two GPUs of a node."""
-    return train(dataset, base, model, training)
-
-
-@task(**shaped(TWO_NODES))
-def train_on_2x2(
-    dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
-) -> Annotated[Model, HashMethod(cache_key)]:
-    """The same on the four GPUs of two nodes: a PyTorchJob."""
-    return train(dataset, base, model, training)
-
-
 def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe) -> Model:
-    """What each process of a training does."""
+    """Train in one of the processes: what each rank runs."""
     from tasks.finetune import run
     from tasks.finetune.process_group import process_group
 
@@ -187,9 +165,24 @@ def train(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRe
         trained = run.train(rank, dataset, base, model, training, open_store(settings), settings)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank.stop.is_set():
-        # Told to stop after the last step. The launcher takes no result any more, and this process would wait for it
-        # to do so until it is killed, in ten minutes. The next attempt finds what is published.
+        # SIGTERM arrived after the last step. The launcher no longer reads results, so this process would block until
+        # it is killed, ten minutes later. The next attempt finds the published model.
         end_by(signal.SIGTERM)
     end_soon()
-    # Flyte takes the first rank's value; the others have none, and any will do.
+    # Flyte takes rank 0's value and ignores the others'.
     return trained or Model(uri="", digest="", store="", base=Base())
+
+
+# The task for each shape, by the shape's name. Each is also an attribute of this module, train_on_<nodes>x<GPUs>, which
+# is where flytekit looks for it in a pod.
+TRAIN_ON: dict[str, Any] = {}
+for _shape in SHAPES:
+
+    def _train_on(
+        dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe
+    ) -> Annotated[Model, HashMethod(cache_key)]:
+        """Train a base model, or a new one of the given architecture, on packed rows. The result is in the store."""
+        return train(dataset, base, model, training)
+
+    _train_on.__name__ = _train_on.__qualname__ = f"train_on_{_shape}"
+    globals()[_train_on.__name__] = TRAIN_ON[str(_shape)] = task(**task_options(_shape))(_train_on)

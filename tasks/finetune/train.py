@@ -1,4 +1,4 @@
-"""The training run: one readable loop, the same on one process or many, that goes on where it was broken off."""
+"""The training run: one loop for any number of processes, which resumes where it was interrupted."""
 
 import json
 import logging
@@ -8,7 +8,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import distributed
@@ -24,8 +26,8 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import Checkpoints
-from tasks.finetune.checkpoint_mirror import Bucket
-from tasks.finetune.data import Order, PackedRows
+from tasks.finetune.checkpoint_mirror import CheckpointMirror
+from tasks.finetune.data import GlobalBatchSampler, PackedRows
 from tasks.finetune.flops import flops_per_token, peak_flops
 from tasks.finetune.gpu_monitor import CoolDown, gpu_temperature
 from tasks.finetune.loss import TrainedTokenLoss
@@ -42,7 +44,7 @@ from tasks.finetune.oom import explain_oom
 from tasks.finetune.parallel import parallelize, sync_gradients
 from tasks.finetune.process_group import Rank, Stopped
 from tasks.finetune.progress_bar import TrainingProgress
-from tasks.finetune.schedule import share
+from tasks.finetune.schedule import lr_factor
 from tasks.finetune.telemetry import Telemetry
 from tasks.finetune.train_state import TrainState
 
@@ -52,269 +54,335 @@ transformers_logging.disable_progress_bar()
 POINTS = 100  # of the loss curve
 HELDOUT_POINTS = 10
 HELDOUT_ROWS = 64  # of the held-out rows, for the curve; evaluation scores the rest
-WARM_STEPS = 3  # not counted in the speed: kernels are chosen and layers compiled in them
-NORMS, EXPLODED = 32, 100  # a gradient norm of so many times the median of the last ones is no step to take
+WARM_UP_STEPS = 3  # left out of the speed: kernels are selected and layers compiled in them
+NORMS, EXPLODED = 32, 100  # skip a step whose gradient norm exceeds EXPLODED times the median of the last NORMS
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What to train on what: a data set's directory, where to start from, and how."""
+    """A data set's directory, the base model, and how to train it."""
 
     data: Path
     base: LocalBase
     model: ModelRecipe
     training: TrainingRecipe
-    checkpoints: Path  # a directory that is this job's alone, and all ranks see
-    copies: Bucket | None = None  # where they are copied to
-    origin: Base = field(default_factory=Base)  # as which all machines know `base`
+    checkpoints: Path  # a directory of this job alone that all ranks see
+    mirror: CheckpointMirror | None = None  # copies the checkpoints to a bucket
+    origin: Base = field(default_factory=Base)  # the name of `base` on all machines
 
 
 class Trainer:
-    """A job's model, optimizer and rows, on one rank."""
+    """A job's model, optimizer and data on one rank."""
 
     def __init__(self, rank: Rank, job: TrainingJob) -> None:
         self.started = time.monotonic()
         self.rank, self.job = rank, job
-        self.recipe = recipe = for_processes(job.training, rank.world)
-        self.context: int = json.loads((job.data / "dataset.json").read_text())["context"]
-        self.tokenizer = AutoTokenizer.from_pretrained(job.data / "tokenizer", trust_remote_code=False)
-        self.rows, self.heldout = PackedRows(job.data / "train"), PackedRows(job.data / "heldout")
-        self.order = Order(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)
+        self.recipe = adapt_to_world_size(job.training, rank.world_size)
+        self._open_data()
+        self._build_model()
+        self.optimizer = self._build_optimizer()
+        self._cool_down = CoolDown(partial(gpu_temperature, rank.device), self.recipe.gpu_temperature_limit, rank.rank)
+        self.checkpoints = Checkpoints(job.checkpoints, rank, self.recipe.keep_checkpoints, job.mirror)
+        self.state = TrainState(**(self.checkpoints.load(self.model, self.optimizer) or {}))
+        self.seconds_to_first_step = 0.0
+        self._saved_at = 0.0
+        self._first_step = self.state.step  # of this process
+        self._warm: tuple[int, float] | None = None  # tokens and seconds at the end of the warm-up steps
+
+    def _open_data(self) -> None:
+        data, recipe = self.job.data, self.recipe
+        self.context: int = json.loads((data / "dataset.json").read_text())["context"]
+        self.tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
+        self.rows, self.heldout = PackedRows(data / "train"), PackedRows(data / "heldout")
+        self.sampler = GlobalBatchSampler(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)
+
+    def _build_model(self) -> None:
+        """Build the model with its adapter and loss, distributed over the ranks."""
+        job, recipe, device = self.job, self.recipe, self.rank.device
+        self._choose_parallelism()
+        sharded = self._parallelism in ("fsdp", "hybrid")
+        # A model that will be sharded may be too large for one GPU.
+        empty = sharded and bool(job.base.location) and recipe.method != "qlora"
+        dtype = DTYPES[recipe.precision] if recipe.lora else torch.float32
+        if recipe.method == "qlora":
+            self.model = build_quantised(job.base, dtype, torch.device("cpu") if sharded else device)
+        elif empty:
+            self.model = build_empty(job.base, dtype)
+        else:
+            model = build_model(job.model, job.base, self.tokenizer, self.context, recipe.seed, dtype)
+            self.model = model.to(device)
+        self.adapter = add_adapter(self.model, recipe.lora, recipe.seed) if recipe.lora else None
+        self.parameters = self.model.num_parameters()
+        self._flops_per_token = self._count_flops()
+        self.loss = parallelize(TrainedTokenLoss(self.model), recipe, self.rank, self._parallelism)
+        if empty:
+            load_sharded(self.model, job.base, device)
+        autocast = recipe.precision == "bf16" and not sharded  # FSDP casts by itself
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+
+    def _choose_parallelism(self) -> None:
+        job, cuda = self.job, self.rank.device.type == "cuda"
         architecture = job.model.architecture
         config = architecture_config(architecture, self.context) if architecture else load_config(job.base).to_dict()
-        gpu = min(find_gpus(), key=lambda one: one.memory, default=None) if rank.device.type == "cuda" else None
+        smallest_gpu = min(find_gpus(), key=lambda gpu: gpu.memory, default=None) if cuda else None
         self._size = measure_model(config)
-        self._how = how = resolve_parallelism(self._size, recipe, self.context, gpu)
-        sharded = how in ("fsdp", "hybrid")
-        quantised = recipe.method == "qlora"
-        empty = sharded and bool(job.base.location) and not quantised
-        dtype = DTYPES[recipe.precision] if recipe.lora else torch.float32
-        if quantised:  # where it is to be sharded, a GPU may have no room for the whole
-            self.causal = build_quantised(job.base, dtype, torch.device("cpu") if sharded else rank.device)
-        elif empty:
-            self.causal = build_empty(job.base, dtype)
-        else:
-            causal = build_model(job.model, job.base, self.tokenizer, self.context, recipe.seed, dtype)
-            self.causal = causal.to(rank.device)
-        self.adapter = add_adapter(self.causal, recipe.lora, recipe.seed) if recipe.lora else None
-        self.parameters = self.causal.num_parameters()
-        size = self.causal.config.get_text_config()
-        trained = self.causal.num_parameters(only_trainable=True, exclude_embeddings=True)
-        frozen = self.causal.num_parameters(exclude_embeddings=True) - trained
-        self._flops_per_token = flops_per_token(trained, frozen, size.num_hidden_layers, size.hidden_size, self.context)
-        self._cool_down = CoolDown(partial(gpu_temperature, rank.device), recipe.gpu_temperature_limit, rank.rank)
-        self.loss = parallelize(TrainedTokenLoss(self.causal), recipe, rank, how)
-        if empty:
-            load_sharded(self.causal, job.base, rank.device)
-        adapted = [parameter for parameter in self.causal.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self._parallelism = resolve_parallelism(self._size, self.recipe, self.context, smallest_gpu)
+
+    def _count_flops(self) -> float:
+        size = self.model.config.get_text_config()
+        trained = self.model.num_parameters(only_trainable=True, exclude_embeddings=True)
+        frozen = self.model.num_parameters(exclude_embeddings=True) - trained
+        return flops_per_token(trained, frozen, size.num_hidden_layers, size.hidden_size, self.context)
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """AdamW, with weight decay for matrices but not for biases and norms."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(
             [
-                {"params": [one for one in adapted if one.ndim >= 2], "weight_decay": recipe.weight_decay},
-                {"params": [one for one in adapted if one.ndim < 2], "weight_decay": 0.0},
+                {
+                    "params": [parameter for parameter in trained if parameter.ndim >= 2],
+                    "weight_decay": self.recipe.weight_decay,
+                },
+                {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
             ],
-            lr=recipe.learning_rate,
+            lr=self.recipe.learning_rate,
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.autocast = torch.autocast(
-            rank.device.type, torch.bfloat16, enabled=recipe.precision == "bf16" and not sharded
-        )
-        self.checkpoints = Checkpoints(job.checkpoints, rank, recipe.keep_checkpoints, job.copies)
-        self.facts = TrainState(**(self.checkpoints.load(self.causal, self.optimizer) or {}))
-        self.seconds_to_first_step = 0.0
 
     def train(self, telemetry: Telemetry | None = None) -> None:
-        """Take every step that is left. Afterwards the model has its final weights, or its best ones.
+        """Take all remaining steps. Afterwards the model has its final weights or, with early stopping, its best ones.
 
-        The first rank's points of the loss curve go to `telemetry` too.
+        The first rank also sends the points of the loss curve to `telemetry`.
 
-        Raises Stopped after a signal, ForgeError where steps cannot be taken.
+        Raises Stopped after a signal, ForgeError if training cannot continue.
         """
-        facts, steps, recipe = self.facts, self.order.steps, self.recipe
-        every = max(1, steps // POINTS)
-        heldout_every = every * max(1, POINTS // HELDOUT_POINTS)
+        state, steps = self.state, self.sampler.steps
         if self.rank.first:
-            log.info(self._beginning())
+            log.info(self._banner())
         self.loss.train()
-        saved_at = time.monotonic()
-        self._warm: tuple[int, float] | None = None
-        first = facts.step
-        explanation = explain_oom(self._size, recipe, self.context, self._how)
-        with TrainingProgress(steps, facts, self.rank.first) as progress, explanation:
-            while facts.step < steps and not (
-                recipe.early_stopping_patience and facts.worse >= recipe.early_stopping_patience
-            ):
-                begun = time.monotonic()
-                self.rank.alive()
-                due = begun - saved_at > 60 * recipe.checkpoint_minutes
-                stop, save = self.train_step(facts.step, due)
-                facts.step += 1
-                facts.seconds += time.monotonic() - begun
-                if facts.step == first + 1:
-                    self.seconds_to_first_step = time.monotonic() - self.started
-                if facts.step == first + min(WARM_STEPS, steps - first - 1):
-                    self._warm = facts.tokens, facts.seconds
+        self._saved_at = time.monotonic()
+        explanation = explain_oom(self._size, self.recipe, self.context, self._parallelism)
+        with TrainingProgress(steps, state, self.rank.first) as progress, explanation:
+            while state.step < steps and not self._stops_early():
+                self.rank.heartbeat()
+                stop, save = self._timed_step()
                 improved = False
-                if facts.step % every == 0 or facts.step == steps:
-                    improved = self._add_point(facts.step % heldout_every == 0 or facts.step == steps)
-                    progress.update(facts)
+                if self._is_point(POINTS):
+                    improved = self._add_point()
+                    progress.update(state)
                     if telemetry:
-                        telemetry.log(facts.step, self.figures())
+                        telemetry.log(state.step, self.metrics())
                     self._cool_down()
-                self.checkpoints.poll()
-                on_time = recipe.checkpoint_steps and facts.step % recipe.checkpoint_steps == 0
-                if stop or save or on_time or (improved and recipe.early_stopping_patience):
-                    self.checkpoints.save(self.causal, self.optimizer, asdict(facts))
-                    saved_at = time.monotonic()
-                if stop and facts.step < steps:
+                self._checkpoint(stop or save or improved)
+                if stop and state.step < steps:
                     self.checkpoints.settle()
                     raise Stopped(
-                        f"training was told to stop after step {facts.step:,} of {steps:,}; all of it is saved, "
-                        "and the same command goes on from there"
+                        f"training stopped after step {state.step:,} of {steps:,} and saved its state",
+                        fix="the same command resumes it",
                     )
         self.checkpoints.wait()  # no rank leaves while another still needs it to save
-        if recipe.early_stopping_patience and facts.best_step not in (None, facts.step):
-            self.checkpoints.load(self.causal, self.optimizer, facts.best_step)
+        if self.recipe.early_stopping_patience and state.best_step not in (None, state.step):
+            self.checkpoints.load(self.model, self.optimizer, state.best_step)
 
-    def train_step(self, step: int, due: bool) -> tuple[bool, bool]:
-        """One optimizer step, or none where its loss or gradient is not to be trusted.
+    def train_step(self, step: int) -> tuple[bool, bool]:
+        """Take an optimizer step, or skip it if its loss or gradient is not finite or explodes.
 
-        Returns whether any rank was told to stop, and whether the first one finds it time to save.
+        Returns whether a signal stops any rank, and whether a checkpoint is due; the same on all ranks.
         """
-        rank, recipe, facts = self.rank, self.recipe, self.facts
-        chosen = self.order.step(step)
-        mine = chosen[rank.rank :: rank.world]
-        trained = int(self.rows.trained_tokens[chosen].sum())
-        at_once = recipe.micro_batch_size or len(mine)
+        rows = self.sampler.rows_of(step)
+        trained = int(self.rows.trained_tokens[rows].sum())
+        loss, stop, save = self._forward_backward(step, rows, trained)
+        norm = self._clip_gradients()
+        if problem := self._problem(loss, norm):
+            self._skip(step, rows, problem)
+        else:
+            self._update(step, loss, trained, norm)
+        self.optimizer.zero_grad()
+        self.state.tokens += int(self.rows.all_tokens[rows].sum())
+        return stop, save
+
+    def _forward_backward(self, step: int, rows: np.ndarray, trained: int) -> tuple[float, bool, bool]:
+        """Accumulate the gradients of a global batch.
+
+        Returns its loss summed over all ranks (nats), and what `train_step` returns.
+        """
+        rank, recipe = self.rank, self.recipe
+        mine = rows[rank.rank :: rank.world_size]
+        micro_batch_size = recipe.micro_batch_size or len(mine)
         torch.manual_seed(hash((recipe.seed, step, rank.rank)))  # for dropout
         total = torch.zeros((), device=rank.device)
-        for begin in range(0, len(mine), at_once):
-            batch = self.rows.batch(mine[begin : begin + at_once]).to(rank.device)
-            sync_gradients(self.loss, begin + at_once >= len(mine))
+        for start in range(0, len(mine), micro_batch_size):
+            batch = self.rows.batch(mine[start : start + micro_batch_size]).to(rank.device)
+            sync_gradients(self.loss, last=start + micro_batch_size >= len(mine))
             with self.autocast:
                 loss = self.loss(batch)
-            # Each trained token of the global batch weighs the same; gradients are averaged over the ranks, so the
-            # division by their number is undone here.
-            (loss * (rank.world / trained)).backward()
+            # Every trained token of the global batch has the same weight. Gradients are averaged over the ranks, which
+            # the factor world_size undoes.
+            (loss * (rank.world_size / trained)).backward()
             total += loss.detach()
-        told = torch.stack([total, total.new_tensor(rank.stop.is_set()), total.new_tensor(rank.first and due)])
-        loss_sum, stop, save = summed(told, rank).tolist()
-        gradient = torch.nn.utils.clip_grad_norm_(self.causal.parameters(), recipe.max_grad_norm)
-        norm = float(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
-        if problem := self._problem(loss_sum, norm):
-            facts.skipped.append(step + 1)
-            if len(facts.skipped) > recipe.max_skipped_steps:
-                raise ForgeError(
-                    f"step {step + 1}: {problem}; lower training.learning_rate (it is {recipe.learning_rate}) or look "
-                    f"at the packed rows {', '.join(map(str, sorted(chosen)))} of {self.job.data / 'train'}; "
-                    f"{len(facts.skipped)} steps were skipped for such reasons"
-                )
-        else:
-            facts.norms = [*facts.norms, norm][-NORMS:]
-            facts.loss, facts.trained = facts.loss + loss_sum, facts.trained + trained
-            rate = recipe.learning_rate * share(recipe.lr_scheduler, step, self.order.steps, recipe.warmup_ratio)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        facts.tokens += int(self.rows.all_tokens[chosen].sum())
-        return stop > 0, save > 0
+        stop, save = rank.stop.is_set(), rank.first and self._checkpoint_is_due()
+        sums = torch.stack([total, total.new_tensor(stop), total.new_tensor(save)])
+        loss_sum, stops, saves = all_reduce_sum(sums, rank).tolist()
+        return loss_sum, stops > 0, saves > 0
+
+    def _clip_gradients(self) -> float:
+        """Clip the gradients to max_grad_norm; returns their norm before that."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _problem(self, loss: float, norm: float) -> str:
-        """Why a step is not to be taken; empty if nothing speaks against it. The same on all ranks."""
+        """Why a step must be skipped, or "". The same on all ranks."""
         if not math.isfinite(loss):
             return "the loss is not finite"
         if not math.isfinite(norm):
             return "the gradient is not finite"
-        norms = self.facts.norms
+        norms = self.state.norms
         if len(norms) == NORMS and norm > EXPLODED * statistics.median(norms):
             return f"the gradient explodes (norm {norm:.3g}, after a median of {statistics.median(norms):.3g})"
         return ""
 
-    def _add_point(self, with_heldout: bool) -> bool:
-        """A point of the curve; whether its held-out loss is the best so far."""
-        facts = self.facts
-        point: dict[str, float] = {"step": facts.step, "tokens": facts.tokens, "seconds": round(facts.seconds, 3)}
-        if not facts.trained:  # all of its steps were skipped
+    def _skip(self, step: int, rows: np.ndarray, problem: str) -> None:
+        skipped = self.state.skipped
+        skipped.append(step + 1)
+        if len(skipped) > self.recipe.max_skipped_steps:
+            raise ForgeError(
+                problem,
+                where=f"step {step + 1}",
+                fix=f"lower training.learning_rate (it is {self.recipe.learning_rate}) or check the packed rows "
+                f"{', '.join(map(str, sorted(rows)))} of {self.job.data / 'train'}; {len(skipped)} steps were skipped",
+            )
+
+    def _update(self, step: int, loss: float, trained: int, norm: float) -> None:
+        state, recipe = self.state, self.recipe
+        state.norms = [*state.norms, norm][-NORMS:]
+        state.loss, state.trained = state.loss + loss, state.trained + trained
+        factor = lr_factor(recipe.lr_scheduler, step, self.sampler.steps, recipe.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * factor
+        self.optimizer.step()
+
+    def _timed_step(self) -> tuple[bool, bool]:
+        """Take a step and keep count of steps and time."""
+        state = self.state
+        started = time.monotonic()
+        stop, save = self.train_step(state.step)
+        state.step += 1
+        state.seconds += time.monotonic() - started
+        taken = state.step - self._first_step
+        if taken == 1:
+            self.seconds_to_first_step = time.monotonic() - self.started
+        if taken == min(WARM_UP_STEPS, self.sampler.steps - self._first_step - 1):
+            self._warm = state.tokens, state.seconds
+        return stop, save
+
+    def _stops_early(self) -> bool:
+        patience = self.recipe.early_stopping_patience
+        return patience is not None and self.state.worse >= patience
+
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes
+
+    def _checkpoint(self, now: bool) -> None:
+        """Start to save if it is time for a checkpoint."""
+        steps = self.recipe.checkpoint_steps
+        self.checkpoints.poll()
+        if now or (steps and self.state.step % steps == 0):
+            self.checkpoints.save(self.model, self.optimizer, asdict(self.state))
+            self._saved_at = time.monotonic()
+
+    def _is_point(self, points: int) -> bool:
+        """Whether this step is one of that many evenly spaced ones, or the last one."""
+        every = max(1, self.sampler.steps // POINTS) * max(1, POINTS // points)
+        return self.state.step % every == 0 or self.state.step == self.sampler.steps
+
+    def _add_point(self) -> bool:
+        """Add a point to the loss curve; returns whether early stopping should keep this step's weights."""
+        state = self.state
+        if not state.trained:  # all of its steps were skipped
             return False
-        point["loss"] = facts.loss / facts.trained
-        facts.loss, facts.trained = 0.0, 0
-        improved = False
-        if with_heldout:
-            point["heldout_loss"] = heldout = self.heldout_loss()
-            improved = heldout < facts.best_loss
-            facts.worse = 0 if improved else facts.worse + 1
-            if improved:
-                facts.best_loss = heldout
-                if self.recipe.early_stopping_patience:  # else it has no checkpoint
-                    facts.best_step = facts.step
-        facts.curve.append(point)
-        return improved
+        point: dict[str, float] = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
+        point["loss"] = state.loss / state.trained
+        state.loss, state.trained = 0.0, 0
+        state.curve.append(point)
+        if not self._is_point(HELDOUT_POINTS):
+            return False
+        point["heldout_loss"] = heldout = self.heldout_loss()
+        improved = heldout < state.best_loss
+        state.worse = 0 if improved else state.worse + 1
+        if improved:
+            state.best_loss = heldout
+        if improved and self.recipe.early_stopping_patience:  # without it, no checkpoint of this step is kept
+            state.best_step = state.step
+            return True
+        return False
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss (nats a trained token) on the first HELDOUT_ROWS held-out rows, shared out among the ranks."""
+        """Mean loss (nats per trained token) on the first HELDOUT_ROWS held-out rows, divided among the ranks."""
+        rank = self.rank
         self.loss.eval()
-        chosen = torch.arange(min(HELDOUT_ROWS, len(self.heldout))).numpy()
-        total = torch.zeros((), device=self.rank.device)
-        at_once = self.recipe.micro_batch_size or self.recipe.global_batch_size // self.rank.world
-        for begin in range(0, len(chosen), at_once * self.rank.world):  # as many forward passes on every rank
-            mine = chosen[begin : begin + at_once * self.rank.world][self.rank.rank :: self.rank.world]
-            batch = self.heldout.batch(mine if len(mine) else chosen[:1]).to(self.rank.device)
+        rows = np.arange(min(HELDOUT_ROWS, len(self.heldout)))
+        total = torch.zeros((), device=rank.device)
+        micro_batch_size = self.recipe.micro_batch_size or self.recipe.global_batch_size // rank.world_size
+        # Every rank runs the same number of forward passes: those with no rows left repeat the first one, for nothing.
+        for start in range(0, len(rows), micro_batch_size * rank.world_size):
+            mine = rows[start : start + micro_batch_size * rank.world_size][rank.rank :: rank.world_size]
+            batch = self.heldout.batch(mine if len(mine) else rows[:1]).to(rank.device)
             with self.autocast:
                 loss = self.loss(batch)
             total += loss if len(mine) else 0 * loss
         self.loss.train()
-        return summed(total, self.rank).item() / int(self.heldout.trained_tokens[chosen].sum())
+        return all_reduce_sum(total, rank).item() / int(self.heldout.trained_tokens[rows].sum())
 
-    def figures(self) -> dict[str, float]:
-        """What is to be told of the last steps."""
-        figures = {name: value for name, value in self.facts.curve[-1].items() if name in ("loss", "heldout_loss")}
+    def metrics(self) -> dict[str, float]:
+        """The latest values of the metrics in telemetry.METRICS that training knows."""
+        point = self.state.curve[-1]
         cuda = self.rank.device.type == "cuda"
-        return figures | {
+        return {name: point[name] for name in ("loss", "heldout_loss") if name in point} | {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": self.facts.norms[-1],
+            "gradient_norm": self.state.norms[-1],
             "tokens_per_second": self.tokens_per_second(),
-            "skipped_steps": len(self.facts.skipped),
+            "skipped_steps": len(self.state.skipped),
             "memory_bytes": torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss,
         }
 
     def flops(self) -> tuple[float, float]:
-        """Floating-point operations of a token, and the peak of all processes in a second."""
+        """Floating-point operations per token, and the peak of all processes per second."""
         peak = peak_flops(self.rank.device, DTYPES[self.recipe.precision])
-        return self._flops_per_token, peak * self.rank.world
+        return self._flops_per_token, peak * self.rank.world_size
 
     def tokens_per_second(self) -> float:
-        """Speed (padding not counted), the first steps left out."""
+        """Speed of all processes, without padding and without the warm-up steps."""
         tokens, seconds = self._warm or (0, 0.0)
-        return (self.facts.tokens - tokens) / max(self.facts.seconds - seconds, 1e-9)
+        return (self.state.tokens - tokens) / max(self.state.seconds - seconds, 1e-9)
 
-    def _beginning(self) -> str:
-        rank, facts = self.rank, self.facts
+    def _banner(self) -> str:
+        world_size, step = self.rank.world_size, self.state.step
         return (
-            f"{self.parameters:,} parameters, {self.order.steps:,} steps of "
-            f"{self.recipe.global_batch_size} rows, {rank.world} process{'es' * (rank.world > 1)} on {rank.device.type}"
-            + (f"; goes on after step {facts.step:,}, as saved" if facts.step else "")
+            f"{self.parameters:,} parameters, {self.sampler.steps:,} steps of {self.recipe.global_batch_size} rows, "
+            f"{world_size} process{'es' * (world_size > 1)} on {self.rank.device.type}"
+            + (f"; resuming after step {step:,}" if step else "")
         )
 
 
-def for_processes(recipe: TrainingRecipe, world: int) -> TrainingRecipe:
-    """The recipe with as many processes as there are; ForgeError where its rows cannot be shared out among them."""
-    share, rest = divmod(recipe.global_batch_size, world)
-    if rest or world % recipe.nodes:
+def adapt_to_world_size(recipe: TrainingRecipe, world_size: int) -> TrainingRecipe:
+    """The recipe for this many processes; ForgeError if they cannot share the global batch evenly."""
+    share, rest = divmod(recipe.global_batch_size, world_size)
+    if rest or world_size % recipe.nodes:
         raise ForgeError(
-            f"training.global_batch_size {recipe.global_batch_size} cannot be divided over {world} processes on "
-            f"{recipe.nodes} node(s); change one of them"
+            f"{recipe.global_batch_size} rows cannot be divided among {world_size} processes on {recipe.nodes} node(s)",
+            where="training.global_batch_size",
+            fix="change one of them",
         )
-    at_once = recipe.micro_batch_size
-    return recipe.model_copy(
-        update={"nproc_per_node": world // recipe.nodes, "micro_batch_size": at_once and math.gcd(at_once, share)}
-    )
+    micro = recipe.micro_batch_size
+    changes: dict[str, Any] = {"nproc_per_node": world_size // recipe.nodes}
+    return recipe.model_copy(update={**changes, "micro_batch_size": micro and math.gcd(micro, share)})
 
 
-def summed(value: torch.Tensor, rank: Rank) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor, rank: Rank) -> torch.Tensor:
     """A tensor summed over the ranks."""
     value = value.detach().clone()
-    if rank.world > 1:
+    if rank.world_size > 1:
         distributed.all_reduce(value)
     return value

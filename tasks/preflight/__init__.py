@@ -1,1 +1,1 @@
-"""What a run needs, checked in seconds before anything costly: all that is wrong is reported at once."""
+"""Checks of everything a run needs, in seconds and before anything expensive starts. All problems are reported."""

@@ -1,11 +1,12 @@
-"""The door of preflight."""
+"""The Flyte task of preflight."""
 
 import time
 from typing import Annotated, NamedTuple
 
 from flytekit import HashMethod, task
 
-from forge.cluster.nodes import TrainingShape
+from forge.cluster.gpus import on_cluster
+from forge.cluster.nodes import SHAPES, TrainingShape
 from forge.core.contracts import Base, Source, cache_key, value_key
 from forge.core.logs import start_logging
 from forge.core.recipe import DataRecipe, EvaluationRecipe, GateRecipe, ModelRecipe, Recipe, TrainingRecipe
@@ -14,10 +15,10 @@ from tasks.task_pods import TRAINER_IMAGE, light
 
 
 class Plan(NamedTuple):
-    """What the run will do, with which rows, base model and shape of training; when it started (Unix time).
+    """What the run does: the checked recipe, its rows, base model and training shape; when it started (Unix time).
 
-    The recipe's sections are outputs of their own, since cached tasks take whole outputs: Flyte encodes an attribute of
-    an output anew in every execution, in another order, and would never find it in its cache.
+    The recipe's sections are outputs of their own, because cached tasks must take whole outputs. Flyte serializes an
+    attribute of an output again in each execution, with its keys in another order, so the cache would never hit.
     """
 
     recipe: Recipe
@@ -34,10 +35,10 @@ class Plan(NamedTuple):
     started: float
 
 
-# What it measures of a model, torch and transformers say: no GPU, but the image that trains.
+# In the trainer image, since it measures models with torch and transformers; it needs no GPU.
 @task(**light(cores=4, memory=16, signs=True, image=TRAINER_IMAGE))
 def preflight(data_path: str, recipe: str) -> Plan:
-    """Check all that the run needs; the recipe, as load_recipe takes it, and the source flow on from here."""
+    """Check everything the run needs. `recipe` is a name, path, URI or YAML: see load_recipe."""
     from tasks.preflight.checks import check_all
 
     start_logging("preflight")
@@ -45,6 +46,8 @@ def preflight(data_path: str, recipe: str) -> Plan:
     started = time.time()
     loaded, source, base = check_all(data_path, recipe)
     training = loaded.training
+    # On one machine, a training starts its own processes, for all nodes, so any of the tasks can run it.
+    shape = TrainingShape(training.nodes, training.nproc_per_node) if on_cluster() else SHAPES[0]
     return Plan(
         recipe=loaded,
         name=loaded.name,
@@ -55,7 +58,7 @@ def preflight(data_path: str, recipe: str) -> Plan:
         training=training,
         evaluation=loaded.evaluation,
         gate=loaded.gate,
-        shape=str(TrainingShape(training.nodes, training.nproc_per_node)),
+        shape=str(shape),
         rollout=bool(loaded.serving.rollout),
         started=started,
     )

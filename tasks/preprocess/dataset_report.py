@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page that shows what the data set is, and rows as the model will see them."""
+"""The report of a data set: a self-contained HTML page with its statistics, and rows as the model sees them."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -9,11 +9,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 SAMPLES = 10
-SHOWN = 2000  # tokens of a sample
+SHOWN = 2000  # tokens per sample
 
 
 def render_dataset_report(card: Mapping[str, Any], dataset: Path, tokenizer: Any) -> str:
-    """The page of a data set that stands in a directory, with its card."""
+    """The report of the data set in a directory, given its card."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(
         card=card,
@@ -27,21 +27,21 @@ def render_dataset_report(card: Mapping[str, Any], dataset: Path, tokenizer: Any
 
 
 def draw_samples(train: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and whether they are trained, of documents drawn from the first shard, always the same ones."""
+    """Tokens and their training mask for random documents of the first shard, drawn with a fixed seed."""
     shard = min(train.iterdir())
     tokens, trained, document = (
         np.load(shard / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained", "document")
     )
-    draw = np.random.default_rng(20)
+    rng = np.random.default_rng(20)
     samples = []
-    for row in draw.permutation(len(tokens))[:SAMPLES]:
-        here = document[row] == draw.integers(1, document[row].max(), endpoint=True)
+    for row in rng.permutation(len(tokens))[:SAMPLES]:
+        here = document[row] == rng.integers(1, document[row].max(), endpoint=True)
         samples.append((tokens[row][here], trained[row][here]))
     return samples
 
 
 def runs(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> list[tuple[bool, str]]:
-    """A document as text, in pieces of which each is trained or not."""
+    """A document as text, in pieces that are either trained or not."""
     shown = zip(tokens[:SHOWN], trained[:SHOWN], strict=True)
     pieces = [
         (bool(is_trained), tokenizer.decode([int(token) for token, _ in group]))

@@ -1,6 +1,6 @@
-"""The built-in data set: dates as people write them in several languages, to be answered with JSON.
+"""The built-in data set: convert dates in several languages to JSON.
 
-`NL: 20 juni 1969` is to be answered `{"date":"1969-06-20"}`. The dates and their spellings come from Babel's CLDR data.
+The answer to `NL: 20 juni 1969` is `{"date":"1969-06-20"}`. Babel's CLDR data gives the spellings.
 """
 
 import datetime
@@ -17,42 +17,46 @@ from forge.core.recipe import Demonstration
 
 FIRST, DAYS = datetime.date(1950, 1, 1), 36_525  # 1950 to 2049
 FORMATS = ("full", "long", "medium")
-FORM = 1  # raise it when the rows change
+VERSION = 1  # increase it when the rows change
 
 
 def check(recipe: Demonstration) -> None:
-    """Raise ForgeError where the recipe asks for what is not there."""
+    """Raise ForgeError if a locale is unknown or too many rows are requested."""
     unknown = [locale for locale in recipe.locales if not babel.localedata.exists(locale)]
     if unknown:
         raise ForgeError(
-            f"data.demonstration.locales: Babel knows no {', '.join(unknown)}; use codes such as en, de, pt"
+            f"Babel does not know {', '.join(unknown)}",
+            where="data.demonstration.locales",
+            fix="use codes such as en, de, pt",
         )
-    if recipe.rows > most_rows(recipe):
+    if recipe.rows > max_rows(recipe):
         raise ForgeError(
-            f"data.demonstration.rows: there are {most_rows(recipe)} in so few locales; ask for fewer, or add locales"
+            f"only {max_rows(recipe)} rows can be drawn from these locales",
+            where="data.demonstration.rows",
+            fix="request fewer rows, or add locales",
         )
 
 
-def most_rows(recipe: Demonstration) -> int:
-    """How many rows there are to draw from."""
+def max_rows(recipe: Demonstration) -> int:
+    """The number of distinct rows to draw from."""
     return DAYS * len(recipe.locales) * len(FORMATS)
 
 
 def digest(recipe: Demonstration) -> str:
-    """Identity of the rows that `rows` yields."""
-    return digest_json(["demonstration", FORM, babel.__version__, recipe.model_dump(mode="json")])
+    """Digest of the rows that `rows` yields."""
+    return digest_json(["demonstration", VERSION, babel.__version__, recipe.model_dump(mode="json")])
 
 
 def rows(recipe: Demonstration) -> Iterator[dict[str, Any]]:
-    """Chat rows, always the same ones, grouped by date and sliced by locale; no prompt twice."""
-    draw = random.Random(20)  # noqa: S311 (sampling, no secret)
+    """Chat rows drawn with a fixed seed, grouped by date and sliced by locale; no prompt repeats."""
+    rng = random.Random(20)  # noqa: S311 (sampling, no secret)
     seen: set[str] = set()
-    for number in draw.sample(range(most_rows(recipe)), recipe.rows):
+    for number in rng.sample(range(max_rows(recipe)), recipe.rows):
         day, rest = divmod(number, len(recipe.locales) * len(FORMATS))
         locale, form = recipe.locales[rest // len(FORMATS)], FORMATS[rest % len(FORMATS)]
         date = FIRST + datetime.timedelta(days=day)
         prompt = f"{locale.upper()}: {format_date(date, form, locale=locale)}"
-        if prompt in seen:  # in some languages two formats are one
+        if prompt in seen:  # in some languages two formats are the same
             continue
         seen.add(prompt)
         yield {

@@ -1,4 +1,4 @@
-"""Packing: documents of any length into rows of one length, with next to no padding and nothing cut."""
+"""Packing: put documents of any length into rows of one length, with little padding and without cutting any."""
 
 import os
 from bisect import bisect_left, insort
@@ -10,7 +10,7 @@ import numpy as np
 
 from tasks.preprocess.tokens import TRAINED
 
-SHARD_TOKENS = 4 << 20  # in one shard: 7 bytes each
+SHARD_TOKENS = 4 << 20  # tokens in a shard, at 7 bytes each
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, int]:
@@ -21,7 +21,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarr
     """
     row_of = [0] * len(lengths)
     rows = 0
-    open_rows: dict[int, list[int]] = {}  # free tokens -> rows that have as many
+    open_rows: dict[int, list[int]] = {}  # number of free tokens -> rows
     spaces: list[int] = []  # keys of open_rows, sorted
     for document in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
         length = lengths[document]
@@ -55,18 +55,18 @@ def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, di
     order = np.argsort(row_of, kind="stable")
     row_of = row_of[order]
     table = [documents[name][order] for name in ("length", "spill", "tokens_at")]
-    a_shard = max(1, SHARD_TOKENS // context)
+    rows_per_shard = max(1, SHARD_TOKENS // context)
     files = [os.open(path, os.O_RDONLY) for path in spills]
 
     def write(first: int) -> None:
-        last = min(first + a_shard, rows)
+        last = min(first + rows_per_shard, rows)
         low, high = np.searchsorted(row_of, [first, last])
         placed = [row_of[low:high] - first, *(column[low:high] for column in table)]
-        _write_shard(placed, files, (last - first, context), directory / f"{first // a_shard:05}")
+        _write_shard(placed, files, (last - first, context), directory / f"{first // rows_per_shard:05}")
 
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(write, range(0, rows, a_shard)):
+            for _ in pool.map(write, range(0, rows, rows_per_shard)):
                 pass
     finally:
         for file in files:
@@ -75,7 +75,7 @@ def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, di
 
 
 def _write_shard(placed: list[np.ndarray], files: list[int], shape: tuple[int, int], directory: Path) -> None:
-    """Write one shard; `placed` holds each document's row, length, file and place in it (bytes)."""
+    """Write one shard; `placed` holds each document's row, length, file and byte offset in it."""
     tokens = np.zeros(shape, dtype=np.uint32)
     number = np.zeros(shape, dtype=np.uint16)
     bytes_of = memoryview(tokens.data).cast("B")
@@ -85,7 +85,7 @@ def _write_shard(placed: list[np.ndarray], files: list[int], shape: tuple[int, i
             row_before, at, count = row, row * shape[1], 0
         count += 1
         if os.preadv(files[spill], [bytes_of[4 * at : 4 * (at + length)]], start) != 4 * length:
-            raise OSError("the tokens of a document are not all there")
+            raise OSError("a document's tokens are incomplete")
         number[row, at - row * shape[1] : at - row * shape[1] + length] = count
         at += length
     trained = (tokens & TRAINED) > 0

@@ -1,4 +1,4 @@
-"""All rows of a source, or one shard's share of them, read by as many processes as there are cores."""
+"""Read all rows of a source, or one shard of them, with as many processes as there are cores."""
 
 import contextlib
 import dataclasses
@@ -14,43 +14,43 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
+from forge.models.chat import ChatFormat, Renderer
 from forge.storage.remote_files import is_remote
 from tasks.preprocess import worker
-from tasks.preprocess.chat import ChatFormat, Renderer
-from tasks.preprocess.formats import BLOCK, Block
-from tasks.preprocess.sample import two_shapes
-from tasks.preprocess.shapes import RowFormat, find_row_format
+from tasks.preprocess.file_formats import BLOCK, Block
+from tasks.preprocess.row_formats import RowFormat, find_row_format, mixed_row_formats
 from tasks.preprocess.sources import DEMONSTRATION, blocks_of, find_files
 from tasks.preprocess.worker import DOCUMENT, BlockResult, ReadJob, Side, Worker
 
-FEW = 6  # blocks that one process reads sooner than others could
-ALONE = 1  # blocks that it reads anyway while the others start
-MOST_SLICES = 1000
+POOL_FROM = 6  # blocks; one process reads fewer than that sooner than a pool could start
+READ_ALONE = 1  # blocks that this process reads while the pool starts
+MAX_SLICES = 1000
 REJECTS = "rejects.jsonl"
 CARD = "part.json"
 
 
 @dataclass
 class SourcePart:
-    """What a source, or a shard of it, came to: a table of documents, and where the files are that it points into."""
+    """What was read of a source, or of a shard of it: a table of documents, and the files that it points into."""
 
     directory: Path
     documents: np.ndarray
     slices: list[str]
     spills: list[str]
-    shapes: list[str]  # of each source: its name and the reason
+    shapes: list[str]  # of each source: the row format and how it was found
     rows: int
     rejected: dict[str, int]
     ignored: dict[str, int]
 
     def save(self) -> None:
-        """Write the table and the card into the directory, beside the files."""
+        """Write the table and the card into the directory, next to the files."""
         np.save(self.directory / "documents.npy", self.documents)
         card = {
             field.name: getattr(self, field.name)
@@ -61,19 +61,20 @@ class SourcePart:
 
     @classmethod
     def load(cls, directory: Path) -> "SourcePart":
-        """What `save` wrote."""
+        """Load what `save` wrote."""
         card = json.loads((directory / CARD).read_text())
         del card["kind"]
         return cls(directory, np.load(directory / "documents.npy"), **card)
 
 
 def start_workers_early(recipe: DataRecipe) -> None:
-    """Have the workers' imports made while this process does other things, if there will be workers.
+    """Start the server that workers are forked from, if the source is large enough to need them.
 
-    They are forked from a server that has imported it all, which is safe whatever threads this process has.
+    It imports everything that workers need while this process does other things. Forking from it is safe whatever
+    threads this process has.
     """
     local = [source for source, _ in sources(recipe) if source != DEMONSTRATION and not is_remote(source)]
-    if any(file.path.stat().st_size > FEW * BLOCK for source in local for file in find_files(source)):
+    if any(file.path.stat().st_size > POOL_FROM * BLOCK for source in local for file in find_files(source)):
         multiprocessing.get_context("forkserver").set_forkserver_preload([worker.__name__])
         forkserver.ensure_running()
 
@@ -83,102 +84,135 @@ def read_part(
 ) -> SourcePart:
     """Read the recipe's rows (of `shards` shards, the one numbered `shard`) into a directory.
 
-    `where` names the base model in messages. Refused rows go to rejects.jsonl there.
+    `where` names the base model in messages. Rejected rows go to rejects.jsonl there.
 
-    Raises ForgeError where a file cannot be read, rows are of two shapes, or the chat template cannot be used.
+    Raises ForgeError if a file cannot be read, rows have different formats, or the chat template cannot be used.
     """
-    part = SourcePart(directory, np.zeros(0, dtype=DOCUMENT), [], [], [], 0, {}, {})
     job = ReadJob(recipe, form, where, directory)
-    tables: list[np.ndarray] = []
-    slices: dict[str, int] = {}
-    rejected: Counter[str] = Counter()
-    ignored: Counter[str] = Counter()
     columns = [SpinnerColumn(), TextColumn("read and tokenise {task.fields[rows]:,} rows"), TimeElapsedColumn()]
     with (directory / REJECTS).open("w", encoding="utf-8") as rejects, Progress(*columns) as progress:
+        collector = _Collector(job, rejects)
         bar = progress.add_task("read", total=None, rows=0)
         for source, side in sources(recipe):
-            with_shape, shape, reason = find_row_format(recipe, blocks_of(recipe, source, directory / f"copied-{side}"))
-            if shape.name != "text":
+            blocks, row_format, reason = find_row_format(
+                recipe, blocks_of(recipe, source, directory / f"copied-{side}")
+            )
+            if row_format.name != "text":
                 Renderer(form, where).probe()
-            part.shapes.append(f"{shape.name}: {reason}")
-            mine = (block for block in with_shape if block.order % shards == shard)
-            for found in _read_all(job, mine, shape, side):
-                if found.other_shape:
-                    number, other = found.other_shape
-                    raise ForgeError(two_shapes(f"{found.block.name}:{number}", other, reason))
-                part.rows += found.rows
-                progress.update(bar, rows=part.rows)
-                for number, reason_word, message in found.refused:
-                    rejected[reason_word] += 1
-                    row = {"row": f"{found.block.name}:{number}", "reason": reason_word, "message": message}
-                    rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
-                ignored.update(found.ignored)
-                tables.append(_globally(found, part.spills, slices, recipe))
-    part.documents = np.concatenate(tables) if tables else part.documents
-    part.slices = list(slices)
-    part.rejected, part.ignored = dict(sorted(rejected.items())), dict(sorted(ignored.items()))
-    return part
+            collector.shapes.append(f"{row_format.name}: {reason}")
+            mine = (block for block in blocks if block.order % shards == shard)
+            for result in _read_all(job, mine, row_format, side):
+                collector.add(result, reason)
+                progress.update(bar, rows=collector.rows)
+    return collector.part()
+
+
+class _Collector:
+    """Merges the results of blocks, in order, into a part."""
+
+    def __init__(self, job: ReadJob, rejects: TextIO) -> None:
+        self.job, self.rejects = job, rejects
+        self.shapes: list[str] = []
+        self.rows = 0
+        self._tables: list[np.ndarray] = []
+        self._spills: list[str] = []
+        self._slices: dict[str, int] = {}
+        self._rejected: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+
+    def add(self, result: BlockResult, reason: str) -> None:
+        """Add a block's result; `reason` says which row format its source has."""
+        if result.other_shape:
+            number, other = result.other_shape
+            raise mixed_row_formats(f"{result.block.name}:{number}", other, reason)
+        self.rows += result.rows
+        for number, name, message in result.rejected:
+            self._rejected[name] += 1
+            row = {"row": f"{result.block.name}:{number}", "reason": name, "message": message}
+            self.rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._ignored.update(result.ignored)
+        self._tables.append(self._renumbered(result))
+
+    def _renumbered(self, result: BlockResult) -> np.ndarray:
+        """A block's documents, with the part's numbers of spills and slices."""
+        if result.spill not in self._spills:
+            self._spills.append(result.spill)
+        numbers = [self._slices.setdefault(name, len(self._slices)) for name in result.slices]
+        check_slices(self._slices, self.job.recipe)
+        documents = result.documents
+        documents["spill"] = self._spills.index(result.spill)
+        if len(documents):
+            documents["slice"] = np.array(numbers, dtype=np.uint16)[documents["slice"]]
+        return documents
+
+    def part(self) -> SourcePart:
+        """Everything that was added."""
+        return SourcePart(
+            self.job.directory,
+            np.concatenate(self._tables) if self._tables else np.zeros(0, dtype=DOCUMENT),
+            list(self._slices),
+            self._spills,
+            self.shapes,
+            self.rows,
+            dict(sorted(self._rejected.items())),
+            dict(sorted(self._ignored.items())),
+        )
 
 
 def sources(recipe: DataRecipe) -> list[tuple[str, Side]]:
-    """Where rows are to be read from, and on which side of the split they come."""
+    """The sources to read, each with the side of the split that its rows belong to."""
     if not recipe.heldout_source:
         return [(recipe.source, "both")]
     return [(recipe.source, "train"), (recipe.heldout_source, "heldout")]
 
 
-def _globally(found: BlockResult, spills: list[str], slices: dict[str, int], recipe: DataRecipe) -> np.ndarray:
-    """A block's documents, with numbers of spills and slices that hold for the whole part."""
-    if found.spill not in spills:
-        spills.append(found.spill)
-    numbers = [slices.setdefault(name, len(slices)) for name in found.slices]
-    check_slices(slices, recipe)
-    documents = found.documents
-    documents["spill"] = spills.index(found.spill)
-    if len(documents):
-        documents["slice"] = np.array(numbers, dtype=np.uint16)[documents["slice"]]
-    return documents
-
-
 def check_slices(slices: Collection[str], recipe: DataRecipe) -> None:
-    """Raise ForgeError if there are too many slices to give scores by."""
-    if len(slices) > MOST_SLICES:
+    """Raise ForgeError if there are too many slices to report scores for."""
+    if len(slices) > MAX_SLICES:
         raise ForgeError(
-            f"data: the column {recipe.slice_column} has more than {MOST_SLICES} values; scores are given by slice, so "
-            "name a column with few in data.slice_column"
+            f"the column {recipe.slice_column} has more than {MAX_SLICES} values, and scores are reported by slice",
+            where="data",
+            fix="name a column with fewer values in data.slice_column",
         )
 
 
-def _read_all(job: ReadJob, blocks: Iterator[Block], shape: RowFormat, side: Side) -> Iterator[BlockResult]:
-    """What each block came to, in order; by this process if they are few."""
-    first = list(islice(blocks, FEW))
+def _read_all(job: ReadJob, blocks: Iterator[Block], row_format: RowFormat, side: Side) -> Iterator[BlockResult]:
+    """The result of each block, in order. A few blocks are read by this process alone."""
+    first = list(islice(blocks, POOL_FROM))
     alone = Worker(job)
-    for block in first if len(first) < FEW else first[:ALONE]:
-        yield alone.read(block, shape, side)
-    if len(first) < FEW:
-        return
+    few = len(first) < POOL_FROM
+    for block in first if few else first[:READ_ALONE]:
+        yield alone.read(block, row_format, side)
+    if not few:
+        yield from _read_with_pool(job, chain(first[READ_ALONE:], blocks), row_format, side)
+
+
+def _read_with_pool(job: ReadJob, blocks: Iterator[Block], row_format: RowFormat, side: Side) -> Iterator[BlockResult]:
+    """The result of each block, in order, read by one worker process per core."""
     count = os.cpu_count() or 1
     context = multiprocessing.get_context("forkserver")
     waiting: deque[Future[BlockResult]] = deque()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, context, worker.start, (job,)) as pool:
         try:
-            for block in chain(first[ALONE:], blocks):
+            for block in blocks:
                 try:
                     with _no_main():
-                        waiting.append(pool.submit(worker.read_block, block, shape.name, side))
-                except OSError as error:  # a worker is started by a pool whose pipes are closed, as another was killed
+                        waiting.append(pool.submit(worker.read_block, block, row_format.name, side))
+                except OSError as error:  # the pool was starting a worker while another was killed: its pipes closed
                     raise BrokenProcessPool from error
                 if len(waiting) > 2 * count:  # bounds the memory, and keeps every process busy
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            # The pool does not end a worker that it was just starting when another was killed, and then waits for it.
+            # The pool waits for workers that it was starting when another was killed, and does not stop them.
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             raise ForgeError(
-                "preprocess: a worker process was killed, most likely for want of memory; give the machine more"
+                "a worker process was killed, most likely because memory ran out",
+                where="preprocess",
+                fix="use a machine with more memory",
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -186,7 +220,7 @@ def _read_all(job: ReadJob, blocks: Iterator[Block], shape: RowFormat, side: Sid
 
 @contextlib.contextmanager
 def _no_main() -> Iterator[None]:
-    """Processes that start meanwhile do not import the program that runs: they need nothing of it."""
+    """Keep processes that start meanwhile from importing this program's main module, which they do not need."""
     main = sys.modules["__main__"]
     kept = {name: value for name in ("__spec__", "__file__") if (value := getattr(main, name, None)) is not None}
     try:

@@ -1,4 +1,4 @@
-"""What a row must be. Every refusal has a reason to count by, and a message with the mend."""
+"""What a row must look like. Every rejection has a reason to count by, and a message that says how to fix the row."""
 
 import codecs
 import hashlib
@@ -15,11 +15,11 @@ from forge.core.recipe import Check
 
 ROLES = ("system", "user", "assistant", "tool")
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-KEPT = ("name", "tool_call_id", "reasoning_content")  # what a message may hold beside role, content and tool_calls
+OPTIONAL = ("name", "tool_call_id", "reasoning_content")  # kept in a message, besides role, content and tool_calls
 
 
 class Invalid(Exception):
-    """Why a row is refused: `reason` is a word to count by, `message` says what to do about it."""
+    """Why a row is rejected: `reason` is a short name to count by, `message` says what to do about it."""
 
     def __init__(self, reason: str, message: str) -> None:
         message = printable(message)
@@ -36,7 +36,7 @@ class Row:
     text: str | None
     group: str
     slice: str
-    check: str = ""  # how an answer is judged, as JSON
+    check: str = ""  # how an answer is scored, as JSON
 
     @property
     def content(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Row:
         return {"messages": self.messages, **({"tools": self.tools} if self.tools else {})}
 
     def texts(self) -> list[str]:
-        """All texts that people or tools wrote; tool calls and tools as JSON."""
+        """All text in the row; tool calls and tools as JSON."""
         if self.text is not None:
             return [self.text]
         texts = [message["content"] for message in self.messages]
@@ -61,20 +61,20 @@ def _as_text(value: Any) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """A value's JSON, its keys in their own order, as a template would write it; Invalid where no file can hold it."""
+    """A value's JSON with keys in their given order, as a template would write it; Invalid if it can't be encoded."""
     try:
         return orjson.dumps(value)
     except TypeError as error:
         if "surrogate" in str(error):
             what = "a text holds half a character (a lone surrogate)"
-            raise Invalid("lone surrogate", f"{what}; mend the program that wrote the row") from None
-        raise Invalid("not JSON", f"JSON that cannot be kept ({error}); write the row more simply") from None
+            raise Invalid("lone surrogate", f"{what}; fix the program that wrote the row") from None
+        raise Invalid("not JSON", f"JSON that cannot be stored ({error}); simplify the row") from None
 
 
 def digests(row: Row) -> tuple[bytes, bytes]:
-    """16 bytes each: of what the model learns from, and of that with the columns beside it (which rows are ordered by).
+    """Two digests of 16 bytes: of the content, and of the content with its columns (the key that rows are sorted by).
 
-    Raises Invalid where no file can hold a text.
+    Raises Invalid if a text cannot be encoded.
     """
     content = hashlib.blake2b(canonical(row.content), digest_size=16).digest()
     return content, hashlib.blake2b(
@@ -87,16 +87,16 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise Invalid("duplicate key", f"the key {twice!r} is there twice in one object; remove one")
+        raise Invalid("duplicate key", f"the key {twice!r} appears twice in one object; remove one")
     return value
 
 
 def _no_constant(name: str) -> Any:
-    raise Invalid("not a number", f"{name} is no JSON; write a number or null")
+    raise Invalid("not a number", f"{name} is not valid JSON; write a number or null")
 
 
 def parse(line: bytes) -> Any:
-    """A line's JSON value; Invalid says what is wrong with it."""
+    """The JSON value of a line; Invalid says what is wrong with it."""
     if line.startswith(codecs.BOM_UTF8):
         raise Invalid("byte order mark", "the file starts with a byte order mark; save it as UTF-8 without one")
     try:
@@ -109,22 +109,27 @@ def parse(line: bytes) -> Any:
         return json.loads(text, object_pairs_hook=_no_duplicate_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         what = f"not valid JSON ({error.msg} at column {error.colno})"
-        raise Invalid("not JSON", f"{what}; each line must be one whole row: {EXAMPLE}") from None
+        raise Invalid("not JSON", f"{what}; each line must be one complete row: {EXAMPLE}") from None
     except (ValueError, RecursionError) as error:
-        raise Invalid("not JSON", f"JSON that cannot be read ({error}); write the row more simply") from None
+        raise Invalid("not JSON", f"JSON that cannot be read ({error}); simplify the row") from None
+
+
+def parse_text(text: str) -> Any:
+    """The value of JSON inside a string, checked as a line is."""
+    return parse(text.encode("utf-8", "surrogatepass"))
 
 
 def check_text(value: Any, what: str) -> str:
-    """A text that is not empty."""
+    """The value, if it is a non-empty string."""
     if not isinstance(value, str):
-        raise Invalid("wrong type", f"{what} must be a text, not {_kind(value)}")
+        raise Invalid("wrong type", f"{what} must be a string, not {_kind(value)}")
     if not value.strip():
-        raise Invalid("empty content", f"{what} must be a text that is not empty")
+        raise Invalid("empty content", f"{what} must not be empty")
     return value
 
 
 def check_messages(values: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
-    """A conversation's messages, each with role, content and, for some, tool_calls; Invalid names the message.
+    """A conversation's messages, each with role, content and sometimes tool_calls; Invalid names the message.
 
     `ignored` counts keys that are not used.
     """
@@ -136,10 +141,8 @@ def check_messages(values: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
 
 
 def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
-    if isinstance(value, dict) and len(value) == 2 and next(iter(value)) == "role":  # as nearly all are
-        said = value.get("content")
-        if value.get("role") in ROLES and isinstance(said, str) and said and not said.isspace():
-            return value
+    if _is_plain(value):
+        return value
     role = value.get("role") if isinstance(value, dict) else None
     if role not in ROLES:
         raise Invalid("unknown role", f"{what}: role is {role!r}; it must be one of {', '.join(ROLES)}")
@@ -155,30 +158,38 @@ def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = check_calls(calls, what)
     for name, entry in value.items():
-        if name in KEPT and entry is not None:
+        if name in OPTIONAL and entry is not None:
             message[name] = check_text(entry, f"{what} ({role}): {name}")
         elif role == "assistant" and name in ("weight", "train", "trainable") and not entry:
             raise Invalid(
                 "turn not to be trained",
-                f"{what} has {name} {entry}, and every assistant's turn is trained; take the turn out, or the key",
+                f"{what} has {name} {entry}, but every assistant turn is trained; remove the turn, or the key",
             )
         elif name not in ("role", "content", "tool_calls") and entry is not None:
             ignored[f"messages.{printable(name)}"] += 1
     return message
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a message has a role and a text and nothing else, as nearly all do: a fast path."""
+    if not isinstance(value, dict) or len(value) != 2 or next(iter(value)) != "role" or value["role"] not in ROLES:
+        return False
+    content = value.get("content")
+    return isinstance(content, str) and bool(content) and not content.isspace()
+
+
 def printable(text: str) -> str:
-    """A text that any file can hold."""
+    """The text with lone surrogates escaped, so that any file can hold it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _content(value: Any, what: str) -> Any:
-    """A content as text; a list of text parts, as the OpenAI API has them, is joined."""
+    """A content as text; a list of text parts, as in the OpenAI API, is joined."""
     if not isinstance(value, list):
         return value
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
     if any(not isinstance(text, str) for text in texts):
-        raise Invalid("wrong type", f"{what}: content has a part that is no text; only texts can be trained on")
+        raise Invalid("wrong type", f"{what}: content has a part that is not text; only text can be trained on")
     return "".join(texts)  # type: ignore[arg-type]
 
 
@@ -194,7 +205,7 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
             )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = parse(arguments.encode("utf-8", "surrogatepass"))
+            arguments = parse_text(arguments)
         if not isinstance(arguments, dict):
             raise Invalid("tool calls", f"{what}: the arguments of {name} must be a JSON object")
         entry: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -205,9 +216,9 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
 
 
 def check_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The tools that a conversation may call: JSON schemas, or their JSON text."""
+    """The tools that a conversation may call: a list of JSON schemas, or its JSON text."""
     if isinstance(value, str):
-        value = parse(value.encode("utf-8", "surrogatepass"))
+        value = parse_text(value)
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -216,7 +227,7 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _check_order(messages: list[dict[str, Any]]) -> None:
-    """system?, then user and assistant in turn; after tool calls, the tools' answers; the assistant last."""
+    """Optional system, then user and assistant in turn; tool answers after tool calls; the assistant last."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     expected: Iterable[str] = ("user",)
     for number, message in enumerate(turns, 1 + len(messages) - len(turns)):
@@ -226,8 +237,8 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
         if role not in expected:
             raise Invalid(
                 "roles out of order",
-                f"message {number} ({role}): {' or '.join(expected)} should speak here; user and assistant must take "
-                "turns, the user first and the assistant last, and a tool answers a tool call; mend the order",
+                f"message {number} ({role}): expected {' or '.join(expected)} here; user and assistant must "
+                "alternate, the user first and the assistant last, and a tool answers a tool call; fix the order",
             )
         expected = {
             "user": ("assistant",),
@@ -237,21 +248,23 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
     if not any(message["role"] == "assistant" for message in turns):
         raise Invalid("no assistant turn", "no assistant turn: there is nothing to learn; add the answer")
     if turns[-1]["role"] != "assistant":
-        raise Invalid("roles out of order", "user and assistant must take turns, the assistant last; add the answer")
+        raise Invalid(
+            "roles out of order", "user and assistant must alternate, the assistant last; add the last answer"
+        )
 
 
 def check_judgement(value: Any, name: str) -> str:
-    """How a row's answer is judged, as JSON: a kind of `Check`, or an object (or its JSON text) with its fields."""
+    """How a row's answer is scored, as JSON: a kind of `Check`, or an object (or its JSON text) with its fields."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = parse(value.encode("utf-8", "surrogatepass"))
+        value = parse_text(value)
     if isinstance(value, str):
         value = {"kind": value}
     try:
         return Check.model_validate(value).model_dump_json(exclude_defaults=True)
     except ValidationError as error:
-        finding = error.errors()[0]
-        where = ".".join([name, *(str(part) for part in finding["loc"])])
-        message = finding["msg"].removeprefix("Value error, ")
+        problem = error.errors()[0]
+        where = ".".join([name, *(str(part) for part in problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
         raise Invalid(
             "bad check", f'{where}: {message}; write "exact", or {{"kind": "number", "tolerance": 0.01}}'
         ) from None
@@ -260,12 +273,12 @@ def check_judgement(value: Any, name: str) -> str:
 def check_column(value: Any, name: str) -> str:
     """The value of a group or slice column, as text."""
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise Invalid("wrong type", f"{name} must be a text or a whole number, not {_kind(value)}")
+        raise Invalid("wrong type", f"{name} must be a string or an integer, not {_kind(value)}")
     return str(value)
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "missing"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""Credentials in rows: what a model learns it can say. The patterns are detect-secrets' (https://github.com/Yelp/detect-secrets)."""
+"""Find credentials in rows, since a model can repeat what it learned. https://github.com/Yelp/detect-secrets"""
 
 import re
 
@@ -23,8 +23,8 @@ from detect_secrets.plugins.twilio import TwilioKeyDetector
 
 from tasks.preprocess.rows import Invalid
 
-# Each detector with the literals of which one stands in whatever it finds: looking for those first makes it fast.
-# Left out are the detectors that guess (by entropy, by the word "key", by any address), which would refuse good rows.
+# Each detector with its literals: every match contains one of them, so searching for those first is fast.
+# Detectors that guess (by entropy, the word "key" or any IP address) are left out: they would reject good rows.
 DETECTORS: tuple[tuple[BasePlugin, tuple[str, ...]], ...] = (
     (AWSKeyDetector(), ("AKIA", "ASIA", "ABIA", "ACCA", "A3T", "aws", "AWS", "Aws")),
     (AzureStorageKeyDetector(), ("AccountKey=",)),
@@ -46,8 +46,8 @@ DETECTORS: tuple[tuple[BasePlugin, tuple[str, ...]], ...] = (
     (TwilioKeyDetector(), ("AC", "SK")),
 )  # fmt: skip
 _BY_LITERAL = [(literal, detector) for detector, literals in DETECTORS for literal in literals]
-# Forms younger than detect-secrets 1.5.
-YOUNGER = (
+# Formats that detect-secrets 1.5 does not know.
+NEWER = (
     ("GitHub Token", "github_pat_", re.compile(r"github_pat_[A-Za-z0-9_]{60,}")),
     ("Hugging Face Token", "hf_", re.compile(r"\bhf_[A-Za-z]{34}\b")),
     ("Google API Key", "AIza", re.compile(r"\bAIza[0-9A-Za-z_-]{35}(?![0-9A-Za-z_-])")),
@@ -56,33 +56,34 @@ YOUNGER = (
 )
 
 
-# What stands in a word, as white space parts them, that is part of a credential. An AWS secret key, which follows its
-# name, is known by its length alone.
-_SUSPECT = tuple(literal.split()[0] for literal, _ in _BY_LITERAL) + tuple(literal for _, literal, _ in YOUNGER)
-SHORTEST, LONG = 12, 40  # characters: of a word that holds a credential, but for URLs; of one that may be nothing else
+# Literals that mark a word (between white space) as possibly part of a credential. An AWS secret key, which follows its
+# name, is recognised by its length alone.
+_SUSPICIOUS = tuple(literal.split()[0] for literal, _ in _BY_LITERAL) + tuple(literal for _, literal, _ in NEWER)
+SHORTEST = 12  # characters of a word with a credential, except in URLs
+LONG = 40  # characters from which every word is suspicious
 
 
 def suspect(word: str) -> bool:
-    """Whether a word could be part of a credential; a text without such a word holds none."""
+    """Whether a word could be part of a credential. A text without such a word holds none."""
     if len(word) < SHORTEST:
         return "://" in word or "PRIVATE" in word or "xox" in word
-    return len(word) >= LONG or any(literal in word for literal in _SUSPECT)
+    return len(word) >= LONG or any(literal in word for literal in _SUSPICIOUS)
 
 
 def find_secret(text: str) -> str | None:
-    """The kind of the first credential in a text, or None. The credential itself is never returned."""
+    """The kind of the first credential in a text, or None. Never returns the credential itself."""
     for detector in [detector for literal, detector in _BY_LITERAL if literal in text]:
         for _ in detector.analyze_string(text):
             return str(detector.secret_type)
-    for kind, literal, pattern in YOUNGER:
+    for kind, literal, pattern in NEWER:
         if literal in text and pattern.search(text):
             return kind
     return None
 
 
-def refuse_secret(text: str) -> None:
+def reject_secret(text: str) -> None:
     """Raise Invalid if a text holds a credential."""
     if kind := find_secret(text):
         raise Invalid(
-            "secret", f"it holds a credential ({kind}); take it out, or set data.secrets to allow if it is none"
+            "secret", f"it holds a credential ({kind}); remove it, or set data.secrets to allow if it is not one"
         )

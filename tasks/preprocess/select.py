@@ -1,4 +1,4 @@
-"""Which documents are trained on and which are held out: no duplicates, and nothing of evaluation in training."""
+"""Select training and held-out documents: without duplicates, and without held-out text in training."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,22 +11,22 @@ from tasks.preprocess.read import SourcePart
 from tasks.preprocess.words import COMMON, OVERLAP, PERMUTATIONS, Grams, near_duplicates, row_ngrams
 from tasks.preprocess.worker import NO_SIGNATURE
 
-CHUNK = 1 << 20  # bytes of words looked at in one go: few enough for the processor's cache
+CHUNK = 1 << 20  # bytes of words processed at a time: fits the CPU cache
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Documents in the order of their keys, which is that of their digests: the same whatever the rows' order."""
+    """Documents sorted by their digests, so that the order of the rows does not matter."""
 
     train: np.ndarray
     heldout: np.ndarray
-    removed: dict[str, int]  # documents by why they were left out
+    removed: dict[str, int]  # number of documents by the reason they were removed
 
 
 def select(part: SourcePart, near: float | None) -> Selection:
-    """Remove exact duplicates, training documents that overlap held-out ones and, if asked, near-duplicates.
+    """Remove exact duplicates, training documents that overlap held-out ones and, if `near` is set, near-duplicates.
 
-    Takes the part's table, which may be large, and leaves none.
+    Takes the table out of the part, since it may be large.
     """
     table, part.documents = part.documents, part.documents[:0]
     order = np.argsort(table["key"], kind="stable")
@@ -52,35 +52,36 @@ def _without(documents: np.ndarray, out: np.ndarray, reason: str, removed: dict[
 
 
 def overlapping(part: SourcePart, train: np.ndarray, heldout: np.ndarray) -> np.ndarray:
-    """Which training documents share OVERLAP words in a row with a held-out one, boilerplate left out: bool [train].
+    """Which training documents share OVERLAP words in a row with a held-out one, ignoring boilerplate: bool [train].
 
-    Boilerplate are runs that many training documents have, such as a task's instruction: more than COMMON, or than a
-    fifth of them where they are few. No run that touches boilerplate counts either.
+    Boilerplate is a run of words that many training documents share, such as a task's instruction: more than COMMON of
+    them, or more than a fifth if there are few. Runs that overlap boilerplate do not count either.
     """
     overlaps = np.zeros(len(train), dtype=bool)
-    grams = Grams(_heldout_grams(part, heldout, lambda found, _: found))
+    grams = Grams(_heldout_grams(part, heldout, lambda grams, _: grams))
     if not len(grams.grams):
         return overlaps
     times = np.zeros(len(grams.grams), dtype=np.int32)
 
-    def look(chunk: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def find(chunk: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of a training document and a held-out n-gram that it has."""
         places, words, counts = chunk
-        found, row = row_ngrams(words, counts, OVERLAP)
-        at, gram = grams.find(found)
+        in_chunk, row = row_ngrams(words, counts, OVERLAP)
+        at, gram = grams.find(in_chunk)
         pairs = np.unique(np.stack([places[row[at]], gram]), axis=1)  # a document counts once
         return pairs[0], pairs[1]
 
-    for _, gram in _threads(look, _words(part, train)):
+    for _, gram in _threads(find, _words(part, train)):
         np.add.at(times, gram, 1)
     common = times > max(1, min(COMMON, len(train) // 5))
 
-    def telling(found: np.ndarray, row: np.ndarray) -> np.ndarray:
-        place = np.searchsorted(grams.grams, found)
-        return found[(times[place] > 0) & ~_touching(common[place], row)]
+    def distinctive(in_heldout: np.ndarray, row: np.ndarray) -> np.ndarray:
+        index = np.searchsorted(grams.grams, in_heldout)
+        return in_heldout[(times[index] > 0) & ~_touching(common[index], row)]
 
-    grams = Grams(_heldout_grams(part, heldout, telling))
+    grams = Grams(_heldout_grams(part, heldout, distinctive))
     if len(grams.grams):
-        for document, _ in _threads(look, _words(part, train)):
+        for document, _ in _threads(find, _words(part, train)):
             overlaps[document] = True
     return overlaps
 
@@ -88,7 +89,7 @@ def overlapping(part: SourcePart, train: np.ndarray, heldout: np.ndarray) -> np.
 def _heldout_grams(
     part: SourcePart, heldout: np.ndarray, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """What `choose` keeps of held-out documents' n-grams, given with the row of each."""
+    """The n-grams of held-out documents that `choose` keeps; it is given n-grams and the row of each."""
     grams = np.empty(int(heldout["words_size"].sum(dtype=np.int64)) // 4, dtype=np.uint64)
     count = 0
     for _, words, counts in _words(part, heldout):
@@ -99,7 +100,7 @@ def _heldout_grams(
 
 
 def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Which n-grams have a word in common with a common one of the same row: bool [n-grams]."""
+    """Which n-grams share a word with a common one of the same row: bool [n-grams]."""
     touching = common.copy()
     for shift in range(1, min(OVERLAP, len(common))):
         same = row[shift:] == row[:-shift]
@@ -109,7 +110,7 @@ def _touching(common: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _words(part: SourcePart, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Documents' words, in the order of the files and in chunks: positions in `documents`, words, words of each."""
+    """Words in chunks, in the order of the files: indices into `documents`, hashes, and the number of words of each."""
     for spill, name in enumerate(part.spills):
         places = np.flatnonzero((documents["spill"] == spill) & (documents["words_size"] >= 4 * OVERLAP))
         places = places[np.argsort(documents["words_at"][places])]
@@ -119,7 +120,7 @@ def _words(part: SourcePart, documents: np.ndarray) -> Iterator[tuple[np.ndarray
                 starts = documents["words_at"][chunk].astype(np.int64)
                 gaps = np.flatnonzero(starts[1:] != starts[:-1] + sizes[:-1]) + 1
                 parts = []
-                for first, last in zip([0, *gaps], [*gaps, len(chunk)], strict=True):  # one after another in the file
+                for first, last in zip([0, *gaps], [*gaps, len(chunk)], strict=True):  # contiguous in the file
                     file.seek(starts[first])
                     parts.append(file.read(starts[last - 1] + sizes[last - 1] - starts[first]))
                 yield chunk, np.frombuffer(b"".join(parts), dtype=np.uint32), sizes // 4
@@ -131,12 +132,12 @@ def _chunks(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.split(places, np.flatnonzero(np.diff(total // CHUNK)) + 1)
 
 
-def _threads(look, chunks):  # type: ignore[no-untyped-def]
-    """Like map, by as many threads as cores (numpy leaves the lock), a few chunks ahead."""
+def _threads(function, chunks):  # type: ignore[no-untyped-def]
+    """Like map, but with a thread per core (numpy releases the GIL) and a bounded number of chunks ahead."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = []
         for chunk in chunks:
-            waiting.append(pool.submit(look, chunk))
+            waiting.append(pool.submit(function, chunk))
             if len(waiting) > (os.cpu_count() or 1):
                 yield waiting.pop(0).result()
         for result in waiting:

@@ -1,4 +1,4 @@
-"""Where raw rows are: a file, a directory, a glob, a bucket, a data set of the hub, or the demonstration."""
+"""Where raw rows come from: a file, a directory, a glob, a bucket, a data set on the Hub, or the demonstration."""
 
 import glob
 import logging
@@ -12,7 +12,7 @@ from forge.core.recipe import DataRecipe
 from forge.core.settings import load_settings, path_of
 from forge.storage.remote_files import download_files, identify, is_remote
 from tasks.preprocess import demonstration
-from tasks.preprocess.formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
+from tasks.preprocess.file_formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
 
 log = logging.getLogger(__name__)
 
@@ -27,67 +27,74 @@ def find_files(source: str) -> list[RawFile]:
         return _local_files(path)
     except OSError as error:
         raise ForgeError(
-            f"data {error.filename or path}: cannot be read ({error.strerror}); check the path and its permissions"
+            f"cannot be read ({error.strerror})",
+            where=f"data {error.filename or path}",
+            fix="check the path and its permissions",
         ) from None
 
 
 def _local_files(path: Path) -> list[RawFile]:
     if path.is_dir():
-        inside = _inside(path)
-        files = sorted(found for found in inside if found.name.lower().endswith(SUFFIXES))
+        files = sorted(file for file in _files_below(path) if file.name.lower().endswith(SUFFIXES))
     elif path.exists():
         files = [path]
     elif glob.has_magic(str(path)):
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        files = sorted(file for name in glob.glob(str(path), recursive=True) if (file := Path(name)).is_file())
     else:
         raise ForgeError(
-            f"data {path}: no such file or directory; give the path of a file, a directory or a glob ({READABLE})"
+            "no such file or directory",
+            where=f"data {path}",
+            fix=f"give the path of a file, a directory or a glob ({READABLE})",
         )
     if not files:
-        raise ForgeError(f"data {path}: there are no rows there; put them there as {READABLE}")
+        raise ForgeError("no files of rows found", where=f"data {path}", fix=f"add rows as {READABLE}")
     for file in files:
-        if not file.name.lower().endswith(SUFFIXES):
-            raise ForgeError(f"data {file}: the name does not say what it is; rows are read from {READABLE} by suffix")
-        with file.open("rb") as opened:
-            empty = not opened.read(1)
-        if empty:
-            raise ForgeError(f"data {file}: the file is empty; fill it or remove it")
+        _check_file(file)
     return [RawFile(str(file), file) for file in files]
 
 
-def _inside(path: Path) -> list[Path]:
-    """All files in a directory and those below it, but for hidden ones (.name, _name)."""
+def _check_file(file: Path) -> None:
+    """Raise ForgeError if a file has an unknown suffix or is empty; OSError if it cannot be read."""
+    if not file.name.lower().endswith(SUFFIXES):
+        raise ForgeError("unknown file type", where=f"data {file}", fix=f"name it by its format: {READABLE}")
+    with file.open("rb") as opened:
+        if not opened.read(1):
+            raise ForgeError("the file is empty", where=f"data {file}", fix="fill it or remove it")
+
+
+def _files_below(path: Path) -> list[Path]:
+    """All files in a directory and its subdirectories, except hidden ones (.name, _name)."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    files = []
     for directory, directories, names in os.walk(path, onerror=fail):
         directories[:] = [name for name in directories if not name.startswith((".", "_"))]
-        found += [Path(directory, name) for name in names if not name.startswith((".", "_"))]
-    return found
+        files += [Path(directory, name) for name in names if not name.startswith((".", "_"))]
+    return files
 
 
-def _tell_unread(path: Path) -> None:
-    others = sorted(file.name for file in _inside(path) if not file.name.lower().endswith(SUFFIXES))
+def _warn_of_skipped_files(path: Path) -> None:
+    others = sorted(file.name for file in _files_below(path) if not file.name.lower().endswith(SUFFIXES))
     if others:
         more = ", ..." if len(others) > 5 else ""
-        log.warning(f"{len(others)} files in {path} are of no known kind, not read: {', '.join(others[:5])}{more}")
+        log.warning(f"skipped {len(others)} files of unknown type in {path}: {', '.join(others[:5])}{more}")
 
 
 def fetch_files(source: str, directory: Path) -> list[RawFile]:
-    """The files of a source; those of a bucket or of the hub are first copied into the directory."""
+    """The files of a source; those of a bucket or of the Hub are first downloaded into the directory."""
     if not is_remote(source):
         files = find_files(source)
         if (path := path_of(source)).is_dir():
-            _tell_unread(path)
+            _warn_of_skipped_files(path)
         return files
-    log.info(f"copying {source}")
+    log.info(f"downloading {source}")
     return [RawFile(name, path) for name, path in download_files(source, directory, load_settings(), SUFFIXES)]
 
 
 def pin(recipe: DataRecipe, source: str) -> tuple[str, str]:
-    """The source's URI, pinned where it can be, and the digest of its contents (not of paths or times)."""
+    """The source's URI, with its revision if it has one, and a digest of its contents (not of paths or times)."""
     if source == DEMONSTRATION:
         return source, demonstration.digest(recipe.demonstration)
     if is_remote(source):
@@ -96,7 +103,7 @@ def pin(recipe: DataRecipe, source: str) -> tuple[str, str]:
 
 
 def digest_source(recipe: DataRecipe) -> str:
-    """Identity of all raw rows of a recipe, those of its own to evaluate on included."""
+    """Digest of all raw rows of a recipe, including a separate held-out source."""
     digests = [pin(recipe, source)[1] for source in (recipe.source, recipe.heldout_source) if source]
     return digests[0] if len(digests) == 1 else digest_json(digests)
 

@@ -1,10 +1,9 @@
-"""From rendered conversations to tokens, exactly as the model's own tokenizer has them, only faster.
+"""Rendered conversations to tokens: exactly those of the model's tokenizer, but several times faster.
 
-Text repeats its words. Where a tokenizer is known to treat `␣word` the same wherever it stands (byte-level BPE with
-the pre-tokenizers below, which never join a character and the space after it), each piece is given to the tokenizer
-once and then looked up; this is several times as fast as encoding whole texts. All other tokenizers, and texts whose
-trained parts begin or end in unusual places, go through the tokenizer as they are. What else is to be known of a word,
-its hash and whether it could be part of a credential, is looked up with it.
+Text repeats its words. Some tokenizers encode `␣word` the same way wherever it occurs: byte-level BPE with one of the
+pre-tokenizers below, which never join a character and the space after it. With these, each piece is encoded once and
+then looked up, together with its hash and whether it could be part of a credential. Other tokenizers encode the whole
+text, and so does any tokenizer when a trained span begins or ends in an unusual place.
 """
 
 import json
@@ -18,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from forge.models.chat import Span, exact_tokenizer, trained_mask
 from tasks.preprocess.words import WORD, WordHashes
 
-TRAINED = np.uint32(1 << 31)  # the highest bit of a token: it is a target
+TRAINED = np.uint32(1 << 31)  # set in a token that is trained on
 _WORD = np.uint32(WORD)
-MOST_PIECES = 500_000  # remembered by one process, some 150 MB
+MOST_PIECES = 500_000  # cached by one process; about 150 MB
 
-# Regular expressions that split before a space or around white space only: Llama 3 (cl100k), Qwen 2, o200k; GPT-2.
+# Regular expressions that never split after a space, except inside white space: Llama 3 (cl100k), Qwen 2, o200k; GPT-2.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,22 +36,21 @@ SPLITS = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Where the pre-tokenizers also split always: after the last line break before a word (but for GPT-2's), between a
-# letter and the marks behind it, and between digits and marks: what was not met before is put together from parts.
+# The pre-tokenizers also always split after the last line break before a word (except GPT-2's), between a letter and
+# the punctuation after it, and between digits and punctuation. A piece not in the cache is built from such parts.
 _LINES = re.compile(r"(?<=\n)(?=[^\s/])")
 _NUMBER = re.compile(r"[^\w\s]*[0-9]+(?:[^\w\s]+[0-9]+)*[^\w\s]*")
 _DIGITS = re.compile(r"(?<=[0-9])(?=[^0-9])|(?<=[^0-9])(?=[0-9])")
 _TAIL = re.compile(r"(?<=[A-Za-z])[.,!?;:]+[\r\n]*\Z|(?<=[A-Za-z])[\r\n]+\Z")
-Span = tuple[int, int]
 
 
-class NotApart(Exception):
-    """This text cannot be put together from pieces."""
+class NotSplittable(Exception):
+    """The tokens of this text cannot be built from those of its pieces."""
 
 
 class Encoded(NamedTuple):
-    """A text's tokens (uint32 [length], those that are trained with TRAINED) and how many are trained, its words'
-    hashes (uint32 [words]), and whether one of the words could be part of a credential."""
+    """A text's tokens (uint32 [length], with TRAINED set in those that are trained), the number of trained ones, the
+    hashes of its words (uint32 [words]), and whether one of the words could be part of a credential."""
 
     tokens: np.ndarray
     trained: int
@@ -60,20 +59,17 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes rendered texts with a tokenizer (its JSON, as `tokenizer.to_str()` gives it)."""
+    """Encodes rendered texts with a tokenizer, given as its JSON (`Tokenizer.to_str()`)."""
 
     def __init__(self, serialized: str) -> None:
-        self.tokenizer = Tokenizer.from_str(serialized)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.post_processor = None  # templates write special tokens; some processors falsify offsets
+        self.tokenizer = exact_tokenizer(serialized)
         facts = json.loads(serialized)
         added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.by_pieces = bool(added) and splits_at_spaces(facts)
         longest_first = sorted(added, key=len, reverse=True)
         alternatives = "|".join(map(re.escape, longest_first)) if added else "(?!)"
         self._split = re.compile(f"({alternatives})")
-        # Added tokens one after another, or with a role's name between them: as templates have them between texts.
+        # Runs of added tokens, with at most a role's name between them: what templates write between texts.
         self._split_runs = re.compile(rf"((?:{alternatives})(?:\w*(?:{alternatives}))*)")
         self._added = {content: array("I", [number]).tobytes() for content, number in added.items()}
         self._words = WordHashes()
@@ -84,29 +80,31 @@ class Encoder:
         self._runs: dict[str, bytes] = {}
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
-        """Encode texts; tokens within a text's trained spans (characters) bear TRAINED, but for a text's first."""
+        """Encode texts; TRAINED is set in the tokens of a text's trained spans, as `trained_mask` defines them."""
         encoded: list[Any] = [None] * len(texts)
         whole = []
         for at, (text, trained) in enumerate(zip(texts, spans, strict=True)):
             suspects = self._words.suspects
             try:
                 if not self.by_pieces:
-                    raise NotApart
-                encoded[at] = _apart(self._from_pieces(text, trained), self._words.suspects > suspects)
-            except NotApart:
+                    raise NotSplittable
+                encoded[at] = _separated(self._from_pieces(text, trained), self._words.suspects > suspects)
+            except NotSplittable:
                 whole.append(at)
         encodings = self.tokenizer.encode_batch([texts[at] for at in whole], add_special_tokens=False)
         for at, encoding in zip(whole, encodings, strict=True):
             suspects = self._words.suspects
             words = b"".join(map(self._words.of, self._split.split(texts[at])[::2]))
-            mixed = np.concatenate([_whole(encoding, spans[at]), np.frombuffer(words, dtype=np.uint32)])
-            encoded[at] = _apart(mixed, self._words.suspects > suspects)
+            tokens = np.array(encoding.ids, dtype=np.uint32)
+            tokens[trained_mask(encoding.offsets, spans[at])] |= TRAINED
+            mixed = np.concatenate([tokens, np.frombuffer(words, dtype=np.uint32)])
+            encoded[at] = _separated(mixed, self._words.suspects > suspects)
         return encoded
 
     def _from_pieces(self, text: str, spans: Sequence[Span]) -> np.ndarray:
-        """Words and tokens, mixed as they come."""
+        """Words and tokens, interleaved in the order of the text."""
         parts: list[bytes] = []
-        starts, counts, firsts, runs = [], [], [], []  # of each segment: first character, numbers before, first piece
+        starts, counts, firsts, runs = [], [], [], []  # per segment: first character, numbers before it, first piece
         at = count = 0
         for number, segment in enumerate(self._split_runs.split(text)):
             if not segment:
@@ -129,7 +127,7 @@ class Encoder:
             segment = bisect_right(starts, character) - 1
             within, first = character - starts[segment], firsts[segment]
             if within > len(first):
-                raise NotApart
+                raise NotSplittable
             if within == 0:
                 return counts[segment]
             if runs[segment]:
@@ -142,7 +140,7 @@ class Encoder:
         return both
 
     def _run(self, run: str) -> bytes:
-        """Numbers of a run of added tokens; NotApart where it ends in the middle of something else."""
+        """Numbers of a run of added tokens; NotSplittable if it ends inside a piece."""
         if (found := self._runs.get(run)) is None:
             suspects = self._words.suspects
             pieces = self._split.split(run)
@@ -154,8 +152,8 @@ class Encoder:
         return found
 
 
-def _apart(mixed: np.ndarray, suspect: bool) -> Encoded:
-    """Tokens and words, each by themselves. The first token is not trained: nothing before it tells it."""
+def _separated(mixed: np.ndarray, suspect: bool) -> Encoded:
+    """Tokens and words, separated. The first token is never trained: there is nothing to predict it from."""
     is_token = (mixed & _WORD) == 0
     tokens, words = mixed[is_token], mixed[~is_token]
     tokens[:1] &= ~TRAINED
@@ -164,9 +162,9 @@ def _apart(mixed: np.ndarray, suspect: bool) -> Encoded:
 
 
 class _Pieces(dict[str, bytes]):
-    """Words and tokens (uint32) of pieces that follow a prefix, remembered; NotApart where one cannot stand alone."""
+    """Caches words and tokens (uint32) of pieces after a prefix; NotSplittable for a piece that depends on others."""
 
-    first: "_Pieces"  # of pieces that follow no space
+    first: "_Pieces"  # the cache for pieces that follow no space
 
     def __init__(self, tokenizer: Tokenizer, words: WordHashes, prefix: str, lines: bool) -> None:
         super().__init__()
@@ -177,7 +175,7 @@ class _Pieces(dict[str, bytes]):
 
     def __missing__(self, piece: str) -> bytes:
         if not piece or piece[-1].isspace() or (self._prefix and piece[0].isspace()):
-            raise NotApart
+            raise NotSplittable
         return self._part(piece)
 
     def _part(self, piece: str) -> bytes:
@@ -186,7 +184,7 @@ class _Pieces(dict[str, bytes]):
             found = self._known(lines[0]) + b"".join(map(self.first._known, lines[1:]))
         elif _NUMBER.fullmatch(piece) and len(parts := _DIGITS.split(piece)) > 1:
             numbers = b"".join([self._tokens_of(parts[0]), *map(self.first._tokens_of, parts[1:])])
-            return self._words.of(piece) + numbers  # not remembered: few numbers come twice
+            return self._words.of(piece) + numbers  # not cached: few numbers repeat
         elif (tail := _TAIL.search(piece)) and (self._lines or not piece[-1].isspace()):
             found = self._known(piece[: tail.start()]) + self.first._known(tail.group())
         else:
@@ -209,7 +207,7 @@ class _Pieces(dict[str, bytes]):
         return self.get(part) or self._part(part)
 
     def place(self, piece: str, character: int) -> int:
-        """How many numbers of a piece's stand before the first token that starts at a character or behind it."""
+        """How many of a piece's numbers come before the first token that starts at or after a character."""
         if (place := self._places.get((piece, character))) is not None:
             return place
         if self._lines and piece[character - 1] == "\n" and _LINES.match(piece, character):
@@ -224,17 +222,8 @@ class _Pieces(dict[str, bytes]):
         return place
 
 
-def _whole(encoding: Any, spans: Sequence[Span]) -> np.ndarray:
-    document = np.array(encoding.ids, dtype=np.uint32)
-    starts = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-    for begin, end in spans:
-        # By where a token starts: that of the end of a turn may take the line break behind it.
-        document[(starts >= begin) & (starts < end)] |= TRAINED
-    return document
-
-
 def splits_at_spaces(tokenizer: dict[str, Any]) -> bool:
-    """Whether a tokenizer (its JSON) always treats a space and what follows it, up to the next space, by themselves."""
+    """Whether a tokenizer (its JSON) always encodes a space and the text up to the next space independently."""
     model, normalizer = tokenizer["model"], tokenizer["normalizer"]
     plain = (
         model["type"] == "BPE"
@@ -264,7 +253,7 @@ def splits_at_spaces(tokenizer: dict[str, Any]) -> bool:
 
 
 def _split_of(tokenizer: dict[str, Any]) -> str:
-    """The regular expression by which a tokenizer splits, as far as it is known."""
+    """The regular expression that a tokenizer splits by, or "" if unknown."""
     match _steps(tokenizer["pre_tokenizer"] or {"type": "none"}):
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}}, *_]:
             return pattern

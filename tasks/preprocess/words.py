@@ -1,4 +1,4 @@
-"""What a row says, as hashes of its words: to find training rows that overlap evaluation rows, or one another."""
+"""Hashes of the words of rows: to find training rows that overlap held-out rows, or one another."""
 
 import re
 import sys
@@ -14,40 +14,40 @@ from tasks.preprocess.secrets import SHORTEST, suspect
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _MULTIPLIER, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(29)
 OVERLAP = 13  # words: https://arxiv.org/abs/2005.14165, appendix C
-COMMON = 10  # an n-gram of more training documents than this is boilerplate, no overlap (ibidem)
-SHINGLE, PERMUTATIONS, BAND = 5, 128, 4  # of MinHash: words in a shingle, numbers in a signature and in a band
-MOST_COMPARED = 64  # rows of one band value: keeps a set of rows that are all alike from taking forever
+COMMON = 10  # an n-gram in more training documents than this is boilerplate, not an overlap (same source)
+SHINGLE, PERMUTATIONS, BAND = 5, 128, 4  # MinHash: words per shingle, hashes per signature and per band
+MAX_COMPARED = 64  # rows per band value, so that many similar rows do not take quadratic time
 TABLE_BITS = 27
-WORD = 1 << 30  # set in a word's number, and in no token's
+WORD = 1 << 30  # the bit that is set in a word's hash and in no token
 
 
 class WordHashes:
-    """Words to numbers (uint32 below 2**30, with the bit WORD set); case and punctuation do not count.
+    """Hashes words (to 30 bits of a uint32, with the bit WORD set), ignoring case and punctuation.
 
-    `suspects` counts those met that could be part of a credential.
+    `suspects` counts the words so far that could be part of a credential.
     """
 
     def __init__(self) -> None:
         self.suspects = 0
 
     def of(self, text: str) -> bytes:
-        """The numbers of a text's words, one after another; each character of a script without spaces is a word."""
-        if text.isalpha() and text.isascii() and len(text) < SHORTEST:  # as most are
+        """The hashes of a text's words, in order, as bytes. In scripts without spaces each character is a word."""
+        if text.isalpha() and text.isascii() and len(text) < SHORTEST:  # the common case
             self.suspects += suspect(text)
             return (crc32(text.lower().encode()) % WORD | WORD).to_bytes(4, sys.byteorder)
-        numbers = array("I")
+        hashes = array("I")
         for word in text.split():
             self.suspects += suspect(word)
             plain = "".join(filter(str.isalnum, word.lower()))
             if plain:
                 parts = [plain] if plain.isascii() or not _UNSPACED.search(plain) else plain
-                numbers.extend(crc32(part.encode("utf-8", "replace")) % WORD | WORD for part in parts)
-        return numbers.tobytes()
+                hashes.extend(crc32(part.encode("utf-8", "replace")) % WORD | WORD for part in parts)
+        return hashes.tobytes()
 
 
 def ngrams(words: np.ndarray, size: int) -> np.ndarray:
-    """Hash of each run of `size` words: uint64 [len(words) - size + 1] of uint32 [len(words)]."""
-    power, reach = words.astype(np.uint64), 1
+    """Hash of each run of `size` words: uint64 [len(words) - size + 1], from uint32 [len(words)]."""
+    power, reach = words.astype(np.uint64), 1  # hashes of runs of `reach` words, a power of two
     result, width = power[:0], 0
     while reach <= size:
         if size & reach:
@@ -65,7 +65,7 @@ def _joined(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def row_ngrams(words: np.ndarray, counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """N-grams that lie within one row, and the row of each; `counts` says how many words each row has."""
+    """N-grams that do not cross rows, and the row of each; `counts` is the number of words in each row."""
     grams = ngrams(words, size)
     row = np.repeat(np.arange(len(counts)), counts)
     inside = row[: len(grams)] == row[len(words) - len(grams) :]
@@ -73,7 +73,7 @@ def row_ngrams(words: np.ndarray, counts: np.ndarray, size: int) -> tuple[np.nda
 
 
 class Grams:
-    """A set of n-grams that can be looked up by the million. Takes the array, which may be large, and sorts it."""
+    """A set of n-grams with fast bulk look-up. Sorts the given array in place, since it may be large."""
 
     def __init__(self, grams: np.ndarray) -> None:
         grams.sort()
@@ -86,16 +86,17 @@ class Grams:
             np.bitwise_or.at(self._table, places, bits)
 
     def find(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of some n-grams are in the set: their positions, and the places in `self.grams`."""
+        """The n-grams that are in the set: their positions in the argument, and their indices in `self.grams`."""
         places, bits = _place(grams)
         likely = np.flatnonzero(self._table[places] & bits)
-        found = np.searchsorted(self.grams, grams[likely])
-        found[found == len(self.grams)] = 0
-        right = self.grams[found] == grams[likely] if len(self.grams) else np.zeros(0, dtype=bool)
-        return likely[right], found[right]
+        index = np.searchsorted(self.grams, grams[likely])
+        index[index == len(self.grams)] = 0
+        equal = self.grams[index] == grams[likely] if len(self.grams) else np.zeros(0, dtype=bool)
+        return likely[equal], index[equal]
 
 
 def _place(grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Byte and bit of each n-gram in a table of 2**TABLE_BITS bits."""
     number = grams >> np.uint64(64 - TABLE_BITS)
     return number >> np.uint64(3), (np.uint8(1) << (number & np.uint64(7)).astype(np.uint8))
 
@@ -109,9 +110,9 @@ def signatures(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(signed: np.ndarray, threshold: float) -> np.ndarray:
-    """Which rows are near-duplicates of an earlier row that stays: bool [rows], of signatures in order.
+    """Which rows are near-duplicates of an earlier row that is kept: bool [rows], from signatures in order.
 
-    Rows that share a band of their signatures are compared; the share of equal numbers estimates the Jaccard index.
+    Rows that share a band of their signatures are compared; the share of equal hashes estimates the Jaccard index.
     """
     bands = np.ascontiguousarray(signed).view(np.uint64).reshape(len(signed), PERMUTATIONS // BAND, BAND // 2)
     likely = np.zeros(len(signed), dtype=bool)
@@ -129,6 +130,6 @@ def near_duplicates(signed: np.ndarray, threshold: float) -> np.ndarray:
             duplicate[row] = True
             continue
         for bucket in buckets:
-            if len(bucket) < MOST_COMPARED:
+            if len(bucket) < MAX_COMPARED:
                 bucket.append(row)
     return duplicate

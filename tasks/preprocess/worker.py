@@ -1,25 +1,30 @@
-"""One process's share of reading: blocks of raw rows to tokens on disk, and a table of what was found.
+"""One process's share of reading: turns blocks of raw rows into tokens on disk and a table of documents.
 
-A document is what is packed: a row, or a piece of one that was split. Its tokens, the hashes of its words and, if it
-is held out, its JSON go to files that only this process writes; the table says where they are.
+A document is the unit of packing: a row, or a piece of a row that was split. Its tokens, the hashes of its words and,
+if it is held out, its JSON go to files that only this process writes (spills); the table says where.
 """
 
+import gc
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from forge.core.recipe import DataRecipe
-from tasks.preprocess.chat import ChatFormat, Renderer
-from tasks.preprocess.formats import Block
+from forge.models.chat import ChatFormat, Renderer
+from tasks.preprocess.file_formats import Block
+from tasks.preprocess.render import reject_control_tokens, render_rows
+from tasks.preprocess.row_formats import RowFormat, other_row_format, row_format_named, to_row
 from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
-from tasks.preprocess.secrets import refuse_secret
-from tasks.preprocess.shapes import RowFormat, detect, shape_named, to_row, unknown_shape
+from tasks.preprocess.secrets import reject_secret
 from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
 from tasks.preprocess.words import SHINGLE, signatures
 
@@ -27,54 +32,55 @@ Side = Literal["both", "train", "heldout"]
 SPILLS = ("tokens", "words", "rows", "signatures")
 DOCUMENT = np.dtype(
     [
-        ("key", "S16"),  # of content, group and slice: what documents are ordered by
-        ("content", "S16"),  # of what the model learns from
+        ("key", "S16"),  # digest of content, group and slice: the sort key
+        ("content", "S16"),  # digest of what the model learns from
         ("heldout", "?"),
         ("slice", "u2"),
         ("roles", "u2", len(ROLES)),  # messages of each role
         ("length", "u4"),  # tokens
         ("trained", "u4"),  # tokens that are targets
-        ("cut", "u4"),  # tokens that were cut off
-        ("spill", "u2"),  # which process's files
-        *((f"{name}_at", "u8") for name in SPILLS),  # bytes into them
+        ("cut", "u4"),  # tokens that were truncated
+        ("spill", "u2"),  # index of the process's files
+        *((f"{name}_at", "u8") for name in SPILLS),  # byte offsets into them
         ("words_size", "u4"),  # bytes
         ("rows_size", "u4"),
     ]
 )
+NO_SIGNATURE = np.iinfo(np.uint64).max
 
 
 @dataclass(frozen=True)
 class ReadJob:
-    """What every process is told once."""
+    """What every process needs to know."""
 
     recipe: DataRecipe
     form: ChatFormat
     where: str  # the base model's name, for messages
-    directory: Path  # for the files
+    directory: Path  # for the spills
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What a block came to. `documents["slice"]` counts into `slices`; refusals are (number, reason, message)."""
+    """The result of a block. `documents["slice"]` is an index into `slices`; rejects are (number, reason, message)."""
 
     block: Block  # without its rows
     rows: int
     documents: np.ndarray
     slices: list[str]
     spill: str
-    refused: list[tuple[int, str, str]]
-    other_shape: tuple[int, str] | None  # the first row that is of another shape than the source's
+    rejected: list[tuple[int, str, str]]
+    other_shape: tuple[int, str] | None  # the first row whose format is not the source's: its number, its format
     ignored: Counter[str]
 
 
 def in_heldout(group: str, fraction: float) -> bool:
-    """Which side of the split a group is on: by its hash alone, so that adding rows moves none."""
+    """Whether a group is held out. Only its hash decides, so new rows never move old ones across the split."""
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
     return number < int(fraction * 2**64)
 
 
 class CandidateRow(NamedTuple):
-    """A row that may be trained on, or a piece of one that was split: its row's number, its side and its digests."""
+    """A valid row, or a piece of one that was split: the row's number, its side of the split and its digests."""
 
     number: int
     row: Row
@@ -84,15 +90,15 @@ class CandidateRow(NamedTuple):
 
 
 class EncodedDocument(NamedTuple):
-    """A candidate as it was encoded; tokens behind `length` are cut off."""
+    """A candidate with its tokens; those beyond `length` are truncated."""
 
-    of: CandidateRow
+    source: CandidateRow
     encoded: Encoded
     length: int
 
 
 class Worker:
-    """Reads blocks for a job. One a process."""
+    """Reads blocks for a job. One per process."""
 
     def __init__(self, job: ReadJob) -> None:
         self.job = job
@@ -101,86 +107,81 @@ class Worker:
         self.spill = str(os.getpid())
         self.files = {name: (job.directory / f"{self.spill}.{name}").open("ab") for name in SPILLS}
 
-    def read(self, block: Block, shape: RowFormat, side: Side) -> BlockResult:
-        """Check, render and tokenise a block's rows, and write what they came to."""
-        refused: list[tuple[int, str, str]] = []
+    def read(self, block: Block, row_format: RowFormat, side: Side) -> BlockResult:
+        """Check, render and tokenise a block's rows, and write their documents."""
+        rejected: list[tuple[int, str, str]] = []
         other_shape: tuple[int, str] | None = None
         ignored: Counter[str] = Counter()
-        rows: list[CandidateRow] = []
+        candidates: list[CandidateRow] = []
         count = 0
         for number, value in block.values():
             count += 1
             try:
-                if isinstance(value, Invalid):
-                    raise value
-                if self.job.recipe.row_format == "auto" and (other := detect(value)) is not shape:
-                    if other is None:
-                        raise unknown_shape(value)
+                if other := other_row_format(value, row_format, self.job.recipe):
                     other_shape = other_shape or (number, other.name)
                     continue
-                rows.append(self._check(number, to_row(value, shape, self.job.recipe, ignored), side))
-            except Invalid as reason:
-                refused.append((number, reason.reason, reason.message))
-        documents, slices = self._documents(rows, refused)
+                row = to_row(value, row_format, self.job.recipe, ignored)
+                candidates.append(self._candidate(number, row, side))
+            except Invalid as invalid:
+                rejected.append((number, invalid.reason, invalid.message))
+        documents, slices = self._write(self._encode(candidates, rejected))
         for file in self.files.values():
             file.flush()
         header = Block(block.order, block.name, block.first, [])
-        return BlockResult(header, count, documents, slices, self.spill, sorted(refused), other_shape, ignored)
+        return BlockResult(header, count, documents, slices, self.spill, sorted(rejected), other_shape, ignored)
 
-    def _check(self, number: int, row: Row, side: Side) -> CandidateRow:
+    def _candidate(self, number: int, row: Row, side: Side) -> CandidateRow:
         content, key = digests(row)
         if side == "both":
             side = "heldout" if in_heldout(row.group, self.job.recipe.heldout_fraction) else "train"
         return CandidateRow(number, row, side == "heldout", content, key)
 
-    def _documents(self, rows: list[CandidateRow], refused: list[tuple[int, str, str]]) -> tuple[np.ndarray, list[str]]:
-        """Tokenise rows, the pieces of those that are split included, and write them.
+    def _encode(self, rows: list[CandidateRow], rejected: list[tuple[int, str, str]]) -> list[EncodedDocument]:
+        """Tokenise rows; those that must be split are split until each piece fits.
 
-        A row of which one piece is refused is refused as a whole, once.
+        A row is rejected as a whole, once, if any of its pieces is.
         """
-        made: list[EncodedDocument] = []
+        documents: list[EncodedDocument] = []
         bad: set[int] = set()
         while rows:
             pieces: list[CandidateRow] = []
-            rendered = self.renderer.render([candidate.row for candidate in rows])
+            rendered = render_rows(self.renderer, [candidate.row for candidate in rows])
             texts = [("", []) if isinstance(text, Invalid) else text for text in rendered]
-            encoded = self.encoder.encode([text for text, _ in texts], [spans for _, spans in texts])
-            for candidate, text, found in zip(rows, rendered, encoded, strict=True):
+            batch = self.encoder.encode([text for text, _ in texts], [spans for _, spans in texts])
+            for candidate, text, encoded in zip(rows, rendered, batch, strict=True):
                 try:
                     if isinstance(text, Invalid):
                         raise text
-                    self._refuse(candidate.row, found)
-                    parts = self._parts(candidate.row, len(found.tokens))
+                    self._check(candidate.row, encoded)
+                    parts = self._parts(candidate.row, len(encoded.tokens))
                     if len(parts) == 1:
-                        made.append(self._fit(candidate, found))
+                        documents.append(self._fit(candidate, encoded))
                     else:
                         side: Side = "heldout" if candidate.heldout else "train"
-                        pieces += [self._check(candidate.number, part, side) for part in parts]
-                except Invalid as reason:
+                        pieces += [self._candidate(candidate.number, part, side) for part in parts]
+                except Invalid as invalid:
                     if candidate.number not in bad:
-                        refused.append((candidate.number, reason.reason, reason.message))
+                        rejected.append((candidate.number, invalid.reason, invalid.message))
                         bad.add(candidate.number)
             rows = pieces
-        return self._write([document for document in made if document.of.number not in bad])
+        return [document for document in documents if document.source.number not in bad]
 
-    def _refuse(self, row: Row, found: Encoded) -> None:
-        """Raise Invalid if a model should not learn a row."""
-        unusual = row.tools or any(len(message) > 2 for message in row.messages)  # templates may not render all of it
-        if (found.suspect or unusual) and self.job.recipe.secrets == "reject":
-            refuse_secret("\n".join(row.texts()))
-        if token := self.renderer.special_in(row.texts()):
-            raise Invalid(
-                "control token", f"a text holds the model's control token {token}, which it would not read as text"
-            )
+    def _check(self, row: Row, encoded: Encoded) -> None:
+        """Raise Invalid if a row holds a credential or one of the model's control tokens."""
+        # The rendered text may leave out parts of such a row, so its suspicious words say too little.
+        unusual = row.tools or any(len(message) > 2 for message in row.messages)
+        if (encoded.suspect or unusual) and self.job.recipe.secrets == "reject":
+            reject_secret("\n".join(row.texts()))
+        reject_control_tokens(self.renderer, row)
 
     def _parts(self, row: Row, length: int) -> list[Row]:
         recipe = self.job.recipe
         return split_row(row) if length > recipe.max_seq_len and recipe.overlong == "split" else [row]
 
-    def _fit(self, candidate: CandidateRow, found: Encoded) -> EncodedDocument:
-        """The document, within the context."""
+    def _fit(self, candidate: CandidateRow, encoded: Encoded) -> EncodedDocument:
+        """The document of a row, at most max_seq_len tokens long."""
         limit, policy = self.job.recipe.max_seq_len, self.job.recipe.overlong
-        length, trained = len(found.tokens), found.trained
+        length = len(encoded.tokens)
         if length > limit:
             if policy != "truncate" or candidate.heldout:
                 what = "one turn alone is" if policy == "split" else "it is"
@@ -189,30 +190,29 @@ class Worker:
                     f"{what} {length} tokens long, and data.max_seq_len is {limit}; shorten it, raise the limit"
                     + (", or set data.overlong" if policy == "reject" else ""),
                 )
-            found = found._replace(trained=int(np.count_nonzero(found.tokens[:limit] & TRAINED)))
-            trained = found.trained
-        if not trained:
+            encoded = encoded._replace(trained=int(np.count_nonzero(encoded.tokens[:limit] & TRAINED)))
+        if not encoded.trained:
             raise Invalid(
-                "nothing to train", "no token of an assistant's is left to train on; mend the row or the chat template"
+                "nothing to train", "no assistant token is left to train on; fix the row or the chat template"
             )
-        return EncodedDocument(candidate, found, min(length, limit))
+        return EncodedDocument(candidate, encoded, min(length, limit))
 
     def _write(self, made: list[EncodedDocument]) -> tuple[np.ndarray, list[str]]:
+        """Append the documents to the spills; returns their table [len(made)] of DOCUMENT, and the names of slices."""
         documents = np.zeros(len(made), dtype=DOCUMENT)
         if not made:
             return documents, []
         slices: dict[str, int] = {}
-        rows = [
-            canonical(heldout_row(of.row)) + b"\n" if of.heldout else b"" for of in (document.of for document in made)
-        ]
-        documents["key"] = [document.of.key for document in made]
-        documents["content"] = [document.of.content for document in made]
-        documents["heldout"] = [document.of.heldout for document in made]
-        documents["slice"] = [slices.setdefault(document.of.row.slice, len(slices)) for document in made]
-        documents["roles"] = [_roles(document.of.row) for document in made]
+        sources = [document.source for document in made]
+        documents["key"] = [source.key for source in sources]
+        documents["content"] = [source.content for source in sources]
+        documents["heldout"] = [source.heldout for source in sources]
+        documents["slice"] = [slices.setdefault(source.row.slice, len(slices)) for source in sources]
+        documents["roles"] = [_roles(source.row) for source in sources]
         documents["length"] = [document.length for document in made]
         documents["trained"] = [document.encoded.trained for document in made]
         documents["cut"] = [len(document.encoded.tokens) - document.length for document in made]
+        rows = [canonical(heldout_row(source.row)) + b"\n" if source.heldout else b"" for source in sources]
         words = np.concatenate([document.encoded.words for document in made])
         counts = np.array([len(document.encoded.words) for document in made])
         tokens = np.concatenate([document.encoded.tokens[: document.length] for document in made])
@@ -233,9 +233,9 @@ class Worker:
 
 
 def heldout_row(row: Row) -> dict[str, Any]:
-    """What evaluation gets to see of a row."""
-    judged = {"check": json.loads(row.check)} if row.check else {}
-    return {**row.content, "group": row.group, "slice": row.slice, **judged}
+    """A held-out row as evaluation reads it."""
+    check = {"check": json.loads(row.check)} if row.check else {}
+    return {**row.content, "group": row.group, "slice": row.slice, **check}
 
 
 def _roles(row: Row) -> list[int]:
@@ -245,11 +245,8 @@ def _roles(row: Row) -> list[int]:
     return counts
 
 
-NO_SIGNATURE = np.iinfo(np.uint64).max
-
-
 def split_row(row: Row) -> list[Row]:
-    """A row in two: a conversation between turns, a text between words; the row alone where it cannot be."""
+    """Split a row in two: a conversation between turns, a text between words. [row] if that is impossible."""
     if row.text is not None:
         middle = row.text.find(" ", len(row.text) // 2)
         halves = [row.text[:middle], row.text[middle:]] if middle > 0 else [row.text]
@@ -258,12 +255,12 @@ def split_row(row: Row) -> list[Row]:
         return [Row([], None, half, row.group, row.slice) for half in halves]
     system = [message for message in row.messages if message["role"] == "system"]
     turns = row.messages[len(system) :]
-    begins = [at for at, message in enumerate(turns) if message["role"] == "user"]
-    if len(begins) == 1:
+    starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
+    if len(starts) == 1:
         return [row]
-    middle = begins[len(begins) // 2]
+    middle = starts[len(starts) // 2]
     parts = [system + turns[:middle], system + turns[middle:]]
-    checks = ("", row.check)  # which is of the last answer
+    checks = ("", row.check)  # the check is of the last answer
     return [Row(part, row.tools, None, row.group, row.slice, check) for part, check in zip(parts, checks, strict=True)]
 
 
@@ -271,25 +268,20 @@ _worker: Worker | None = None
 
 
 def start(job: ReadJob) -> None:
-    """Make this process a worker, which ends when its parent does and leaves Ctrl-C to it."""
+    """Initialise a pool's process. It exits when its parent does, and leaves Ctrl-C to the parent."""
     global _worker
-    import gc
-    import signal
-    import threading
-    from multiprocessing import connection, parent_process
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
     _worker = Worker(job)
     gc.freeze()
-    gc.set_threshold(200_000, 20, 100)  # a block's rows are no cycles: looking for some takes a tenth of the time
+    gc.set_threshold(200_000, 20, 100)  # rows form no cycles: looking for them takes a tenth of the time
 
 
-def read_block(block: Block, shape: str, side: Side) -> BlockResult:
+def read_block(block: Block, row_format: str, side: Side) -> BlockResult:
     """Read a block in this worker process."""
     if _worker is None:
         raise RuntimeError("start was not called")
-    return _worker.read(block, shape_named(shape), side)
+    return _worker.read(block, row_format_named(row_format), side)

@@ -1,1 +1,1 @@
-"""A trained and evaluated model -> a verified package in the store, and a version of it in MLflow."""
+"""A trained and evaluated model -> a verified package in the store, and its version in MLflow."""

@@ -1,4 +1,4 @@
-"""What the registry tells of a name: its versions, and what each was made from and when it served."""
+"""A model's history in the registry: its versions, when each served, and their lineage."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,21 +11,22 @@ from rich.tree import Tree
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import PACKAGE_DIGEST, open_registry, translate_mlflow_errors
+from forge.registry.mlflow_registry import EVALUATION, PACKAGE_DIGEST, open_registry, translate_mlflow_errors
+from forge.registry.mlflow_runs import SCORE
 from forge.registry.packages import find_registered_version, resolve, version_named
 from forge.registry.promotion import Promotion, promotions
 from forge.storage import Store
-from tasks.register.register import EVALUATION
+from tasks.register.register import DATASET_DIGEST, VERDICT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-SHOWN = 8  # digits of a digest
+SHOWN = 8  # digits of a digest in tables
 
 
 class Entry(NamedTuple):
-    """A version, and when it served: from and until, the last one until now where it is the champion."""
+    """A version, and the periods in which it served; the end of the champion's last period is None."""
 
     version: str
     aliases: tuple[str, ...]
@@ -38,34 +39,34 @@ class Entry(NamedTuple):
 
 
 def history(name: str, settings: Settings, store: Store) -> list[Entry]:
-    """The versions of a name, the newest first; ForgeError where it is not registered."""
+    """The versions of a model, newest first; ForgeError if the model is not registered."""
     client = open_registry(settings)
     with translate_mlflow_errors(f"the history of {name} could not be read", settings):
         aliases = aliases_of(client, name)
-        moved = promotions(store, name)
-        found = versions_of(client, name)
-        runs = {version.version: client.get_run(version.run_id) for version in found if version.run_id}
+        promoted = promotions(store, name)
+        versions = versions_of(client, name)
+        runs = {version.version: client.get_run(version.run_id) for version in versions if version.run_id}
     entries = []
-    for version in found:
+    for version in versions:
         number = str(version.version)
-        figures = runs[version.version].data.metrics if version.version in runs else {}
+        metrics = runs[version.version].data.metrics if version.version in runs else {}
         entries.append(
             Entry(
                 number,
                 aliases.get(number, ()),
                 version.tags.get(PACKAGE_DIGEST, ""),
-                version.tags.get("dataset_digest", ""),
-                figures.get("score"),
-                version.tags.get("verdict", ""),
+                version.tags.get(DATASET_DIGEST, ""),
+                metrics.get(SCORE),
+                version.tags.get(VERDICT, ""),
                 datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-                tuple(served(number, moved)),
+                tuple(served(number, promoted)),
             )
         )
     return entries
 
 
 def versions_of(client: "MlflowClient", name: str) -> "list[ModelVersion]":
-    """The versions of a name, the newest first."""
+    """The versions of a model, newest first."""
     found = pages(lambda token: client.search_model_versions(f"name = '{name}'", max_results=200, page_token=token))
     return sorted(found, key=lambda version: -int(version.version))
 
@@ -76,7 +77,7 @@ def names_of(client: "MlflowClient") -> set[str]:
 
 
 def pages(search: Callable[[str | None], Any]) -> list[Any]:
-    """All that MLflow finds, which it gives by pages."""
+    """All results of a paginated search in MLflow."""
     found, page = [], search(None)
     while True:
         found += page
@@ -86,27 +87,26 @@ def pages(search: Callable[[str | None], Any]) -> list[Any]:
 
 
 def aliases_of(client: "MlflowClient", name: str) -> dict[str, tuple[str, ...]]:
-    """The aliases of each version of a name that has some; ForgeError where the name is not registered."""
+    """The aliases of those versions of a model that have any; ForgeError if the model is not registered."""
     found = client.search_registered_models(f"name = '{name}'")
     if not found:
         known = ", ".join(sorted(names_of(client))) or "none yet"
-        raise ForgeError(f"{name}: no such registered model; there are: {known}")
+        raise ForgeError("no such registered model", where=name, fix=f"there are: {known}")
     aliases: dict[str, tuple[str, ...]] = {}
     for alias, version in sorted(client.get_registered_model(name).aliases.items()):
         aliases[str(version)] = (*aliases.get(str(version), ()), alias)
     return aliases
 
 
-def served(version: str, moved: Sequence[Promotion]) -> list[tuple[datetime, datetime | None]]:
-    """When a version was the champion, by the record of promotions."""
-    ends = [datetime.fromtimestamp(promotion.when, UTC) for promotion in moved[1:]]
-    times = zip(moved, [*ends, None], strict=True) if moved else ()
+def served(version: str, promoted: Sequence[Promotion]) -> list[tuple[datetime, datetime | None]]:
+    """The periods in which a version was the champion, from all promotions of the model."""
+    ends = [datetime.fromtimestamp(promotion.when, UTC) for promotion in promoted[1:]]
+    times = zip(promoted, [*ends, None], strict=True) if promoted else ()
     return [(datetime.fromtimestamp(one.when, UTC), end) for one, end in times if one.version == version]
 
 
 def history_table(name: str, entries: Sequence[Entry]) -> Table:
-    """The versions of a name, for the terminal."""
-    # As narrow as a terminal of 80 columns.
+    """The versions of a model as a table that fits 80 columns."""
     table = Table(title=f"{name}: {len(entries)} versions", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("version", "alias", "digest", "data set", "score", "gate", "registered"):
         table.add_column(column, no_wrap=True)
@@ -122,9 +122,9 @@ def history_table(name: str, entries: Sequence[Entry]) -> Table:
 
 
 def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
-    """What a model was made from, by its version in MLflow and the manifest of its package.
+    """A version's lineage, from MLflow and the manifest of its package.
 
-    ForgeError where there is no such version, or its package is gone.
+    Raises ForgeError if there is no such version, or its package is missing.
     """
     version = find_registered_version(model_uri, settings)
     uri, digest = resolve(f"models:/{version.name}/{version.version}", settings)
@@ -132,10 +132,10 @@ def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
     base = {**manifest["base"], "location": version_named(manifest["base"]["location"], settings)}
     card = store.part(store.uri(f"datasets/sha256-{manifest['dataset']}"), "dataset.json")
     source = json.loads(card)["source"] if card else {}
-    moved = [one for one in promotions(store, version.name) if one.version == str(version.version)]
+    promoted = [one for one in promotions(store, version.name) if one.version == str(version.version)]
     return {
         "model": f"{version.name} version {version.version}",
-        "promoted": [f"{_time(datetime.fromtimestamp(one.when, UTC))} by {one.who}: {one.why}" for one in moved],
+        "promoted": [f"{_time(datetime.fromtimestamp(one.when, UTC))} by {one.who}: {one.why}" for one in promoted],
         "package": {
             "kind": manifest.get("kind", "model"),
             "uri": uri,
@@ -157,7 +157,7 @@ def lineage(model_uri: str, settings: Settings, store: Store) -> dict[str, Any]:
 
 
 def lineage_tree(facts: dict[str, Any]) -> Tree:
-    """What a model was made from, for the terminal."""
+    """A version's lineage as a tree, for the terminal."""
     tree = Tree(str(facts["model"]))
     for name, value in facts.items():
         if name == "model" or not value:

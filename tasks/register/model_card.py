@@ -1,4 +1,4 @@
-"""The model card: README.md in the form of the Hugging Face Hub, so that people and other tools read it too.
+"""The model card: a README.md in the format of the Hugging Face Hub.
 
 https://huggingface.co/docs/hub/model-cards
 """
@@ -10,7 +10,7 @@ from forge.registry.packages import ADAPTER, portable_name
 
 CARD = "README.md"
 USE = """\
-This is an adapter, to be loaded beside the base that it was trained on:
+This is an adapter. Load it on top of its base model:
 
 ```python
 base = AutoModelForCausalLM.from_pretrained("{base}")
@@ -21,14 +21,14 @@ model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """The card of a model, made of its manifest's facts alone: the same facts give the same text."""
+    """The card of a model, from the facts of its manifest. The same facts always give the same text."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base, metrics = facts["base"], facts["metrics"]
     adapter = facts["kind"] == ADAPTER
     name = portable_name(Base(**base))
     head = ModelCardData(
-        base_model=name if "/" in name and "://" not in base["location"] else None,  # the hub knows its own ids alone
+        base_model=name if "/" in name and "://" not in base["location"] else None,  # only an ID of the Hub
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["forge", *(["lora"] if adapter else [])],
@@ -47,14 +47,14 @@ def model_card(facts: dict[str, Any]) -> str:
     lines = [
         f"# {facts['name']}",
         "",
-        f"Fine-tuned and evaluated by Forge. The gate said: **{facts['verdict']}**.",
+        f"Fine-tuned and evaluated by Forge. Verdict of the gate: **{facts['verdict']}**.",
         "",
-        "| measure, on held-out prompts | value |",
+        "| metric, on held-out prompts | value |",
         "|---|---|",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",
         *(USE.format(base=name or "BASE").splitlines() if adapter else ()),
-        "## What it was made from",
+        "## Lineage",
         "",
         "| | |",
         "|---|---|",
@@ -66,7 +66,7 @@ def model_card(facts: dict[str, Any]) -> str:
         f"| trained by | {facts['made_by']} |",
         *(f"| {name} | {version} |" for name, version in facts["versions"].items()),
         "",
-        "`manifest.json` names every file with its size and SHA-256, and is written last: a package without it is not"
-        " whole.",
+        "`manifest.json` lists every file with its size and SHA-256. It is written last: a package without it is"
+        " incomplete.",
     ]
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""A registered version -> a model that serves, tested over its API, before it becomes the champion."""
+"""The rollout stage: serve a registered version, prove it over its API, and make it the champion."""

@@ -1,4 +1,4 @@
-"""The proof over the API: the served model must answer as evaluation said it does, and be given the same tokens."""
+"""Proves over the API that the served model is the evaluated one: same tokens, same answers, same likelihoods."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +18,15 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def read_replay(evaluation: Path, count: int) -> list[dict[str, Any]]:
-    """The first evaluated prompts, with what the candidate answered, how likely it found the expected answer, and the
-    tokens that it was given (None where its template tells the date).
+    """The first evaluated prompts, with the candidate's answers, their NLL and their tokens.
+
+    `prompt_tokens` is None if the chat template contains the current date.
     """
     rows = parquet.read_table(evaluation / "items.parquet", columns=COLUMNS).to_pylist()[:count]
-    parsed = {"messages": lambda text: json.loads(text), "tools": lambda text: json.loads(text or "null")}
-    return [{name: parsed.get(name, lambda value: value)(value) for name, value in row.items()} for row in rows]
+    for row in rows:
+        row["messages"] = json.loads(row["messages"])
+        row["tools"] = json.loads(row["tools"] or "null")
+    return rows
 
 
 def prove(
@@ -33,29 +36,29 @@ def prove(
     recipe: ServingRecipe,
     check: Callable[[], None] = lambda: None,
 ) -> str:
-    """Ask evaluated prompts again over the API, under the versioned name; returns "16 of 16" or so.
+    """Replay evaluated prompts over the API, under the versioned name; returns the agreement, such as "16 of 16".
 
-    Raises ForgeError where the model is not listed, a request fails, prompts reach it as other tokens than in
-    evaluation, too few answers are those of evaluation, or expected answers are not as likely. Without an evaluation,
-    it need only answer; that returns "". `check` raises what ends the proof early.
+    Raises ForgeError if the model is not listed, a request fails, a prompt has other tokens than in evaluation, too few
+    answers agree, or the expected answers are not as likely. Without an evaluation the model only has to answer, and
+    the result is "". `check` is called before each request, and can raise an error to end the proof.
     """
     client, vllm = client_of(endpoint), VLLM(endpoint.removesuffix("/v1"))
     try:
         served = [model.id for model in client.models.list()]
         if versioned not in served:
-            raise ForgeError(f"the server at {endpoint} serves {', '.join(served)}, not {versioned}")
+            raise ForgeError(f"serves {', '.join(served)}, not {versioned}", where=f"the server at {endpoint}")
         if evaluation is None:
             chat(client, versioned, HELLO, max_tokens=8)
             return ""
         rows = read_replay(evaluation, recipe.replay)
-        most = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
-        _same_tokens(vllm, versioned, _checked(rows, check))
-        answers = [chat(client, versioned, row["messages"], row["tools"], most) for row in _checked(rows, check)]
-        agreement = _same_answers(rows, answers, recipe.min_agreement)
-        _as_likely(vllm, versioned, _checked(rows, check), recipe.max_nll_gap)
+        max_tokens = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
+        _compare_tokens(vllm, versioned, _checked(rows, check))
+        answers = [chat(client, versioned, row["messages"], row["tools"], max_tokens) for row in _checked(rows, check)]
+        agreement = _compare_answers(rows, answers, recipe.min_agreement)
+        _compare_likelihoods(vllm, versioned, _checked(rows, check), recipe.max_nll_gap)
         return agreement
     except (OpenAIError, *UNREACHABLE) as error:
-        raise ForgeError(f"the server at {endpoint} did not answer: {error}") from None
+        raise ForgeError(f"did not answer: {error}", where=f"the server at {endpoint}") from None
 
 
 def _checked(rows: list[dict[str, Any]], check: Callable[[], None]) -> Iterator[dict[str, Any]]:
@@ -65,24 +68,24 @@ def _checked(rows: list[dict[str, Any]], check: Callable[[], None]) -> Iterator[
         yield row
 
 
-def _same_tokens(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]]) -> None:
+def _compare_tokens(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         expected = row["prompt_tokens"]
-        if not expected:  # refused by the template, or a template that tells the date
+        if not expected:  # the template rejected the prompt, or contains the current date
             continue
-        found = vllm.tokens(versioned, row["messages"], row["tools"])
-        if found != expected:
-            at = next((at for at, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-            where = f"from token {at} on" if at is not None else f"{len(found)} tokens in place of {len(expected)}"
+        tokens = vllm.tokens(versioned, row["messages"], row["tools"])
+        if tokens != expected:
+            pairs = enumerate(zip(tokens, expected, strict=False))
+            at = next((at for at, (served, evaluated) in pairs if served != evaluated), None)
+            difference = f"from token {at} on" if at is not None else f"{len(tokens)} instead of {len(expected)}"
             raise ForgeError(
-                f"the served model is given other tokens than in evaluation ({where}), when asked "
-                f"{row['messages'][-1]['content']!r}: its chat template or its tokenizer is not the one that it was "
-                "evaluated with"
+                f"the served model gets different tokens than in evaluation ({difference}) for the prompt "
+                f"{row['messages'][-1]['content']!r}: its chat template or its tokenizer differs"
             )
 
 
-def _same_answers(rows: list[dict[str, Any]], answers: list[str], min_agreement: float) -> str:
-    # Strip as evaluation's own comparison does: white space at the ends is not told apart.
+def _compare_answers(rows: list[dict[str, Any]], answers: list[str], min_agreement: float) -> str:
+    # Evaluation's own comparison ignores white space at both ends too.
     differing = [
         (row, now) for row, now in zip(rows, answers, strict=True) if row["candidate_answer"].strip() != now.strip()
     ]
@@ -91,13 +94,13 @@ def _same_answers(rows: list[dict[str, Any]], answers: list[str], min_agreement:
         row, now = differing[0]
         raise ForgeError(
             f"the served model does not answer as it did in evaluation: {agreeing} of {len(rows)} answers agree, and "
-            f"serving.min_agreement is {min_agreement}. Asked {row['messages'][-1]['content']!r} it answered {now!r}, "
+            f"serving.min_agreement is {min_agreement}. To {row['messages'][-1]['content']!r} it answered {now!r}, "
             f"in evaluation {row['candidate_answer']!r}"
         )
     return f"{agreeing} of {len(rows)}"
 
 
-def _as_likely(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]], limit: float) -> None:
+def _compare_likelihoods(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]], limit: float) -> None:
     gaps = []
     for row in rows:
         nll = row["candidate_nll"]
@@ -105,7 +108,7 @@ def _as_likely(vllm: VLLM, versioned: str, rows: Iterable[dict[str, Any]], limit
             gaps.append(abs(vllm.prompt_nll(versioned, row["whole_tokens"], row["scored"]) - nll))
     if gaps and sum(gaps) / len(gaps) > limit:
         raise ForgeError(
-            f"the served model finds expected answers {sum(gaps) / len(gaps):.3f} nats a token more or less likely "
-            f"than in evaluation, and serving.max_nll_gap is {limit}: its weights, its precision or its base are not "
-            "the ones that were evaluated"
+            f"the NLL of expected answers differs from evaluation by {sum(gaps) / len(gaps):.3f} nats per token, and "
+            f"serving.max_nll_gap is {limit}: the served weights, their precision or their base differ from those that "
+            "were evaluated"
         )

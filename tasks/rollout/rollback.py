@@ -1,4 +1,4 @@
-"""The way back by hand: an earlier version serves again, and is the champion again."""
+"""Rollback by an operator: an earlier version serves again, and becomes the champion again."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -23,20 +23,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROLLED_BACK = "rolled_back"  # the tag of a version that was taken back by hand: for which one, by whom
+ROLLED_BACK = (
+    "rolled_back"  # the tag of a version that was rolled back by hand; its value says for which version, and by whom
+)
 
 
 def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settings, store: Store) -> Deployment:
-    """Serve version `to` again, or without one the champion before the present one; proved as any rollout is.
+    """Serve version `to` again, by default the previous champion, with the same proof as any rollout.
 
-    It is served as its own recipe said, unless another is given. ForgeError where there is no such version, or it does
-    not serve as it was evaluated; then nothing is changed.
+    Without `recipe`, the serving options are those of the version's own recipe. ForgeError if there is no such version,
+    or its rollout fails, which leaves everything as it was.
     """
     client = open_registry(settings)
     with translate_mlflow_errors(f"the champion of {name} cannot be read", settings):
         champion = find_champion(client, name)
     if champion is None:
-        raise ForgeError(f"rollback: {name} has no champion yet; run training_pipeline first")
+        raise ForgeError(f"{name} has no champion yet", where="rollback", fix="run training_pipeline first")
     to = to or champion_before(name, champion.version, settings, store)
     version = find_registered_version(f"models:/{name}/{to}", settings)
     uri, digest = resolve(f"models:/{name}/{to}", settings)
@@ -45,7 +47,7 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
     place = f"evaluations/sha256-{evaluated}"
     evaluation = store.path(store.uri(place)) if store.exists(place) else None
     if evaluation is None:
-        log.warning(f"the evaluation of {name} version {to} is gone; it need only answer")
+        log.warning(f"{name} version {to}: its evaluation is missing, so it only has to answer")
     served = Served(name=name, version=to, uri=uri, digest=digest)
     candidate = Candidate(
         served,
@@ -67,21 +69,23 @@ def roll_back(name: str, to: str, recipe: ServingRecipe | None, settings: Settin
 
 
 def champion_before(name: str, version: str, settings: Settings, store: Store) -> str:
-    """The last champion but the present one that was neither rolled back nor failed; ForgeError where there is none."""
+    """The last champion before this one that was neither rolled back nor failed; ForgeError if there is none."""
     for past in reversed(promotions(store, name)):
         if past.version not in ("", version):
             tags = find_registered_version(f"models:/{name}/{past.version}", settings).tags
             if ROLLED_BACK not in tags and FAILED not in tags:
                 return past.version
-    raise ForgeError(f"rollback: no other version of {name} was the champion before {version}; name one: --to N")
+    raise ForgeError(
+        f"no other version of {name} was the champion before {version}", where="rollback", fix="choose one: --to N"
+    )
 
 
 def recipe_of(version: "ModelVersion", settings: Settings) -> ServingRecipe:
-    """The serving section of the recipe that a version was made with, as its run in MLflow has it."""
+    """The serving section of a version's recipe, from its run in MLflow; the defaults if it has no run."""
     if not version.run_id:
         return ServingRecipe()
     with translate_mlflow_errors(f"the run of version {version.version} cannot be read", settings):
         params = open_registry(settings).get_run(version.run_id).data.params
-    known = {key.removeprefix("serving."): value for key, value in params.items() if key.startswith("serving.")}
-    given = {key: yaml.safe_load(value) for key, value in known.items() if value != "None"}  # MLflow keeps texts
-    return ServingRecipe.model_validate({key: given[key] for key in given.keys() & ServingRecipe.model_fields.keys()})
+    serving = {key.removeprefix("serving."): value for key, value in params.items() if key.startswith("serving.")}
+    values = {key: yaml.safe_load(value) for key, value in serving.items() if value != "None"}  # MLflow stores strings
+    return ServingRecipe.model_validate({key: values[key] for key in values.keys() & ServingRecipe.model_fields.keys()})

@@ -1,4 +1,4 @@
-"""The doors of the rollout. Not cached: what serves is looked at anew each time."""
+"""The Flyte tasks of the rollout. They are not cached, since what serves can change at any time."""
 
 from flytekit import task
 from rich.console import Console

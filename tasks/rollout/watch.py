@@ -1,4 +1,4 @@
-"""The watch period: a new model under its public name, beside what was measured of the one before."""
+"""Watches a new version under its public name, and compares it with measurements of the previous one."""
 
 import time
 from collections.abc import Callable
@@ -10,22 +10,31 @@ from openai import OpenAI, OpenAIError
 from forge.core.errors import ForgeError
 from forge.core.recipe import ServingRecipe
 from forge.serving.client import client_of
-from forge.serving.vllm_client import UNREACHABLE, VLLM
+from forge.serving.vllm_client import UNREACHABLE, VLLM, Counts
 from tasks.rollout.prove import HELLO
 
-PROBES = 4  # prompts that are asked in turn, and before the swap all at once
-PAUSE = 0.5  # seconds between them
-TOKENS = 16  # of an answer, at most
-SLOW = 0.5  # seconds: no answer that is slower by less is a breach
-FEW = 200  # tokens under which vLLM's own measure says little
+PROBES = 4  # prompts; all are sent before the switch, and in turn during the watch period
+PAUSE = 0.5  # seconds between probes
+TOKENS = 16  # maximum length of an answer
+SLOW = 0.5  # seconds; a smaller increase of the latency is not a breach
+FEW = 200  # tokens; vLLM's inter-token latency over fewer is not significant
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Mean seconds of a probe, and vLLM's own mean seconds between two tokens (None of too few)."""
+    """Mean latency of a probe, and vLLM's mean inter-token latency (None if over FEW tokens), both in seconds."""
 
     probe: float
     token: float | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """vLLM's counters at one moment: requests to a version, and inter-token latency over all requests."""
+
+    counts: Counts
+    token_seconds: float
+    tokens: float
 
 
 class Watch:
@@ -38,13 +47,13 @@ class Watch:
         self.prompts = prompts or [HELLO]
 
     def measure(self) -> Latency | None:
-        """What serves now under the name; None where nothing does."""
+        """The latency of what serves now under the name; None if it doesn't answer."""
         try:
             seconds = [self._probe(at)[0] for at in range(PROBES)]
             total, count = self.vllm.token_seconds()
         except (OpenAIError, *UNREACHABLE):
             return None
-        return Latency(sum(seconds) / len(seconds), total / count if count >= FEW else None)
+        return _latency(seconds, total, count)
 
     def watch(
         self,
@@ -53,52 +62,74 @@ class Watch:
         recipe: ServingRecipe,
         check: Callable[[], None] = lambda: None,
     ) -> Latency:
-        """Watch a new version for the recipe's period; ForgeError where it fails, or is much slower than `before`.
+        """Watch a new version for the recipe's period.
 
-        `check` raises what ends the watch early.
+        ForgeError if too many requests fail, or it is much slower than `before`. `check` is called before each probe,
+        and can raise an error to end the watch.
         """
         try:
-            start, first = self.vllm.names().versions.get(versioned), self.vllm.token_seconds()
-            seconds: list[float] = []
-            ends = time.monotonic() + recipe.watch_seconds
-            while not seconds or time.monotonic() < ends:
-                check()
-                took, said = self._probe(len(seconds))
-                if said != versioned:
-                    raise ForgeError(f"{self.name} was answered by {said}, not by {versioned}")
-                seconds.append(took)
-                time.sleep(min(PAUSE, max(0.0, ends - time.monotonic())))
-            end, last = self.vllm.names().versions.get(versioned), self.vllm.token_seconds()
+            start = self._totals(versioned)
+            seconds = self._probe_for(recipe.watch_seconds, versioned, check)
+            end = self._totals(versioned)
         except (OpenAIError, *UNREACHABLE) as error:
-            raise ForgeError(f"while it was watched, {versioned} did not answer: {error}") from None
-        requests = (end.requests if end else 0) - (start.requests if start else 0)
-        errors = (end.errors if end else 0) - (start.errors if start else 0)
-        if requests > 0 and errors / requests > recipe.max_error_rate:
-            raise ForgeError(
-                f"while it was watched, {errors} of {requests} requests to {versioned} failed, and "
-                f"serving.max_error_rate is {recipe.max_error_rate}"
-            )
-        tokens = last[1] - first[1]
-        after = Latency(sum(seconds) / len(seconds), (last[0] - first[0]) / tokens if tokens >= FEW else None)
+            raise ForgeError(f"did not answer during the watch period: {error}", where=versioned) from None
+        _check_errors(versioned, start, end, recipe.max_error_rate)
+        after = _latency(seconds, end.token_seconds - start.token_seconds, end.tokens - start.tokens)
         if before is not None:
-            limit = recipe.max_latency_ratio
-            if after.probe > limit * before.probe and after.probe - before.probe > SLOW:
-                raise ForgeError(
-                    f"while it was watched, {versioned} took {after.probe:.2f} s to answer what took "
-                    f"{before.probe:.2f} s before, and serving.max_latency_ratio is {limit}"
-                )
-            if before.token and after.token and after.token > limit * before.token:
-                raise ForgeError(
-                    f"while it was watched, vLLM took {1000 * after.token:.0f} ms a token, and "
-                    f"{1000 * before.token:.0f} ms before; serving.max_latency_ratio is {limit}"
-                )
+            _check_latency(versioned, before, after, recipe.max_latency_ratio)
         return after
 
+    def _totals(self, versioned: str) -> Totals:
+        return Totals(self.vllm.names().versions.get(versioned, Counts()), *self.vllm.token_seconds())
+
+    def _probe_for(self, period: float, versioned: str, check: Callable[[], None]) -> list[float]:
+        """Send probes for some seconds, at least one; returns their latencies."""
+        seconds: list[float] = []
+        end = time.monotonic() + period
+        while not seconds or time.monotonic() < end:
+            check()
+            took, version = self._probe(len(seconds))
+            if version != versioned:
+                raise ForgeError(f"answered by {version}, not by {versioned}", where=self.name)
+            seconds.append(took)
+            time.sleep(min(PAUSE, max(0.0, end - time.monotonic())))
+        return seconds
+
     def _probe(self, at: int) -> tuple[float, str]:
-        """Ask a prompt; returns the seconds, and which version answered."""
+        """Send one prompt; returns the seconds it took, and the version that answered."""
         started = time.monotonic()
         messages: Any = self.prompts[at % min(PROBES, len(self.prompts))]
         answer = self.client.chat.completions.create(
             model=self.name, messages=messages, temperature=0, max_tokens=TOKENS
         )
         return time.monotonic() - started, answer.model
+
+
+def _latency(seconds: list[float], token_seconds: float, tokens: float) -> Latency:
+    return Latency(sum(seconds) / len(seconds), token_seconds / tokens if tokens >= FEW else None)
+
+
+def _check_errors(versioned: str, start: Totals, end: Totals, max_error_rate: float) -> None:
+    requests = end.counts.requests - start.counts.requests
+    errors = end.counts.errors - start.counts.errors
+    if requests > 0 and errors / requests > max_error_rate:
+        raise ForgeError(
+            f"{errors} of {requests} requests failed during the watch period, and serving.max_error_rate is "
+            f"{max_error_rate}",
+            where=versioned,
+        )
+
+
+def _check_latency(versioned: str, before: Latency, after: Latency, max_ratio: float) -> None:
+    if after.probe > max_ratio * before.probe and after.probe - before.probe > SLOW:
+        raise ForgeError(
+            f"took {after.probe:.2f} s for prompts that took {before.probe:.2f} s before, and "
+            f"serving.max_latency_ratio is {max_ratio}",
+            where=versioned,
+        )
+    if before.token and after.token and after.token > max_ratio * before.token:
+        raise ForgeError(
+            f"vLLM took {1000 * after.token:.0f} ms per token in the watch period, and {1000 * before.token:.0f} ms "
+            f"before; serving.max_latency_ratio is {max_ratio}",
+            where=versioned,
+        )

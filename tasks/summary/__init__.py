@@ -1,1 +1,1 @@
-"""What a run came to: on the terminal, and in .forge/last-run.json."""
+"""The summary of a run, on the terminal and in .forge/last-run.json."""

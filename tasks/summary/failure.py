@@ -1,4 +1,4 @@
-"""What is said where the pipeline has failed."""
+"""The messages of a failed pipeline."""
 
 import os
 import textwrap
@@ -7,31 +7,31 @@ from forge.core.settings import Settings
 
 
 def failure_message(stage: str, message: str, inputs: dict[str, str], settings: Settings) -> str:
-    """On the cluster: what failed, with what, where to look, and how to go on."""
+    """On a cluster: the failed stage, its error, the inputs, the logs, and how to resume."""
     project, domain, name = (
         os.environ.get(f"FLYTE_INTERNAL_EXECUTION_{part}", "") for part in ("PROJECT", "DOMAIN", "ID")
     )
     given = ", ".join(f"{key} {value!r}" if "\n" not in value else f"{key} as YAML" for key, value in inputs.items())
     return "\n".join(
         [
-            f"training_pipeline failed in {stage or 'a stage that Flyte does not name'}, given {given}:",
+            f"training_pipeline failed in {stage or 'an unknown stage'}, with {given}:",
             *(f"  {line}" for line in without_trace(message).splitlines()),
             f"logs: kubectl -n {project}-{domain} logs -l execution-id={name} --all-containers --prefix --tail=-1",
             f"checkpoints: {settings.checkpoint_copies or settings.checkpoints}",
-            f"go on from what is done: flytectl create execution -p {project} -d {domain} --recover {name}",
+            f"resume from the completed stages: flytectl create execution -p {project} -d {domain} --recover {name}",
         ]
     )
 
 
 def without_trace(message: str) -> str:
-    """What went wrong, of an error's message as flytekit writes it, which begins with a stack trace."""
-    _, _, said = message.rpartition("\nMessage:\n")
-    return textwrap.dedent(said.strip("\n")).strip().removeprefix("ForgeError: ")
+    """The message of an error as flytekit formats it, without the stack trace before it."""
+    _, _, text = message.rpartition("\nMessage:\n")
+    return textwrap.dedent(text.strip("\n")).strip().removeprefix("ForgeError: ")
 
 
-def describe_here(inputs: dict[str, str], settings: Settings) -> str:
-    """On this machine, where the error itself is shown after this: what a run with the same inputs goes on from."""
+def resume_hint(inputs: dict[str, str], settings: Settings) -> str:
+    """On this machine, where the error itself is shown: the checkpoints that the same command resumes from, or ""."""
     if not settings.checkpoints.is_dir() or not any(settings.checkpoints.iterdir()):
         return ""
     given = " ".join(f"--{key} {value}" for key, value in inputs.items() if value)
-    return f"The same command ({given}) goes on from the checkpoints in {settings.checkpoints}"
+    return f"The same command ({given}) resumes from the checkpoints in {settings.checkpoints}"

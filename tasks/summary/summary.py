@@ -12,11 +12,12 @@ from rich.markup import escape
 
 from forge.core.contracts import Dataset, Deployment, Evaluation, Result, Version
 from forge.core.settings import Settings, path_of
+from forge.registry.mlflow_runs import evaluation_experiment
 from forge.storage import write_atomically
 
 
 def seconds_by_stage(stages: Mapping[str, Result], started: float) -> dict[str, float | None]:
-    """Seconds that each stage took in this run; None where an earlier run's result was taken from the cache."""
+    """The seconds of each stage in this run; None if its result came from the cache."""
     return {name: round(stage.seconds, 1) if stage.started >= started else None for name, stage in stages.items()}
 
 
@@ -45,18 +46,18 @@ def facts_of(dataset: Dataset, evaluation: Evaluation, stages: Mapping[str, Resu
 
 
 def _readable(uri: str) -> str:
-    """A file of this machine by its path, and any other by its URI."""
+    """A file on this machine by its path, any other by its URI."""
     return str(path_of(uri)) if uri.startswith("file://") else uri
 
 
-def registered(version: Version) -> dict[str, Any]:
-    """The facts of a version that is registered."""
+def version_facts(version: Version) -> dict[str, Any]:
+    """The facts of a registered version."""
     return {"name": version.name, "version": version.version, "digest": version.digest, "run_id": version.run_id}
 
 
-def released(deployment: Deployment, version: Version) -> dict[str, Any]:
-    """The facts of what serves now."""
-    return registered(version) | {
+def deployment_facts(deployment: Deployment, version: Version) -> dict[str, Any]:
+    """The facts of the version that serves now."""
+    return version_facts(version) | {
         "endpoint": deployment.endpoint,
         "answers_as_in_evaluation": deployment.agreement,
         "served_before": deployment.previous,
@@ -72,13 +73,13 @@ def write_facts(facts: Mapping[str, Any], settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the run ran, which decides what its reader can do next: use make on this machine, or reach the cluster."""
+    """Where the run took place: here, where its reader can use make, or on a cluster, with its services."""
 
     settings: Settings
     cluster: bool
 
     def ask(self, facts: Mapping[str, Any]) -> tuple[str, str]:
-        """How to ask the model that serves."""
+        """How to ask the served model."""
         if not self.cluster:
             return "ask it", 'make ask Q="..."'
         body = json.dumps({"model": facts["name"], "messages": [{"role": "user", "content": "Hello"}]})
@@ -88,14 +89,14 @@ class Place:
         )
 
     def registry(self, facts: Mapping[str, Any]) -> tuple[str, str]:
-        """Where the registry shows the version."""
+        """Where to see the version in the registry."""
         if not self.settings.mlflow_uri:
             return "registry", "make ui"
         page = f"{self.settings.mlflow_uri.rstrip('/')}/#/models/{facts['name']}/versions/{facts['version']}"
         return "registry", f"{page} (run {facts['run_id']})"
 
     def execution(self) -> list[tuple[str, str]]:
-        """What shows the execution; nothing on this machine."""
+        """How to see the Flyte execution; empty on this machine."""
         if not self.cluster:
             return []
         project, domain, name = (
@@ -107,7 +108,7 @@ class Place:
 def show(
     facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
 ) -> None:
-    """Print the summary of a run whose model serves."""
+    """Print the summary of a run whose model now serves."""
     lines = [
         *_figures(facts),
         ("model", f"{facts['name']} version {facts['version']}, champion, sha256 {facts['digest']}"),
@@ -125,7 +126,7 @@ def show(
 def show_challenger(
     facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
 ) -> None:
-    """Print the summary of a run that ends with a registered version, where models are not rolled out."""
+    """Print the summary of a run whose model was registered, but not rolled out."""
     lines = [
         *_figures(facts),
         ("model", f"{facts['name']} version {facts['version']}, challenger, sha256 {facts['digest']}"),
@@ -138,20 +139,20 @@ def show_challenger(
     _print(lines, console)
 
 
-def show_refused(
+def show_rejected(
     facts: Mapping[str, Any], stages: Mapping[str, Result], started: float, place: Place, console: Console
 ) -> None:
-    """Print the summary of a run whose model the gate refused."""
+    """Print the summary of a run whose model the gate rejected."""
     champion = (
         f"version {facts['champion_before']} stays the champion" if facts["champion_before"] else "no champion yet"
     )
-    experiment = f"the experiment forge-evaluation{place.settings.name_suffix} in"
+    experiment = f"experiment {evaluation_experiment(place.settings)} in"
     lines = [
         *_figures(facts),
         ("gate", f"[bold]{escape(facts['reason'])}[/]"),
-        ("so", f"nothing was registered or rolled out; {champion}"),
+        ("result", f"nothing was registered or rolled out; {champion}"),
         ("report", facts["report"]),
-        ("see more", f"{experiment} {place.settings.mlflow_uri or 'make ui'}"),
+        ("registry", f"{experiment} {place.settings.mlflow_uri or 'make ui'}"),
         ("time", _times(facts, stages, started)),
         *place.execution(),
     ]
@@ -169,7 +170,7 @@ def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["score_champion"] is not None:
         lines.append(("champion", f"version {facts['champion_before']} scored {_percent(facts['score_champion'])}"))
-    lines.append(("NLL", f"{_nats(facts['nll_base'])} → {_nats(facts['nll'])} nats a token"))
+    lines.append(("NLL", f"{_nats(facts['nll_base'])} → {_nats(facts['nll'])} nats per token"))
     if facts["json_validity"] is not None:
         lines.append(("valid JSON", _percent(facts["json_validity"])))
     return lines

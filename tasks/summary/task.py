@@ -1,4 +1,4 @@
-"""The doors of the summary."""
+"""The Flyte tasks of the summary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +13,15 @@ from forge.core.errors import ForgeError
 from forge.core.logs import start_logging
 from forge.core.processes import end_soon
 from forge.core.settings import load_settings
-from tasks.summary.failure import describe_here, failure_message
+from tasks.summary.failure import failure_message, resume_hint
 from tasks.summary.summary import (
     Place,
+    deployment_facts,
     facts_of,
-    registered,
-    released,
     show,
     show_challenger,
-    show_refused,
+    show_rejected,
+    version_facts,
     write_facts,
 )
 from tasks.task_pods import light
@@ -31,9 +31,9 @@ from tasks.task_pods import light
 def summarise(
     started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version, deployment: Deployment
 ) -> str:
-    """Print what the run came to, keep it in .forge/last-run.json, and return the endpoint."""
+    """Print the summary of a run whose model serves, and return the endpoint."""
     stages = {**stages_of(dataset, model, evaluation), "register_model": version, "roll_out": deployment}
-    close(facts_of(dataset, evaluation, stages, started) | released(deployment, version), stages, started, show)
+    close(facts_of(dataset, evaluation, stages, started) | deployment_facts(deployment, version), stages, started, show)
     return deployment.endpoint
 
 
@@ -41,27 +41,27 @@ def summarise(
 def announce_challenger(
     started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version
 ) -> str:
-    """Print what the run came to where models are only registered, and return the version."""
+    """Print the summary of a run whose model was only registered, and return the version."""
     stages = {**stages_of(dataset, model, evaluation), "register_model": version}
-    close(facts_of(dataset, evaluation, stages, started) | registered(version), stages, started, show_challenger)
+    close(facts_of(dataset, evaluation, stages, started) | version_facts(version), stages, started, show_challenger)
     return f"{version.name} version {version.version}"
 
 
 @task(**light())
-def hold_back(name: str, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
-    """Print why the gate refused a model, keep it in .forge/last-run.json, and return the reason."""
+def announce_rejection(name: str, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
+    """Print why the gate rejected a model, and return the reason."""
     stages = stages_of(dataset, model, evaluation)
-    close({"name": name, **facts_of(dataset, evaluation, stages, started)}, stages, started, show_refused)
+    close({"name": name, **facts_of(dataset, evaluation, stages, started)}, stages, started, show_rejected)
     return evaluation.reason
 
 
 def stages_of(dataset: Dataset, model: Model, evaluation: Evaluation) -> dict[str, Result]:
-    """What the stages up to the gate came to, by the names of their tasks."""
+    """The results of the stages up to the gate, by task name."""
     return {"preprocess_data": dataset, "train_model": model, "evaluate_model": evaluation}
 
 
 def close(facts: dict[str, Any], stages: dict[str, Result], started: float, show: Callable[..., None]) -> None:
-    """Print the summary; on this machine, keep its facts, too."""
+    """Print the summary. On this machine, also write its facts to .forge/last-run.json."""
     start_logging("summary")
     settings = load_settings()
     if not on_cluster():
@@ -71,20 +71,20 @@ def close(facts: dict[str, Any], stages: dict[str, Result], started: float, show
 
 
 @task(**light())
-def tell_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> None:
-    """Say where the pipeline failed, and how to go on.
+def report_failure(data_path: str, recipe: str, err: FlyteError | None = None) -> None:
+    """Print where the pipeline failed, and how to resume it.
 
-    Nothing hangs on it: Flyte does not run it again in an execution that was started by --recover.
+    Nothing may depend on this task: Flyte does not run it again in an execution started with --recover.
     """
     start_logging("summary")
     inputs = {"data_path": data_path, "recipe": recipe}
     try:
         settings = load_settings()
-    except ForgeError:  # preflight has said what is wrong with them
+    except ForgeError:  # preflight has reported the invalid settings
         return
     if not on_cluster():
-        if said := describe_here(inputs, settings):
-            print(said, flush=True)
+        if hint := resume_hint(inputs, settings):
+            print(hint, flush=True)
         return
     stage, message = (err.failed_node_id, err.message) if err else ("", "")
     print(failure_message(stage, message, inputs, settings), flush=True)

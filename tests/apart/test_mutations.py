@@ -15,7 +15,7 @@ from tests.apart.serving import Serving
 pytestmark = pytest.mark.long
 Change = tuple[str, str, str]  # a file, a text in it, and what takes its place
 CHECKS, SETTINGS = "tasks/preflight/checks.py", "infra/apps/homelab-production/forge/settings.yaml"
-ANOTHER_REPORT: Change = ("tasks/evaluate/evaluate.py", '"Answered by": engine', '"Answered by": f"{engine}!"')
+ANOTHER_REPORT: Change = ("tasks/evaluate/evaluation_files.py", "results.engine,", "results.engine + '!',")
 MARKED: Change = (CHECKS, "problems: list[str] = []", 'problems: list[str] = []; print("sent code")')
 # From which task on the first run is run again, up to which, and what it then says.
 CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {

@@ -45,7 +45,7 @@ def test_an_adapter_is_swapped_in_after_a_drain(story: Cluster) -> None:
     assert ran.phase == "SUCCEEDED", ran.error
     training = ran.of("train_on_1x2")
     assert training.attempts == 2
-    assert re.search(r"goes on after step \d+, as saved", training.log)
+    assert re.search(r"resuming after step \d+", training.log)
     assert (
         len([one for one in ran.nodes.values() if one.task.endswith("read_shard") or "map_read_shard" in one.task]) >= 2
     )
@@ -57,8 +57,8 @@ def test_a_worse_model_is_refused(story: Cluster) -> None:
     refused = story.ran["refused"]
     assert refused.phase == "SUCCEEDED", refused.error
     assert refused.value().startswith("refused")
-    assert refused.of("hold_back").phase == "SUCCEEDED"
-    assert "nothing was registered or rolled out; version 2 stays the champion" in refused.of("hold_back").log
+    assert refused.of("announce_rejection").phase == "SUCCEEDED"
+    assert "nothing was registered or rolled out; version 2 stays the champion" in refused.of("announce_rejection").log
 
 
 def test_the_champion_is_checked_taken_back_and_kept(story: Cluster) -> None:
@@ -75,10 +75,10 @@ def test_what_failed_is_reported_given_back_and_goes_on(story: Cluster) -> None:
     for execution in (failed, twice):
         assert execution.phase == "FAILED"
         assert "did not serve within 10 s (the reconciler does not answer)" in execution.error
-    said = failed.of("tell_failure").log
+    said = failed.of("report_failure").log
     assert f"--recover {failed.name}" in said
     assert "did not serve within 10 s" in said
-    assert twice.of("tell_failure").phase == "RECOVERED", "Flyte does not run it again"
+    assert twice.of("report_failure").phase == "RECOVERED", "Flyte does not run it again"
     assert "did not serve within 10 s" in twice.of("roll_out").log
     assert twice.of("train_on_1x2").phase == "RECOVERED"
     assert recovered.phase == "SUCCEEDED", recovered.error

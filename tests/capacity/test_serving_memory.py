@@ -1,4 +1,4 @@
-"""What is served is counted as vLLM allocates it, and what does not fit is refused with the arithmetic and a fix."""
+"""The estimate allocates as vLLM does, and a model that does not fit is refused with the calculation and a fix."""
 
 import subprocess
 import sys
@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge.capacity.serving_memory import RANKS, Fit, check_serving, read_shape
+from forge.capacity.decoder_shape import read_shape
+from forge.capacity.serving_memory import Fit, check_serving
 from forge.cluster.gpus import GIB, GPU, GPUS, gpus_of
 from forge.cluster.nodes import SERVING
 from forge.core.contracts import Engine
 from forge.core.errors import ForgeError, Problems
+from forge.core.recipe import MAX_LORA_RANKS
 
 A100 = GPUS["A100-40GB"]
 LLAMA_8B = {
@@ -45,7 +47,7 @@ def engine(**changes: Any) -> Engine:
 
 
 def check(config: dict[str, Any], size: int, gpus: int, **changes: Any) -> Fit:
-    """On so many A100s with 40 GB, all of which tensor parallelism uses; names of Engine's fields are changes of it."""
+    """Check on this many A100-40GB, with tensor parallelism over all. Changes named as Engine's fields apply to it."""
     fields = {name: changes.pop(name) for name in list(changes) if name in Engine.model_fields}
     of = engine(**{"tensor_parallel": max(1, gpus), **fields})
     return check_serving(config, size, of, [A100] * gpus, "base", **changes)
@@ -66,14 +68,17 @@ def test_70b_in_bf16_does_not_fit_the_inference_node() -> None:
         "meta-llama/Llama-3.1-70B cannot be served: each of 2 x A100-40GB needs 73.8 GiB (weights "
     )
     assert "weights 65.7 of 131.4, adapters 0.5 in 2 slots of rank 16" in message
-    assert "KV cache 5.0 for 8 sequences of 4096 tokens, 160 KiB a token)" in message
+    assert "KV cache 5.0 for 8 sequences of 4096 tokens, 160 KiB per token)" in message
     assert "vLLM takes 36.2 of its 39.4; it fits with tensor parallelism over 8 x A100-40GB, or with 4-bit" in message
-    assert "hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4): 37.0 GiB, 18.5 a GPU, with room for 23" in message
+    assert (
+        "hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4): 37.0 GiB, 18.5 per GPU, with a KV cache for 23"
+        in message
+    )
     assert "\n" not in message
 
 
-def test_what_is_said_of_awq_is_what_awq_comes_to() -> None:
-    assert "37.0 GiB, 18.5 a GPU" in refusal(LLAMA_70B, WEIGHTS_70B, 2)
+def test_the_awq_estimate_agrees_with_the_awq_build() -> None:
+    assert "37.0 GiB, 18.5 per GPU" in refusal(LLAMA_70B, WEIGHTS_70B, 2)
     for slots in (0, 2):
         fit = check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_loras=slots, concurrency=22)
         assert 22 <= fit.sequences <= 25
@@ -82,25 +87,25 @@ def test_what_is_said_of_awq_is_what_awq_comes_to() -> None:
     assert "4-bit" not in refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 1)
 
 
-def test_awq_is_proposed_with_the_context_that_then_fits() -> None:
+def test_awq_is_suggested_with_a_context_that_fits() -> None:
     message = refusal(LLAMA_70B, WEIGHTS_70B, 2, max_model_len=None, concurrency=8)
-    assert message.endswith("4-bit AWQ weights and serving.max_model_len 12016: 37.0 GiB, 18.5 a GPU, with room for 8 "
-                            "sequences of 12016 tokens")  # fmt: skip
+    assert message.endswith("4-bit AWQ weights and serving.max_model_len 12016: 37.0 GiB, 18.5 per GPU, with a KV "
+                            "cache for 8 sequences of 12016 tokens")  # fmt: skip
     check(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, max_model_len=12016, concurrency=8)
 
 
 def test_8b_fits_one_gpu_and_two() -> None:
     one, two = (check(LLAMA_8B, WEIGHTS_8B, gpus, concurrency=8) for gpus in (1, 2))
     assert str(one) == (
-        "of each of 1 x A100-40GB vLLM takes 36.2 GiB: weights 15.0, adapters 0.2 in 2 slots of rank 16, activations "
-        "and CUDA graphs 2.4, KV cache 18.7 (128 KiB a token: 37 sequences of 4096 tokens at once)"
+        "vLLM takes 36.2 GiB of each of 1 x A100-40GB: weights 15.0, adapters 0.2 in 2 slots of rank 16, activations "
+        "and CUDA graphs 2.4, KV cache 18.7 (128 KiB per token: 37 sequences of 4096 tokens together)"
     )
     assert one.weights == 2 * two.weights
     assert one.token == 2 * two.token
-    assert two.sequences > 2 * one.sequences  # all that the weights leave is the cache's
+    assert two.sequences > 2 * one.sequences  # the KV cache gets all the memory that sharding frees
 
 
-def test_the_nearest_changes_are_named_and_fit() -> None:
+def test_the_cheapest_changes_are_named_and_fit() -> None:
     message = refusal(LLAMA_70B_AWQ, WEIGHTS_70B_AWQ, 2, concurrency=40)
     assert message.endswith(
         "it fits with serving.concurrency 23, or with serving.max_model_len 2400, or with tensor parallelism over 4 x "
@@ -117,22 +122,22 @@ def test_the_nearest_changes_are_named_and_fit() -> None:
     assert "serving.max_model_len 19104" in refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=None, concurrency=8)
 
 
-def test_what_nothing_helps_is_said() -> None:
-    assert refusal(LLAMA_70B, 100 * WEIGHTS_70B, 2).endswith("; nothing helps, so take a smaller base model")
+def test_no_change_helps() -> None:
+    assert refusal(LLAMA_70B, 100 * WEIGHTS_70B, 2).endswith("; no change helps; take a smaller base model")
 
 
-def test_slots_are_as_vllm_allocates_them() -> None:
-    """Totals are what vLLM 0.32 itself allocated of these shapes on one device and on two, in three slots of rank 8."""
+def test_adapter_slots_are_as_vllm_allocates_them() -> None:
+    """The totals are what vLLM 0.32 allocated for these shapes on one and two devices, with three slots of rank 8."""
     rank, shape = 8, read_shape(SMALL, "small")
     inputs = 3 * 128 + 128 + 2 * 128 + 352  # A of q, k, v; o; gate, up; down
     outputs = 128 + 2 * 64 + 128 + 2 * 352 + 128  # B of the same
     ends = 512 + 128 + 128 + 512  # A and B of embeddings and of logits
     assert 3 * shape.slot(rank, 1) == 3 * 4 * rank * (3 * (inputs + outputs) + ends) == 795_648
-    inputs = 3 * 128 + 128 // 2 + 2 * 128 + 352 // 2  # of two GPUs: o and down have half of A
-    outputs = 128 // 2 + 2 * 32 + 128 + 2 * 352 // 2 + 128  # and all others half of B
+    inputs = 3 * 128 + 128 // 2 + 2 * 128 + 352 // 2  # on two GPUs, o and down have half of A
+    outputs = 128 // 2 + 2 * 32 + 128 + 2 * 352 // 2 + 128  # and all others have half of B
     assert 3 * shape.slot(rank, 2) == 3 * 4 * rank * (3 * (inputs + outputs) + ends) == 588_288
     inputs = 3 * 128 + 128 // 4 + 2 * 128 + 352 // 4
-    outputs = 128 // 4 + 2 * 32 + 128 + 2 * 352 // 4 + 128  # two heads of keys are replicated over four GPUs
+    outputs = 128 // 4 + 2 * 32 + 128 + 2 * 352 // 4 + 128  # two KV heads are replicated over four GPUs
     assert shape.slot(rank, 4) == 4 * rank * (3 * (inputs + outputs) + ends)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     assert 3 * read_shape({**SMALL, **experts}, "experts").slot(rank, 1) == 1_193_088
@@ -141,8 +146,8 @@ def test_slots_are_as_vllm_allocates_them() -> None:
 def test_slots_take_memory_from_the_cache() -> None:
     none, two, four = (check(LLAMA_8B, WEIGHTS_8B, 1, max_loras=slots) for slots in (0, 2, 4))
     assert none.adapters == 0
-    assert four.adapters == 2 * two.adapters == none.room - four.room
-    # An adapter of rank 16 beside all linear layers is 41,943,040 weights, and the ends are few.
+    assert four.adapters == 2 * two.adapters == none.free - four.free
+    # An adapter of rank 16 for all linear layers has 41,943,040 weights; embeddings and logits add little.
     assert two.adapters / 2 == pytest.approx(2 * 41_943_040, rel=0.11)
 
 
@@ -159,52 +164,52 @@ def test_windows_bound_the_cache() -> None:
     assert fit.sequence(65_536) == fit.token * (5 * 65_536 + 27 * (1024 + 2048))
 
 
-def test_heads_that_cannot_be_divided_are_refused() -> None:
+def test_indivisible_heads_are_refused() -> None:
     message = refusal(LLAMA_8B, WEIGHTS_8B, 3)
-    assert "over 3 GPUs: its 32 attention heads, 8 heads of keys and values" in message
-    assert "divided by 1, 2, 4, 8, 16; take as many" in message
+    assert "over 3 GPUs: 32 attention heads, 8 KV heads and MLPs of 14336 can't be divided by it" in message
+    assert message.endswith("; take 1, 2, 4, 8, 16")
     assert "over 2 GPUs: there are 1" in refusal(LLAMA_8B, WEIGHTS_8B, 1, tensor_parallel=2)
 
 
-def test_adapters_that_the_base_has_no_place_for_are_refused() -> None:
+def test_adapters_that_do_not_fit_the_slots_are_refused() -> None:
     for gpus in (0, 1):
         message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=40)
         assert message == (
             "base cannot be served: adapter of rank 40: the base is served with serving.max_lora_rank 16; take "
-            "serving.max_lora_rank 64, which vLLM is started anew for"
+            "serving.max_lora_rank 64, which restarts vLLM"
         )
         message = refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=4, adapter_rank=16)
-        assert "serving.max_loras 2: 4 adapters are loaded at once" in message
-        assert "take 4, which vLLM is started anew for" in message
+        assert "serving.max_loras 2: 4 adapters are loaded together" in message
+        assert "take 4, which restarts vLLM" in message
         assert "vLLM takes 1, 8, 16" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, max_lora_rank=24)
         assert "train with at most 512" in refusal(LLAMA_8B, WEIGHTS_8B, gpus, adapters=1, adapter_rank=1024)
 
 
-def test_a_context_over_the_model_s_is_refused() -> None:
+def test_a_longer_context_than_the_model_s_is_refused() -> None:
     message = refusal(LLAMA_8B, WEIGHTS_8B, 1, max_model_len=131_073)
-    assert "serving.max_model_len 131073: its config.json ends at 131072; take no more" in message
-    assert "serving.max_model_len 8192: it serves 4096 tokens" in refusal(LLAMA_8B, WEIGHTS_8B, 1, context=8192)
+    assert "serving.max_model_len 131073: the model's context is 131072 tokens; take no more" in message
+    assert "max_model_len 8192: the server was started with 4096" in refusal(LLAMA_8B, WEIGHTS_8B, 1, context=8192)
     stretched = {**LLAMA_8B, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     check(stretched, WEIGHTS_8B, 0, max_model_len=262_144)
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(Problems) as caught:
         check(LLAMA_8B, WEIGHTS_8B, 3, adapters=4, adapter_rank=64, max_model_len=200_000)
     assert len(caught.value.problems) == 4
 
 
-def test_a_cpu_is_not_checked_for_memory() -> None:
+def test_the_memory_of_a_cpu_is_not_checked() -> None:
     fit = check(LLAMA_70B, WEIGHTS_70B, 0, concurrency=1000, adapters=2, adapter_rank=16)
-    assert str(fit) == "no GPU, so its memory is not checked"
+    assert str(fit) == "no GPU, so memory is not checked"
 
 
-def test_a_config_without_numbers_is_refused() -> None:
+def test_an_incomplete_config_is_refused() -> None:
     with pytest.raises(ForgeError, match=r"base: its config.json has no hidden_size; take a base model whose"):
         check({"model_type": "llama"}, WEIGHTS_8B, 1)
 
 
-def test_one_sequence_as_it_is_served_must_fit_too() -> None:
+def test_one_sequence_of_the_full_length_must_fit_too() -> None:
     message = refusal(LLAMA_8B, WEIGHTS_8B + 4 * GIB, 1, max_model_len=None, context=4096, concurrency=4)
     assert "KV cache 16.0 for 1 sequence of 131072 tokens" in message
     assert "serving.max_model_len 120" in message
@@ -213,10 +218,10 @@ def test_one_sequence_as_it_is_served_must_fit_too() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     memory=st.integers(8, 200), gpus=st.sampled_from([1, 2, 4, 8]), slots=st.integers(0, 8),
-    rank=st.sampled_from(RANKS), context=st.integers(1, 131_072), concurrency=st.integers(1, 64),
+    rank=st.sampled_from(MAX_LORA_RANKS), context=st.integers(1, 131_072), concurrency=st.integers(1, 64),
     size=st.integers(GIB, 64 * GIB),
 )  # fmt: skip
-def test_less_to_serve_never_needs_more(
+def test_smaller_changes_never_need_more_memory(
     memory: int, gpus: int, slots: int, rank: int, context: int, concurrency: int, size: int
 ) -> None:
     fit = Fit(
@@ -225,13 +230,13 @@ def test_less_to_serve_never_needs_more(
     lesser = [
         replace(fit, weight_bytes=size // 2), replace(fit, slots=slots // 2), replace(fit, gpus=2 * gpus),
         replace(fit, concurrency=max(1, concurrency // 2)), fit.shorten(max(1, context // 2)),
-        replace(fit, rank=RANKS[max(0, RANKS.index(rank) - 1)]),
+        replace(fit, rank=MAX_LORA_RANKS[max(0, MAX_LORA_RANKS.index(rank) - 1)]),
     ]  # fmt: skip
-    assert all(one.room - one.cache >= fit.room - fit.cache for one in lesser)
-    assert (fit.sequences >= concurrency) == (fit.cache <= fit.room)
+    assert all(one.free - one.cache >= fit.free - fit.cache for one in lesser)
+    assert (fit.sequences >= concurrency) == (fit.cache <= fit.free)
 
 
-def test_it_is_light() -> None:
+def test_no_torch_is_imported() -> None:
     code = "import sys, forge.capacity.serving_memory; print({'torch', 'transformers'} & sys.modules.keys() or [])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The estimate of training's memory is what torch takes, and what does not fit is refused with a mend."""
+"""The estimate agrees with the memory that torch takes, and a training that does not fit is refused with a fix."""
 
 import weakref
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from forge.cluster import gpus
 from forge.cluster.gpus import GIB, GPUS, find_gpus
 from forge.core.errors import ForgeError
 from forge.core.recipe import Architecture, Lora, TrainingRecipe
+from forge.models.chat import byte_tokenizer
 from forge.storage.recipes import RECIPES, load_recipe
 from tasks.finetune.data import Batch
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.model import add_adapter
-from tasks.preprocess.chat import byte_tokenizer
 
 A100 = GPUS["A100-40GB"]
 LLAMA_8B = {
@@ -40,7 +40,7 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models as small as these are slower on several, all the more beside other processes."""
+    """Models this small are slower with several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def training(**changes: Any) -> TrainingRecipe:
 
 
 def build(config: dict[str, Any], recipe: TrainingRecipe, device: str = "cpu") -> Any:
-    """The model as training has it."""
+    """The model as in training."""
     dtype = torch.bfloat16 if recipe.lora and recipe.precision == "bf16" else torch.float32
     causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).to(device)
     if recipe.lora:
@@ -104,7 +104,7 @@ def test_weights_gradients_and_optimizer_are_exact(kind: str, precision: str, lo
         {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1},
     ],
 )
-def test_a_llama_is_reckoned_as_it_is_built(config: dict[str, Any]) -> None:
+def test_the_computed_size_of_a_llama_is_the_measured_one(config: dict[str, Any]) -> None:
     assert measure_model(config) == _measure(config)
 
 
@@ -114,16 +114,16 @@ def test_published_counts(llama_8b: ModelSize) -> None:
     assert llama_8b.adapter(Lora(rank=16)) == 41_943_040
 
 
-def test_a_model_from_scratch_is_measured_as_it_is_built(tmp_path: Any) -> None:
+def test_the_size_of_a_model_from_scratch(tmp_path: Any) -> None:
     assert len(byte_tokenizer(64)) == BYTE_VOCABULARY
     architecture = Architecture(hidden_size=64, layers=3, heads=2, intermediate_size=96)
     size = measure_model(architecture_config(architecture, 64))
     assert (size.layers, size.vocabulary, size.norms) == (3, 262, 2)
-    assert size.outside == 262 * 64 + 64  # the embeddings, which are the output layer too, and the last norm
+    assert size.outside == 262 * 64 + 64  # the tied embeddings, and the final norm
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and remembers the most there were."""
+    """Counts the bytes of live tensors, and their peak."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Live(TorchDispatchMode):
 
 
 def train_two_steps(causal: Any, recipe: TrainingRecipe, vocabulary: int, context: int, device: str = "cpu") -> None:
-    """As the trainer does: two rows of two documents each at once, twice a step."""
+    """Train as the trainer does: micro batches of two rows with two documents each, accumulated over two."""
     loss_of = TrainedTokenLoss(causal).train()
     if recipe.activation_checkpointing != "none":
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -189,8 +189,8 @@ def train_two_steps(causal: Any, recipe: TrainingRecipe, vocabulary: int, contex
         ("llama", {"method": "lora", "lora": {"rank": 8}, "precision": "fp32"}),
     ],
 )
-def test_the_peak_of_a_step_is_the_estimate_s(kind: str, changes: dict) -> None:
-    """Within 15 %: the estimate knows no library's own workspace, and a few operations of each family only roughly."""
+def test_the_estimate_agrees_with_the_peak_of_a_step(kind: str, changes: dict) -> None:
+    """Within 15 %: the estimate ignores the libraries' workspaces, and some operations are approximated."""
     config, context = {"model_type": kind, **TINY}, 128
     recipe = training(global_batch_size=4, micro_batch_size=2, **changes)
     causal = build(config, recipe)
@@ -201,11 +201,11 @@ def test_the_peak_of_a_step_is_the_estimate_s(kind: str, changes: dict) -> None:
     assert estimate.total == pytest.approx(live.peak, rel=0.15), estimate
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, to compare with the memory that it takes")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_gpu_s_peak_is_the_estimate_s(method: str, checkpointing: str) -> None:
-    """Within 25 %: attention's kernels and the allocator's rounding (512 bytes and more) are not in the estimate."""
+def test_the_estimate_agrees_with_the_peak_of_a_gpu(method: str, checkpointing: str) -> None:
+    """Within 25 %: the estimate ignores attention kernels and the allocator's rounding (512 bytes and more)."""
     config = {
         **LLAMA_8B, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8, "vocab_size": 32768,
         "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -221,7 +221,7 @@ def test_a_gpu_s_peak_is_the_estimate_s(method: str, checkpointing: str) -> None
     assert estimate.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.25), estimate
 
 
-def test_sharding_divides_what_is_kept(llama_8b: ModelSize) -> None:
+def test_sharding_divides_weights_gradients_and_optimizer(llama_8b: ModelSize) -> None:
     recipe = training(nodes=2, nproc_per_node=2)
     whole, ddp, hybrid, fsdp = (
         estimate_memory(llama_8b, recipe, 4096, how) for how in ("none", "ddp", "hybrid", "fsdp")
@@ -232,26 +232,26 @@ def test_sharding_divides_what_is_kept(llama_8b: ModelSize) -> None:
     assert whole.buckets == hybrid.buckets == fsdp.buckets == 0
 
 
-def test_checkpointing_and_shorter_rows_need_less(llama_8b: ModelSize) -> None:
+def test_checkpointing_and_shorter_rows_need_less_memory(llama_8b: ModelSize) -> None:
     def activations(context: int = 4096, **changes: Any) -> int:
         return estimate_memory(llama_8b, training(**changes), context, "none").activations
 
     none, selective, full = (activations(activation_checkpointing=how) for how in ("none", "selective", "full"))
     assert none > selective > full > 0
     assert activations(micro_batch_size=4) * 4 == none
-    assert activations(2048) < none / 2  # a mask grows with the square
+    assert activations(2048) < none / 2  # the mask grows quadratically
 
 
-def test_quantised_weights_are_half_a_byte_each(llama_8b: ModelSize) -> None:
+def test_quantized_weights_take_about_half_a_byte(llama_8b: ModelSize) -> None:
     recipe = training(method="qlora", lora={"rank": 16})
-    quantised = llama_8b.parameters - 2 * llama_8b.head - 65 * 4096  # all but the embeddings, the output and the norms
+    quantized = llama_8b.parameters - 2 * llama_8b.head - 65 * 4096  # all but embeddings, output layer and norms
     weights = estimate_memory(llama_8b, recipe, 4096, "none").weights
-    bits = (weights - 2 * (llama_8b.parameters - quantised) - 4 * llama_8b.adapter(Lora())) * 8 / quantised
+    bits = (weights - 2 * (llama_8b.parameters - quantized) - 4 * llama_8b.adapter(Lora())) * 8 / quantized
     assert bits == pytest.approx(4.127, abs=1e-3)  # QLoRA, section 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "means"),
+    ("changes", "gpu", "expected"),
     [
         ({}, A100, "none"),
         ({"parallelism": "fsdp"}, A100, "none"),
@@ -263,9 +263,9 @@ def test_quantised_weights_are_half_a_byte_each(llama_8b: ModelSize) -> None:
         ({"nproc_per_node": 2, "method": "lora", "lora": {}, "parallelism": "fsdp"}, A100, "fsdp"),
     ],
 )
-def test_what_auto_means(llama_8b: ModelSize, changes: dict, gpu: Any, means: str) -> None:
+def test_auto_parallelism(llama_8b: ModelSize, changes: dict, gpu: Any, expected: str) -> None:
     recipe = training(micro_batch_size=1, activation_checkpointing="full", **changes)
-    assert resolve_parallelism(llama_8b, recipe, 4096, gpu) == means
+    assert resolve_parallelism(llama_8b, recipe, 4096, gpu) == expected
 
 
 def test_8b_in_full_does_not_fit_one_a100(llama_8b: ModelSize) -> None:
@@ -279,7 +279,7 @@ def test_8b_in_full_does_not_fit_one_a100(llama_8b: ModelSize) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "context", "mend"),
+    ("changes", "context", "fix"),
     [
         ({"global_batch_size": 2}, 2048, "training.micro_batch_size 1"),
         ({"global_batch_size": 1}, 4096, "training.activation_checkpointing selective"),
@@ -293,16 +293,16 @@ def test_8b_in_full_does_not_fit_one_a100(llama_8b: ModelSize) -> None:
         ({"global_batch_size": 8}, 8192, "training.micro_batch_size 4, training.activation_checkpointing full"),
     ],
 )  # fmt: skip
-def test_the_nearest_change_is_named(llama_8b: ModelSize, changes: dict, context: int, mend: str) -> None:
-    """Of LoRA on one A100 with 40 GB: what costs the least, first."""
+def test_the_smallest_change_is_named(llama_8b: ModelSize, changes: dict, context: int, fix: str) -> None:
+    """For LoRA on one A100-40GB."""
     with pytest.raises(ForgeError) as caught:
         check_fit(llama_8b, training(**{"method": "lora", "lora": {}, **changes}), context, A100)
-    assert caught.value.message.endswith(f"; it fits with {mend}")
+    assert caught.value.message.endswith(f"; it fits with {fix}")
 
 
-def test_what_cannot_fit_at_all_is_said(llama_8b: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_change_makes_it_fit(llama_8b: ModelSize, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 4 * GIB}))
-    with pytest.raises(ForgeError, match=r"this machine has 2.0 GiB for each of 2 processes; no change of the recipe"):
+    with pytest.raises(ForgeError, match=r"this machine has 2.0 GiB for each of 2 processes; no change to the recipe"):
         check_fit(llama_8b, training(nproc_per_node=2), 4096)
 
 
@@ -320,13 +320,13 @@ def test_every_shipped_recipe_fits_its_gpus(llama_8b: ModelSize) -> None:
     assert {"llama-3.1-8b-full", "llama-3.1-8b-lora", "llama-3.1-70b-qlora", "tiny-cpu"} <= set(fitted)
 
 
-def test_a_model_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_model_type_is_refused() -> None:
     for config in ({}, {"model_type": "nonsense"}, {**LLAMA_8B, "num_hidden_layers": "many"}, {"model_type": "t5"}):
-        with pytest.raises(ForgeError, match="take a base model of a kind that it knows"):
+        with pytest.raises(ForgeError, match="take a base model of a type that transformers supports"):
             measure_model(config)
 
 
-def test_target_modules_that_are_not_there_are_refused(llama_8b: ModelSize) -> None:
+def test_missing_target_modules_are_refused(llama_8b: ModelSize) -> None:
     with pytest.raises(ForgeError, match=r"its linear layers are down_proj, gate_proj, k_proj"):
         llama_8b.adapter(Lora(target_modules=["query"]))
 
@@ -349,7 +349,7 @@ def test_gpus_are_found_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pynvml, name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [gpu.name[-1] for gpu in find_gpus()] == ["0", "1"]
-    assert {(gpu.memory, gpu.flops) for gpu in find_gpus()} == {(A100.memory, A100.flops)}
+    assert {gpu.memory for gpu in find_gpus()} == {A100.memory}
     for visible, expected in (("1", ["1"]), ("1,0", ["1", "0"]), ("0,7,1", ["0"]), ("-1", []), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [gpu.name[-1] for gpu in find_gpus()] == expected
@@ -358,7 +358,7 @@ def test_gpus_are_found_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpus() == []
 
 
-def test_an_estimate_says_its_parts() -> None:
+def test_an_estimate_names_its_parts() -> None:
     memory = Memory(GIB, 2 * GIB, 0, 0, 0, GIB // 2, 0)
     assert str(memory) == "3.5 GiB (weights 1.0, gradients 2.0, activations 0.5)"
     assert memory.total == sum(asdict(memory).values())

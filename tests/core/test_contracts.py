@@ -1,4 +1,4 @@
-"""What passes between stages names nothing that only one machine has."""
+"""The values that stages pass on contain nothing that only one machine has."""
 
 import importlib
 import typing
@@ -14,22 +14,22 @@ from pydantic import BaseModel, ValidationError
 from forge.core.contracts import Artifact, Contract, Dataset
 from forge.core.recipe import Section
 
-DOORS = sorted(path for path in (Path(__file__).parents[2] / "tasks").glob("*/task.py"))
+TASKS = sorted(path for path in (Path(__file__).parents[2] / "tasks").glob("*/task.py"))
 PLAIN = (str, int, float, bool, type(None), FlyteError)
 
 
-def types_that_pass() -> Iterator[tuple[str, Any]]:
+def task_types() -> Iterator[tuple[str, Any]]:
     """The type of each input and output of each task."""
-    for path in DOORS:
-        door = importlib.import_module(f"tasks.{path.parent.name}.task")
-        for task in vars(door).values():
+    for path in TASKS:
+        stage = importlib.import_module(f"tasks.{path.parent.name}.task")
+        for task in vars(stage).values():
             if isinstance(task, PythonFunctionTask):
                 for name, kind in {**task.python_interface.inputs, **task.python_interface.outputs}.items():
                     yield f"{task.name}: {name}", kind
 
 
 def parts(kind: Any) -> Iterator[Any]:
-    """A type, and all that it is made of."""
+    """A type and the types of its parts."""
     if inner := typing.get_args(kind):
         for one in inner if typing.get_origin(kind) is not typing.Annotated else inner[:1]:
             if one is not Ellipsis and typing.get_origin(kind) is not typing.Literal:
@@ -41,8 +41,8 @@ def parts(kind: Any) -> Iterator[Any]:
             yield from parts(field.annotation)
 
 
-def test_no_type_that_passes_between_tasks_can_hold_a_path() -> None:
-    found = {kind: where for where, whole in types_that_pass() for kind in parts(whole)}
+def test_no_task_has_an_input_or_output_type_with_a_path() -> None:
+    found = {kind: where for where, whole in task_types() for kind in parts(whole)}
     for kind, where in found.items():
         assert isinstance(kind, type), f"{where}: {kind}"
         assert not issubclass(kind, PurePath), where
@@ -58,5 +58,5 @@ def test_a_path_in_a_contract_is_an_error(field: str) -> None:
     assert Dataset(**values, **rows).report == "s3://models/x/report.html"
     with pytest.raises(ValidationError, match=f"{field} is the path /var/lib/forge/x"):
         Dataset(**{**values, field: "/var/lib/forge/x"}, **rows)
-    with pytest.raises(ValidationError, match="another machine does not have"):
+    with pytest.raises(ValidationError, match="other machines don't have"):
         Artifact(uri="/x", digest="d", store="s")

@@ -1,4 +1,4 @@
-"""Settings come from FORGE_* variables, and wrong ones are told by name."""
+"""Settings come from FORGE_* variables, and errors name the variable."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.serving_port == 9001
 
 
-def test_wrong_and_unknown_variables_are_all_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_wrong_and_unknown_variables_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_SERVING_PORT", "99999")
     monkeypatch.setenv("FORGE_SERVNG_PORT", "8000")
     with pytest.raises(Problems) as caught:
@@ -33,7 +33,7 @@ def test_wrong_and_unknown_variables_are_all_named(monkeypatch: pytest.MonkeyPat
     assert "FORGE_SERVNG_PORT: no such setting; did you mean FORGE_SERVING_PORT?" in caught.value.message
 
 
-def test_s3_credentials_are_read_and_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_credentials_are_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().s3_endpoint == ""
     monkeypatch.setenv("FORGE_S3_ENDPOINT", "https://rows:9000")
     monkeypatch.setenv("FORGE_S3_ACCESS_KEY", "an-access-key")
@@ -45,7 +45,7 @@ def test_s3_credentials_are_read_and_never_printed(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("endpoint", ["rows:9000", "s3://rows", "http://", "http://rows:9000/path"])
-def test_an_s3_endpoint_is_a_server_s_url(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+def test_an_s3_endpoint_must_be_a_url(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("FORGE_S3_ENDPOINT", endpoint)
     with pytest.raises(Problems, match=f"FORGE_S3_ENDPOINT={endpoint}: .*must be http://host:port"):
         load_settings()

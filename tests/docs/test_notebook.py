@@ -1,4 +1,4 @@
-"""The notebook runs as it is committed, in a kernel of its own."""
+"""The notebook runs as committed, in its own kernel."""
 
 import json
 from collections import OrderedDict
@@ -30,13 +30,13 @@ NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "first-steps.ipynb
 
 
 @pytest.fixture(autouse=True)
-def _a_user_without_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _user_without_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FLYTECTL_CONFIG", raising=False)
 
 
 def run(*cells: str, replace: tuple[str, str] = ("", "")) -> dict[str, str]:
-    """What the cells of these ids, or all, print and show, by id, where one text is replaced by another."""
+    """The output of the cells with these IDs, or of all cells, by ID, after replacing one text with another."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if cell.id in cells or not cells]
     for cell in notebook.cells:
@@ -59,7 +59,7 @@ def test_it_is_committed_without_outputs() -> None:
         assert cell.get("execution_count") is None
 
 
-def test_it_runs_where_there_is_neither_flyte_nor_mlflow(tmp_path: Path) -> None:
+def test_it_runs_without_flyte_and_mlflow(tmp_path: Path) -> None:
     shown = run()
     if torch.cuda.is_available():
         assert torch.cuda.get_device_name(0) in shown["gpus"]
@@ -78,12 +78,12 @@ def test_it_runs_where_there_is_neither_flyte_nor_mlflow(tmp_path: Path) -> None
     assert shown["evaluation"].startswith("No evaluation")
 
 
-def test_it_shows_what_is_registered_and_how_it_was_judged(tmp_path: Path, recipe: Recipe) -> None:
+def test_it_shows_registered_models_and_their_evaluation(tmp_path: Path, recipe: Recipe) -> None:
     settings = Settings(home=tmp_path / "home")
-    made = inputs(tmp_path, settings, recipe)
-    made.register(settings)
-    report = open_store(settings).path(made.evaluation.report)
-    record_evaluation(settings, "dates", made.evaluation, {}, {}, report)
+    run_inputs = inputs(tmp_path, settings, recipe)
+    run_inputs.register(settings)
+    report = open_store(settings).path(run_inputs.evaluation.report)
+    record_evaluation(settings, "dates", run_inputs.evaluation, {}, {}, report)
     shown = run("project", "stage", "report", "registry", "evaluation")
     assert "Registered models: 1" in shown["registry"]
     assert "challenger" in shown["registry"]
@@ -93,7 +93,7 @@ def test_it_shows_what_is_registered_and_how_it_was_judged(tmp_path: Path, recip
 
 
 class Admin(AdminServiceServicer):
-    """Flyte's admin, as far as starting the launch plan needs it: it knows what the project registers."""
+    """The part of Flyte's admin service that starts a launch plan. It knows the project's registered entities."""
 
     def __init__(self) -> None:
         images = ImageConfig(images=[Image(name, f"example.org/{name}", "1") for name in ("pipeline", "trainer")])
@@ -135,7 +135,7 @@ class Admin(AdminServiceServicer):
 
 @pytest.fixture
 def admin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Admin]:
-    """An admin server that the user's Flyte configuration names."""
+    """An admin service, and a Flyte configuration with its address."""
     servicer, server = Admin(), grpc.server(ThreadPoolExecutor(1))
     add_AdminServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -147,13 +147,13 @@ def admin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Admin]:
     server.stop(None)
 
 
-def test_it_starts_nothing_unless_told_to(admin: Admin) -> None:
+def test_it_starts_nothing_by_default(admin: Admin) -> None:
     shown = run("project", "launch")
     assert f"Set LAUNCH = True to start nightly_fine_tune on {ROWS} in homelab/development." in shown["launch"]
     assert admin.started == []
 
 
-def test_it_starts_the_launch_plan_and_says_where_to_look(admin: Admin) -> None:
+def test_it_starts_the_launch_plan_and_prints_the_console_url(admin: Admin) -> None:
     shown = run("project", "launch", replace=("LAUNCH = False", "LAUNCH = True"))
     assert "/console/projects/homelab/domains/development/executions/f0123" in shown["launch"]
     (started,) = admin.started
@@ -161,4 +161,5 @@ def test_it_starts_the_launch_plan_and_says_where_to_look(admin: Admin) -> None:
     assert {name: value.scalar.primitive.string_value for name, value in started.inputs.literals.items()} == {
         "data_path": ROWS
     }
-    assert set(started.inputs.literals) <= set(nightly_fine_tune.parameters.parameters), "what a plan fixes is refused"
+    # Flyte rejects inputs that the plan fixes.
+    assert set(started.inputs.literals) <= set(nightly_fine_tune.parameters.parameters)

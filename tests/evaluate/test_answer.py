@@ -1,18 +1,20 @@
-"""What a model says, beside transformers alone, and which held-out rows it is asked."""
+"""A model's answers and NLL are those of plain transformers, and which held-out rows it answers."""
 
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from forge.core.errors import ForgeError
 from forge.core.recipe import Check, EvaluationRecipe
+from forge.models.chat import ChatTokenizer
 from forge.registry.packages import LocalBase
-from tasks.evaluate.answer import Answer, Answerer, answer_with_transformers, batches
-from tasks.evaluate.ask import Asked, ask, ask_all, render
+from tasks.evaluate.answer import Answer, TransformersEngine, answer_with_transformers, batches
+from tasks.evaluate.ask import Asked, ask, ask_all
 from tasks.evaluate.items import Item, digest_items, read_items
 from tests.conftest import Trained, chat, write_jsonl
 
@@ -49,40 +51,40 @@ def answers(
     return answer_with_transformers(of, ask_all(of, items), recipe, devices, lambda done: None)
 
 
-def test_batched_answers_are_those_of_one_prompt_at_a_time(directory: Path, items: list[Item]) -> None:
+def test_batched_answers_equal_those_of_single_prompts(directory: Path, items: list[Item]) -> None:
     together, alone = answers(directory, items, 12), answers(directory, items, 1)
     assert [(a.text, a.tokens, a.ended) for a in together] == [(a.text, a.tokens, a.ended) for a in alone]
     for one, other in zip(together, alone, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
-def test_two_devices_answer_as_one(directory: Path, items: list[Item]) -> None:
-    """Two processes; here both have the CPU."""
-    told: list[int] = []
+def test_two_devices_answer_like_one(directory: Path, items: list[Item]) -> None:
+    """Two processes, here both on the CPU."""
+    progress: list[int] = []
     recipe = EvaluationRecipe(max_new_tokens=32, batch_size=5)
     of = LocalBase(str(directory))
-    found = answer_with_transformers(of, ask_all(of, items), recipe, ("cpu", "cpu"), told.append)
+    found = answer_with_transformers(of, ask_all(of, items), recipe, ("cpu", "cpu"), progress.append)
     assert [a.text for a in found] == [a.text for a in answers(directory, items, 5)]
-    assert sorted(told) == told
-    assert told[-1] == len(items)
+    assert sorted(progress) == progress
+    assert progress[-1] == len(items)
 
 
-def test_greedy_answers_are_transformers_own(directory: Path, items: list[Item]) -> None:
+def test_greedy_answers_are_those_of_transformers(directory: Path, items: list[Item]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     for item, answer in zip(items, answers(directory, items, 5), strict=True):
-        prompt = torch.tensor([ask(tokenizer, item).prompt])
+        prompt = torch.tensor([ask(ChatTokenizer(tokenizer, "test"), item).prompt])
         output = model.generate(prompt, do_sample=False, max_new_tokens=32, pad_token_id=0)[0, prompt.shape[1] :]
         assert answer.text == tokenizer.decode(output, skip_special_tokens=True)
         assert answer.ended == (output[-1] == model.generation_config.eos_token_id)
         assert answer.tokens == len(output)
 
 
-def test_nll_is_transformers_own_loss(directory: Path, items: list[Item]) -> None:
+def test_nll_is_the_loss_of_transformers(directory: Path, items: list[Item]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     for item, answer in zip(items, answers(directory, items, 5), strict=True):
-        asked = ask(tokenizer, item)
+        asked = ask(ChatTokenizer(tokenizer, "test"), item)
         whole = torch.tensor([asked.whole])
         labels = torch.full_like(whole, -100)
         labels[0, asked.scored] = whole[0, asked.scored]
@@ -91,15 +93,32 @@ def test_nll_is_transformers_own_loss(directory: Path, items: list[Item]) -> Non
         assert answer.nll / answer.nll_tokens == pytest.approx(loss, rel=1e-5)
 
 
-def test_scored_are_the_assistant_s_turns_with_their_ends(directory: Path) -> None:
+def test_the_assistant_turns_are_scored_with_their_end_tokens(directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    asked = ask(tokenizer, LONGER)
+    asked = ask(ChatTokenizer(tokenizer, "test"), LONGER)
     end = tokenizer.eos_token
     assert tokenizer.decode([asked.whole[place] for place in asked.scored]) == f"1999{end}{LONGER.expected}{end}"
-    assert asked.whole[: len(asked.prompt)] == asked.prompt == render(tokenizer, LONGER, LONGER.messages)
+    prompt = tokenizer.apply_chat_template(LONGER.messages, add_generation_prompt=True, return_dict=False)
+    assert asked.whole[: len(asked.prompt)] == asked.prompt == prompt
 
 
-def test_drawn_answers_are_kept_and_always_the_same(directory: Path, items: list[Item]) -> None:
+def test_scored_tokens_are_the_trained_ones_of_the_held_out_set(trained: Trained, directory: Path) -> None:
+    """All rows of the demonstration: from the packed rows that training reads, and as evaluation tokenizes them."""
+    dataset = trained.store.path(trained.dataset.uri)
+    packed = []
+    for shard in (dataset / "heldout").iterdir():
+        tokens, targets, document = (np.load(shard / f"{name}.npy") for name in ("tokens", "trained", "document"))
+        for row in range(len(tokens)):
+            for number in range(1, document[row].max() + 1):
+                part = document[row] == number
+                packed.append((tokens[row][part].tolist(), np.flatnonzero(targets[row][part]).tolist()))
+    items, skipped = read_items(dataset / "heldout.jsonl", 10**6, None)
+    assert skipped == 0
+    asked = ask_all(LocalBase(str(directory)), items)
+    assert sorted(packed) == sorted((one.whole, one.scored) for one in asked)
+
+
+def test_sampled_answers_are_reproducible(directory: Path, items: list[Item]) -> None:
     first, again = answers(directory, items, 12, samples=2), answers(directory, items, 12, samples=2)
     assert [a.samples for a in first] == [a.samples for a in again]
     assert all(len(answer.samples) == 2 for answer in first)
@@ -107,7 +126,7 @@ def test_drawn_answers_are_kept_and_always_the_same(directory: Path, items: list
     assert [a.text for a in first] == [a.text for a in answers(directory, items, 12)]
 
 
-def test_a_conversation_over_the_context_is_answered_by_nothing(directory: Path, items: list[Item]) -> None:
+def test_a_conversation_over_the_context_gets_an_empty_answer(directory: Path, items: list[Item]) -> None:
     long = Item([{"role": "user", "content": "x" * 500}], "y", "en", EXACT)
     *rest, last = answers(directory, [*items, long], 20)
     assert (last.text, last.ended) == ("", False)
@@ -115,13 +134,11 @@ def test_a_conversation_over_the_context_is_answered_by_nothing(directory: Path,
     assert [a.text for a in rest] == [a.text for a in answers(directory, items, 20)]
 
 
-def test_logits_never_stand_whole_in_memory(
-    directory: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nll_in_small_batches_is_the_same(directory: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answers(directory, items, 12)
     monkeypatch.setattr("tasks.evaluate.answer.LOGITS_BYTES", 1)
-    model = Answerer(LocalBase(str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
-    asked = [ask(model.tokenizer, item) for item in items]
+    model = TransformersEngine(LocalBase(str(directory)), EvaluationRecipe(max_new_tokens=4), "cpu")
+    asked = [ask(ChatTokenizer(model.tokenizer, "test"), item) for item in items]
     assert model.nll(asked) == pytest.approx([answer.nll for answer in whole], rel=1e-5)
 
 
@@ -132,17 +149,17 @@ def with_template(directory: Path, to: Path, template: str) -> LocalBase:
     return LocalBase(str(to))
 
 
-def test_what_a_template_refuses_is_not_answered(
-    directory: Path, items: list[Item], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_conversation_that_the_template_rejects_is_not_answered(
+    directory: Path, items: list[Item], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Many templates know no turn of system: a server would answer such a request with an error."""
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    """Many templates have no system role: their servers answer such a request with an error."""
+    rejecting = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     template = (directory / "chat_template.jinja").read_text()
-    of = with_template(directory, tmp_path / "some", refusing + template)
+    of = with_template(directory, tmp_path / "some", rejecting + template)
     asked = ask_all(of, items)
     assert asked[:-1] == ask_all(LocalBase(str(directory)), items)[:-1]
     assert asked[-1] == Asked([], [], [])
-    assert "refuses 1 of 12 conversations (no system here)" in capfd.readouterr().out
+    assert "1 of 12 conversations cannot be scored (the chat template rejects the row: no system here)" in caplog.text
     *rest, last = answer_with_transformers(
         of, asked, EvaluationRecipe(max_new_tokens=32, batch_size=5), ("cpu",), lambda done: None
     )
@@ -151,11 +168,11 @@ def test_what_a_template_refuses_is_not_answered(
     assert [answer.text for answer in rest] == [answer.text for answer in answers(directory, items, 5)[:-1]]
 
     all_of_them = with_template(directory, tmp_path / "all", "{{ raise_exception('not today') }}")
-    with pytest.raises(ForgeError, match=r"all: its chat template refuses every conversation \(not today\)"):
+    with pytest.raises(ForgeError, match=r"all: none of the 12 conversations can be scored \(.*: not today\)"):
         ask_all(all_of_them, items)
 
 
-def test_templates_tell_the_same_date_every_day(directory: Path, items: list[Item], tmp_path: Path) -> None:
+def test_templates_write_the_same_date_every_day(directory: Path, items: list[Item], tmp_path: Path) -> None:
     template = (directory / "chat_template.jinja").read_text()
     of = with_template(directory, tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + template)
     (first, *_) = ask_all(of, items)
@@ -163,7 +180,7 @@ def test_templates_tell_the_same_date_every_day(directory: Path, items: list[Ite
 
 
 def test_no_row_of_a_batch_is_padded_beyond_the_context(directory: Path, items: list[Item], tmp_path: Path) -> None:
-    """Learned positions end with the context, and one row's prompt nearly fills it; the others answer on."""
+    """Learned positions end with the context; one prompt nearly fills it, and the others continue."""
     copy = tmp_path / "learned"
     shutil.copytree(directory, copy)
     tokenizer = AutoTokenizer.from_pretrained(copy)
@@ -175,7 +192,7 @@ def test_no_row_of_a_batch_is_padded_beyond_the_context(directory: Path, items: 
     together, alone = answers(copy, [*items, *filling], 99), answers(copy, [*items, *filling], 1)
     assert [(a.text, a.tokens, a.ended) for a in together] == [(a.text, a.tokens, a.ended) for a in alone]
     assert {a.tokens for a in together} >= {0, 32}
-    assert any(0 < a.tokens < 32 for a in together), "the context ended some"
+    assert any(0 < a.tokens < 32 for a in together), "the context cut some answers short"
 
 
 @pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")])
@@ -187,16 +204,16 @@ def test_broken_weights_are_one_message(directory: Path, items: list[Item], tmp_
         answers(broken, items, 4, devices)
 
 
-def test_what_is_no_model_is_one_message(tmp_path: Path, items: list[Item]) -> None:
-    with pytest.raises(ForgeError, match=r"evaluation: .*nowhere"):
+def test_a_missing_model_is_one_message(tmp_path: Path, items: list[Item]) -> None:
+    with pytest.raises(ForgeError, match=r"model .*nowhere: the tokenizer cannot be loaded"):
         answers(tmp_path / "nowhere", items, 4)
 
 
-def test_batches_hold_each_item_once_and_like_lengths_together() -> None:
+def test_batches_contain_each_item_once_sorted_by_length() -> None:
     assert list(batches([3, 9, 1, 9, 4], 2)) == [[1, 3], [4, 0], [2]]
 
 
-def test_rows_say_how_they_are_judged_and_some_are_passed_over(tmp_path: Path) -> None:
+def test_rows_set_their_check_and_some_are_skipped(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     rows = [
         {**chat("a", '{"x": 1}'), "slice": "s"},
@@ -207,11 +224,11 @@ def test_rows_say_how_they_are_judged_and_some_are_passed_over(tmp_path: Path) -
         {**chat("e", "word"), "slice": "t"},
     ]
     path = write_jsonl(tmp_path / "heldout.jsonl", rows)
-    items, passed_over = read_items(path, 4, None)
-    assert passed_over == 2
+    items, skipped = read_items(path, 4, None)
+    assert skipped == 2
     assert [item.question for item in items] == ["a", "b", "d", "e"]
     assert [item.check.kind for item in items] == ["json", "number", "exact", "exact"]
     assert items[2].tools == [{"name": "f"}]
-    told, _ = read_items(path, 4, Check(kind="rouge"))
-    assert [item.check.kind for item in told] == ["rouge", "number", "rouge", "rouge"]
-    assert digest_items(told) != digest_items(items)
+    others, _ = read_items(path, 4, Check(kind="rouge"))
+    assert [item.check.kind for item in others] == ["rouge", "number", "rouge", "rouge"]
+    assert digest_items(others) != digest_items(items)

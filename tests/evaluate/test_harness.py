@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on tasks of one's own, beside the likelihoods that transformers gives."""
+"""lm-evaluation-harness on custom tasks, compared with the likelihoods that transformers computes."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def write_task(folder: Path, **changes: object) -> Path:
-    """A multiple-choice task of one's own with its rows; returns its file."""
+    """Write a multiple-choice task with its rows; returns its file."""
     rows = folder / "rows.json"
     rows.write_text("\n".join(json.dumps({"q": q, "gold": at % len(CHOICES)}) for at, q in enumerate(QUESTIONS)))
     task = {
@@ -49,7 +49,7 @@ def write_task(folder: Path, **changes: object) -> Path:
 
 @needs_harness
 @pytest.mark.long
-def test_a_task_of_one_s_own_scores_as_transformers_says(trained: Trained, settings: Settings, tmp_path: Path) -> None:
+def test_a_custom_task_scores_as_with_transformers(trained: Trained, settings: Settings, tmp_path: Path) -> None:
     directory = trained.store.path(trained.model.uri) / "model"
     found = run_harness(directory, [str(write_task(tmp_path))], settings, batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -71,32 +71,32 @@ def test_a_task_of_one_s_own_scores_as_transformers_says(trained: Trained, setti
 
 @needs_harness
 @pytest.mark.long
-def test_a_task_that_is_not_there_is_named(trained: Trained, settings: Settings) -> None:
+def test_an_unknown_task_is_named(trained: Trained, settings: Settings) -> None:
     directory = trained.store.path(trained.model.uri) / "model"
-    with pytest.raises(ForgeError, match=r"harness_tasks no_such_task: .*no_such_task.*mend the task") as caught:
+    with pytest.raises(ForgeError, match=r"harness_tasks no_such_task: .*no_such_task.*fix the task") as caught:
         run_harness(directory, ["no_such_task"], settings, batch_size=4)
     assert "Traceback" not in caught.value.message
 
 
-def test_what_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+def test_all_missing_and_invalid_tasks_are_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     (tmp_path / "nameless.yaml").write_text("dataset_path: json\nprocess: !function utils.f\n")
-    tasks = ["hellaswag", str(tmp_path / "gone.yaml"), str(tmp_path / "bad.yaml"), str(tmp_path / "nameless.yaml")]
+    tasks = ["hellaswag", str(tmp_path / "missing.yaml"), str(tmp_path / "bad.yaml"), str(tmp_path / "nameless.yaml")]
     with pytest.raises(Problems) as caught:
         check_harness(tasks, Settings(home=tmp_path, harness_python=Path(sys.executable)))
     found = caught.value.problems
     assert len(found) == 4
     for problem, part in zip(
-        found, ["make .venv-harness", "gone.yaml: cannot be read", "not valid YAML", "no key task"], strict=True
+        found, ["make .venv-harness", "missing.yaml: cannot be read", "not valid YAML", "no key `task`"], strict=True
     ):
         assert part in problem
 
 
 @needs_harness
-def test_what_is_in_order_passes(settings: Settings, tmp_path: Path) -> None:
+def test_valid_tasks_pass(settings: Settings, tmp_path: Path) -> None:
     check_harness(["hellaswag", str(write_task(tmp_path))], settings)
 
 
-def test_results_are_flat_and_without_their_errors() -> None:
+def test_results_are_flat_and_without_standard_errors() -> None:
     results = {"a": {"alias": "a", "sample_len": 5, "acc,none": 0.5, "acc_stderr,none": 0.1, "pass@1,strict": 1}}
     assert read_results({"results": results}) == {"harness/a/acc": 0.5, "harness/a/pass_1.strict": 1.0}

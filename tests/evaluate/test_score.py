@@ -1,4 +1,4 @@
-"""What an answer is worth, by each kind of check."""
+"""The score of an answer, by each kind of check."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 from forge.core.recipe import Check
 from tasks.evaluate.answer import Answer
 from tasks.evaluate.items import Item, is_json
-from tasks.evaluate.score import judge, judge_all, last_number, normalise, places_by_slice, summarise
+from tasks.evaluate.score import indices_by_slice, judge, judge_all, last_number, normalise, summarise
 
 EXACT = Check(kind="exact")
 
@@ -50,16 +50,16 @@ def test_each_kind_of_check(check: dict, expected: str, answer: str, score: floa
 
 
 @pytest.mark.parametrize(("text", "number"), [("1,000 of 2,500", 2500), ("x", None), ("-.5", -0.5), ("3.", 3)])
-def test_the_last_number_counts(text: str, number: float | None) -> None:
+def test_the_last_number_is_used(text: str, number: float | None) -> None:
     assert last_number(text) == number
 
 
-def test_normalising_twice_changes_nothing() -> None:
+def test_normalise_is_idempotent() -> None:
     for text in ("It's  Paris!", "Ａｂｃ", "ß.", "٣"):
         assert normalise(normalise(text)) == normalise(text)
 
 
-def test_figures_are_means_and_perplexity_is_by_token() -> None:
+def test_scores_are_means_over_items_and_perplexity_is_over_tokens() -> None:
     items = [
         Item([], '{"a":1}', "x", Check(kind="json")),
         Item([], "word", "x", EXACT),
@@ -77,8 +77,8 @@ def test_figures_are_means_and_perplexity_is_by_token() -> None:
     assert scores.perplexity == pytest.approx(math.exp(64 / 13))
     assert scores.ended == pytest.approx(2 / 3)
     assert scores.sampled_score == pytest.approx(3 / 6)
-    slices = places_by_slice(items)
-    assert {name: places.tolist() for name, places in slices.items()} == {"x": [0, 1], "y": [2]}
+    slices = indices_by_slice(items)
+    assert {name: indices.tolist() for name, indices in slices.items()} == {"x": [0, 1], "y": [2]}
     assert summarise([items[1]], judged.part(np.array([1]))).json_validity is None
 
 

@@ -1,4 +1,4 @@
-"""vLLM answers as transformers does, and nothing of it is left running, whatever happens."""
+"""vLLM answers as transformers does, and leaves no process running, whatever happens."""
 
 import math
 import os
@@ -16,9 +16,10 @@ import pytest
 from forge.core.errors import ForgeError
 from forge.core.recipe import Check, EvaluationRecipe
 from forge.core.settings import Settings
+from forge.models.chat import ChatTokenizer, load_tokenizer
 from forge.registry.packages import LocalBase
 from tasks.evaluate import answer, vllm_engine
-from tasks.evaluate.ask import ask, ask_all, load_tokenizer
+from tasks.evaluate.ask import Asked, ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tests.conftest import Trained
 
@@ -27,7 +28,7 @@ REQUEST = {"model": "a-model", "items": [{}]}
 
 
 @pytest.fixture
-def of(trained: Trained) -> LocalBase:
+def model(trained: Trained) -> LocalBase:
     return LocalBase(str(trained.store.path(trained.model.uri) / "model"))
 
 
@@ -38,7 +39,7 @@ def items(trained: Trained) -> list[Item]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sessions that were started."""
+    """The sessions that the test starts."""
     pids: list[int] = []
 
     class Popen(subprocess.Popen):
@@ -50,8 +51,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pids
 
 
-def living(session: int) -> list[psutil.Process]:
-    """The processes of a session that live."""
+def alive(session: int) -> list[psutil.Process]:
+    """The processes of a session that are alive."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -63,44 +64,49 @@ def living(session: int) -> list[psutil.Process]:
 
 
 def wait_until_dead(session: int) -> None:
-    """Killed processes take a moment to go."""
+    """Killed processes take a moment to disappear."""
     deadline = time.monotonic() + 10
-    while left := living(session):
+    while left := alive(session):
         assert time.monotonic() < deadline, left
         time.sleep(0.02)
 
 
-def long_item(of: LocalBase, tokens: int) -> Item:
-    """A conversation of so many tokens in all; the tokenizer's are bytes."""
-    tokenizer = load_tokenizer(of)
-    asked = ask(tokenizer, Item([{"role": "user", "content": ""}], "{}", "", Check(kind="exact")))
+def long_item(model: LocalBase, tokens: int) -> Item:
+    """A conversation with this number of tokens in total; the tokenizer's tokens are bytes."""
+    chat = ChatTokenizer(load_tokenizer(model), "test")
+    asked = ask(chat, Item([{"role": "user", "content": ""}], "{}", "", Check(kind="exact")))
     content = "x" * (tokens - len(asked.whole))
     return Item([{"role": "user", "content": content}], "{}", "", Check(kind="exact"))
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Path:
-    """Stands where vLLM's Python would; what it does is written into it."""
+    """A script in place of vLLM's Python; each test writes its own."""
     program = tmp_path / "python"
     program.touch(mode=0o755)
     return program
 
 
+def answer_with_vllm(model: LocalBase, asked: list[Asked], settings: Settings) -> list[answer.Answer]:
+    """Answer items without a progress bar."""
+    return vllm_engine.answer_with_vllm(model, asked, RECIPE, settings, lambda done: None)
+
+
 @pytest.mark.long
-def test_both_engines_answer_alike(of: LocalBase, items: list[Item], started: list[int]) -> None:
-    room = 128
-    items = [*items, long_item(of, room), long_item(of, room + 1), long_item(of, room + 40)]
-    heard: list[int] = []
-    usual = answer.answer_with_transformers(of, ask_all(of, items), RECIPE, ["cpu"], lambda done: None)
-    found = vllm_engine.answer_with_vllm(of, ask_all(of, items), RECIPE, Settings(), heard.append)
-    assert heard[-1] == len(items)
-    assert heard == sorted(heard)
+def test_both_engines_answer_the_same(model: LocalBase, items: list[Item], started: list[int]) -> None:
+    context = 128
+    items = [*items, *(long_item(model, context + more) for more in (0, 1, 40))]
+    progress: list[int] = []
+    reference = answer.answer_with_transformers(model, ask_all(model, items), RECIPE, ["cpu"], lambda done: None)
+    found = vllm_engine.answer_with_vllm(model, ask_all(model, items), RECIPE, Settings(), progress.append)
+    assert progress[-1] == len(items)
+    assert progress == sorted(progress)
     (session,) = started
     wait_until_dead(session)
 
-    same = [mine.text == its.text for mine, its in zip(found, usual, strict=True)]
+    same = [mine.text == its.text for mine, its in zip(found, reference, strict=True)]
     assert sum(same) >= 0.9 * len(items)
-    for mine, its, equal in zip(found, usual, same, strict=True):
+    for mine, its, equal in zip(found, reference, same, strict=True):
         assert (mine.nll, mine.nll_tokens) == (pytest.approx(its.nll, rel=1e-3, nan_ok=True), its.nll_tokens)
         assert len(mine.samples) == 2
         if equal:
@@ -113,26 +119,26 @@ def test_both_engines_answer_alike(of: LocalBase, items: list[Item], started: li
     assert (far_over.text, far_over.tokens, far_over.ended, far_over.samples) == ("", 0, False, ("", ""))
     assert math.isnan(far_over.nll)
     drawn = [text for one in found for text in one.samples]
-    assert len(set(drawn)) > len({one.text for one in found}), "samples are drawn"
+    assert len(set(drawn)) > len({one.text for one in found}), "samples differ"
 
 
-def test_a_broken_model_is_named(of: LocalBase, items: list[Item], tmp_path: Path) -> None:
+def test_a_broken_model_is_named(model: LocalBase, items: list[Item], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(of.location, broken)
+    shutil.copytree(model.location, broken)
     (broken / "config.json").unlink()
     with pytest.raises(ForgeError, match=str(broken)):
-        vllm_engine.answer_with_vllm(LocalBase(str(broken)), ask_all(of, items), RECIPE, Settings(), lambda done: None)
+        answer_with_vllm(LocalBase(str(broken)), ask_all(model, items), Settings())
 
 
-def test_a_python_that_is_not_there_is_named(of: LocalBase, items: list[Item], tmp_path: Path) -> None:
+def test_a_missing_python_is_named(model: LocalBase, items: list[Item], tmp_path: Path) -> None:
     settings = Settings(serving_python=tmp_path / "nowhere" / "python")
     with pytest.raises(ForgeError, match=r"nowhere/python: No such file.*make setup"):
-        vllm_engine.answer_with_vllm(of, ask_all(of, items), RECIPE, settings, lambda done: None)
+        answer_with_vllm(model, ask_all(model, items), settings)
 
 
-def test_the_end_of_the_log_says_why_vllm_ended(fake: Path) -> None:
-    fake.write_text("#!/bin/sh\nseq 20\necho 'ValueError: no room' >&2\nexit 3\n")
-    with pytest.raises(ForgeError, match=r"\(status 3\).*a-model:\n  12\n(.*\n)+  ValueError: no room$"):
+def test_the_error_ends_with_the_log(fake: Path) -> None:
+    fake.write_text("#!/bin/sh\nseq 20\necho 'ValueError: out of memory' >&2\nexit 3\n")
+    with pytest.raises(ForgeError, match=r"\(status 3\).*a-model:\n  10\n(.*\n)+  ValueError: out of memory$"):
         list(vllm_engine.run_worker(REQUEST, fake))
 
 
@@ -145,7 +151,7 @@ def test_an_interrupt_leaves_nothing_running(fake: Path, started: list[int]) -> 
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # flytekit, once imported, has one of its own
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # flytekit installs its own
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -157,7 +163,7 @@ def test_an_interrupt_leaves_nothing_running(fake: Path, started: list[int]) -> 
     wait_until_dead(session)
 
 
-def test_an_error_of_who_asks_leaves_nothing_running(fake: Path, started: list[int]) -> None:
+def test_closing_the_generator_leaves_nothing_running(fake: Path, started: list[int]) -> None:
     fake.write_text('#!/bin/sh\necho "{}" >> "$4"\nsleep 600 &\nwait\n')
     answers = vllm_engine.run_worker({**REQUEST, "items": [{}, {}]}, fake)
     assert next(answers) == [{}]
@@ -166,7 +172,7 @@ def test_an_error_of_who_asks_leaves_nothing_running(fake: Path, started: list[i
     wait_until_dead(session)
 
 
-def test_the_worker_ends_with_who_asks(tmp_path: Path) -> None:
+def test_the_worker_exits_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
     (tmp_path / "request.json").write_text("{}")
     worker = subprocess.Popen(

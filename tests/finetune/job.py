@@ -1,4 +1,4 @@
-"""Training jobs for the tests: rows that are made, not prepared, and models of every shape."""
+"""Training jobs for the tests: generated packed rows, and models of several architectures."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from tasks.preprocess.chat import byte_tokenizer
+from forge.models.chat import byte_tokenizer
 
 PROJECT = Path(__file__).parents[2]
 CONTEXT, VOCABULARY = 64, 262
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": 1,
-    # the standard 0.02 gives a model so small nothing to tell tokens apart by
+    # with the default of 0.02, so small a model cannot distinguish tokens
     "initializer_range": 0.2,
 }
 CONFIGS = {
@@ -47,7 +47,7 @@ CONFIGS = {
 
 
 def write_base(config: Any, directory: Path, seed: int = 0) -> Path:
-    """A base model with random weights."""
+    """Write a base model with random weights."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     byte_tokenizer(CONTEXT).save_pretrained(directory)
@@ -55,16 +55,16 @@ def write_base(config: Any, directory: Path, seed: int = 0) -> Path:
 
 
 def write_data(directory: Path, rows: int = 48, seed: int = 0) -> Path:
-    """Packed rows of a language that can be learned: each token is mostly the last one's successor."""
-    draw = np.random.default_rng(seed)
+    """Packed rows that can be learned: most tokens are the successor of the one before."""
+    rng = np.random.default_rng(seed)
     for side, count in (("train", rows), ("heldout", 8)):
-        tokens = draw.integers(6, VOCABULARY, (count, CONTEXT))
+        tokens = rng.integers(6, VOCABULARY, (count, CONTEXT))
         for place in range(1, CONTEXT):
-            follows = draw.random(count) < 0.8
+            follows = rng.random(count) < 0.8
             tokens[follows, place] = 6 + (tokens[follows, place - 1] - 5) % (VOCABULARY - 6)
-        document = 1 + np.cumsum(draw.random((count, CONTEXT)) < 0.08, axis=1)
+        document = 1 + np.cumsum(rng.random((count, CONTEXT)) < 0.08, axis=1)
         document[:, -4:] = 0  # padding
-        trained = (draw.random((count, CONTEXT)) < 0.7) & (document > 0)
+        trained = (rng.random((count, CONTEXT)) < 0.7) & (document > 0)
         trained[:, 0] = False
         trained[:, 1:] &= document[:, 1:] == document[:, :-1]
         shard = directory / side / "00000"
@@ -78,7 +78,7 @@ def write_data(directory: Path, rows: int = 48, seed: int = 0) -> Path:
 
 
 def write_recipe(path: Path, base: Path | None = None, **training: Any) -> Path:
-    """A recipe of a few steps."""
+    """Write a recipe with a few steps."""
     architecture = {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 64}
     recipe = {
         "name": "job",
@@ -92,7 +92,7 @@ def write_recipe(path: Path, base: Path | None = None, **training: Any) -> Path:
 
 
 def start(recipe: Path, data: Path, out: Path, processes: int) -> subprocess.Popen:
-    """Train under torchrun, as a user does, in a process group of its own."""
+    """Start training with torchrun, in a session of its own."""
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return subprocess.Popen(
         [*program, "-m", "tasks.finetune", "--recipe", str(recipe), "--data", str(data), "--out", str(out)],
@@ -102,7 +102,7 @@ def start(recipe: Path, data: Path, out: Path, processes: int) -> subprocess.Pop
 
 
 def run(recipe: Path, data: Path, out: Path, processes: int) -> str:
-    """Train to the end; returns what was printed."""
+    """Train to the end; returns the output."""
     process = start(recipe, data, out, processes)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -110,6 +110,6 @@ def run(recipe: Path, data: Path, out: Path, processes: int) -> str:
 
 
 def curve(out: Path) -> list[dict[str, float]]:
-    """The loss curve of a run's card."""
+    """The loss curve in a run's card."""
     points: list[dict[str, float]] = json.loads((out / "training.json").read_text())["curve"]
     return points

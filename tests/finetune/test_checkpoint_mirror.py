@@ -1,4 +1,4 @@
-"""Copies of checkpoints, on a real S3 server: a run goes on from them where its own directory is gone."""
+"""Copies of checkpoints on an S3 server: a run resumes from them if its own directory is missing."""
 
 import shutil
 import signal
@@ -17,10 +17,10 @@ from pydantic import SecretStr
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
-from tasks.finetune.checkpoint_mirror import FACTS, Bucket
+from tasks.finetune.checkpoint_mirror import STATE, CheckpointMirror
 from tasks.finetune.process_group import Stopped
 from tasks.finetune.train import Trainer, TrainingJob
-from tasks.preflight.checks import check_copies
+from tasks.preflight.service_checks import check_copies
 from tests.finetune.job import CONFIGS, start, write_base, write_data, write_recipe
 from tests.finetune.test_trainer import in_step, job, rank, same, stopped, trained
 from tests.storage.test_remote_files import tampering
@@ -35,7 +35,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def settings() -> Iterator[Settings]:
-    """Those of a server with an empty bucket."""
+    """Settings for an S3 server with an empty bucket."""
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     endpoint = "http://{}:{}".format(*moto.get_host_and_port())
@@ -55,45 +55,51 @@ def names(settings: Settings) -> list[str]:
     return sorted(item.object_name or "" for item in client(settings).list_objects("night", recursive=True))
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage() for record in caplog.records if record.name.startswith("tasks.") and record.levelno > 20
+    ]
+
+
 def copied(places: tuple[Path, Path], checkpoints: Path, settings: Settings, **training: Any) -> TrainingJob:
     plain = job(places, checkpoints, **{"checkpoint_steps": 2, "keep_checkpoints": 2, **training})
-    copies = Bucket(f"{settings.checkpoint_copies}/job", settings)
-    return TrainingJob(plain.data, plain.base, plain.model, plain.training, checkpoints, copies)
+    mirror = CheckpointMirror(f"{settings.checkpoint_copies}/job", settings)
+    return TrainingJob(plain.data, plain.base, plain.model, plain.training, checkpoints, mirror)
 
 
-def test_a_run_goes_on_where_only_the_copies_are_left(
-    places: tuple[Path, Path], tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+def test_run_resumes_from_the_copies(
+    places: tuple[Path, Path], tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped(copied(places, tmp_path / "here", settings), after=7)
     steps = {name.split("/")[2] for name in names(settings)}
-    assert "00000007" in steps <= {"00000006", "00000007"}, "no more are kept there than here"
+    assert "00000007" in steps <= {"00000006", "00000007"}, "the same number is kept as locally"
     shutil.rmtree(tmp_path / "here")
-    # A copy that was broken off has no facts yet, and does not count.
+    # An interrupted copy has no state yet, and is ignored.
     client(settings).fput_object("night", "runs/job/00000009/__0_0.distcp", str(places[0] / "dataset.json"))
-    again = trained(copied(places, tmp_path / "there", settings))
-    assert "goes on after step 7" in capsys.readouterr().out
-    assert same(again, trained(job(places, tmp_path / "other", checkpoint_steps=2, keep_checkpoints=2)))
-    again.checkpoints.remove()
+    resumed = trained(copied(places, tmp_path / "there", settings))
+    assert "resuming after step 7" in caplog.text
+    assert same(resumed, trained(job(places, tmp_path / "other", checkpoint_steps=2, keep_checkpoints=2)))
+    resumed.checkpoints.remove()
     assert names(settings) == []
 
 
-def test_copies_that_fail_are_told_and_end_nothing(
-    places: tuple[Path, Path], tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+def test_failed_copies_are_logged_and_do_not_stop_training(
+    places: tuple[Path, Path], tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     mine = copied(places, tmp_path / "here", settings)
     client(settings).remove_bucket("night")
     with pytest.raises(ForgeError, match=r"checkpoints s3://night/runs/job: .* answers NoSuchBucket"):
-        trained(mine)  # that it has no earlier checkpoint cannot be known
+        trained(mine)  # whether it has an earlier checkpoint is unknown
     client(settings).make_bucket("night")
     trainer = Trainer(rank(), mine)
     client(settings).remove_bucket("night")
     trainer.train()
     trainer.checkpoints.settle()
-    assert "checkpoints s3://night/runs/job" in capsys.readouterr().err
+    assert "checkpoints s3://night/runs/job" in caplog.text
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["00000010", "00000012"]
 
 
-def test_the_best_checkpoint_is_fetched_too(places: tuple[Path, Path], tmp_path: Path, settings: Settings) -> None:
+def test_best_checkpoint_is_downloaded_too(places: tuple[Path, Path], tmp_path: Path, settings: Settings) -> None:
     how = {
         "epochs": 40,
         "learning_rate": 0.02,
@@ -102,7 +108,7 @@ def test_the_best_checkpoint_is_fetched_too(places: tuple[Path, Path], tmp_path:
         "keep_checkpoints": 1,
     }
     whole = trained(job(places, tmp_path / "whole", **how))
-    best, last = whole.facts.best_step, whole.facts.step
+    best, last = whole.state.best_step, whole.state.step
     assert best is not None
     trainer = Trainer(rank(), copied(places, tmp_path / "here", settings, **how))
     in_step(trainer, last - 1, trainer.rank.stop.set)
@@ -110,58 +116,56 @@ def test_the_best_checkpoint_is_fetched_too(places: tuple[Path, Path], tmp_path:
         trainer.train()
     shutil.rmtree(tmp_path / "here")
     assert same(trained(copied(places, tmp_path / "there", settings, **how)), whole)
-    client(settings).remove_object("night", f"runs/job/{best:08}/{FACTS}")
-    with pytest.raises(ForgeError, match=f"there is no whole copy of {best:08}"):  # now, and not after the last step
+    client(settings).remove_object("night", f"runs/job/{best:08}/{STATE}")
+    with pytest.raises(ForgeError, match=f"there is no complete copy of {best:08}"):  # before training
         Trainer(rank(), copied(places, tmp_path / "elsewhere", settings, **how))
 
 
-def test_training_does_not_wait_for_a_copy_and_the_last_one_is_made(
-    places: tuple[Path, Path], tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+def test_training_does_not_wait_for_copies_and_the_last_one_is_completed(
+    places: tuple[Path, Path], tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun, go_on, seen = threading.Event(), threading.Event(), set()
+    started, resume, seen = threading.Event(), threading.Event(), set()
 
     def hold(path: str, serve: Callable[[], bytes]) -> Iterable[bytes]:
         if path.endswith(".distcp"):
             seen.add(path.split("/")[-2])
-            begun.set()
-            assert go_on.wait(60)
+            started.set()
+            assert resume.wait(60)
         return [serve()]
 
     with tampering(hold) as url:
         trainer = Trainer(rank(), copied(places, tmp_path / "here", settings.model_copy(update={"s3_endpoint": url})))
-        in_step(trainer, 5, begun.wait)  # until the first one is being copied
+        in_step(trainer, 5, started.wait)  # until the first one is being copied
         trainer.train()
-        here = {path.name for path in (tmp_path / "here").iterdir()}
-        assert here == {"00000002", "00000010", "00000012"}, "what is being copied is left in place"
-        go_on.set()
+        local = {path.name for path in (tmp_path / "here").iterdir()}
+        assert local == {"00000002", "00000010", "00000012"}, "a checkpoint that is being copied is not pruned"
+        resume.set()
         trainer.checkpoints.settle()
         assert seen == {"00000002", "00000012"}
     assert {name.split("/")[2] for name in names(settings)} == {"00000012"}
-    assert capsys.readouterr().err == ""
+    assert warnings(caplog) == []
 
 
-def test_a_slow_upload_is_no_failure(tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_upload_is_not_a_failure(tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     def late(path: str, serve: Callable[[], bytes]) -> Iterable[bytes]:
         if path.endswith(".distcp"):
-            time.sleep(6)  # more than there is to connect in
+            time.sleep(6)  # longer than the timeout for connecting
         return [serve()]
 
     place = tmp_path / "00000002"
     place.mkdir()
-    (place / "__0_0.distcp").write_bytes(bytes(32 << 20))  # more than waits in sockets
-    (place / FACTS).write_text("{}")
+    (place / "__0_0.distcp").write_bytes(bytes(32 << 20))  # more than socket buffers hold
+    (place / STATE).write_text("{}")
     with tampering(late) as url:
-        bucket = Bucket("s3://night/runs/job", settings.model_copy(update={"s3_endpoint": url}))
-        bucket.copy([place], {place.name})
-        bucket.wait()
-    assert capsys.readouterr().err == ""
-    assert bucket.needed() == set()
-    assert names(settings) == ["runs/job/00000002/__0_0.distcp", f"runs/job/00000002/{FACTS}"]
+        mirror = CheckpointMirror("s3://night/runs/job", settings.model_copy(update={"s3_endpoint": url}))
+        mirror.copy([place], {place.name})
+        mirror.wait()
+    assert warnings(caplog) == []
+    assert mirror.in_use() == set()
+    assert names(settings) == ["runs/job/00000002/__0_0.distcp", f"runs/job/00000002/{STATE}"]
 
 
-def test_a_download_that_breaks_off_is_begun_again(
-    places: tuple[Path, Path], tmp_path: Path, settings: Settings
-) -> None:
+def test_interrupted_download_is_repeated(places: tuple[Path, Path], tmp_path: Path, settings: Settings) -> None:
     stopped(copied(places, tmp_path / "here", settings), after=7)
     cuts = iter([1000])
 
@@ -170,20 +174,20 @@ def test_a_download_that_breaks_off_is_begun_again(
         return [body[: -next(cuts, 0) or None] if path.endswith(".distcp") and len(body) > 1000 else body]
 
     with tampering(cut) as url:
-        again = Trainer(rank(), copied(places, tmp_path / "there", settings.model_copy(update={"s3_endpoint": url})))
-    assert again.facts.step == 7
+        resumed = Trainer(rank(), copied(places, tmp_path / "there", settings.model_copy(update={"s3_endpoint": url})))
+    assert resumed.state.step == 7
     assert next(cuts, None) is None
 
 
-def test_under_torchrun_no_rank_leaves_before_the_first_one_has_made_its_copy(
+def test_no_rank_exits_before_the_first_one_has_copied(
     places: tuple[Path, Path], tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    started, resume = threading.Event(), threading.Event()
 
     def hold(path: str, serve: Callable[[], bytes]) -> Iterable[bytes]:
         if path.endswith(".distcp"):
-            begun.set()
-            assert go_on.wait(60)
+            started.set()
+            assert resume.wait(60)
         return [serve()]
 
     recipe = write_recipe(tmp_path / "recipe.yaml", nproc_per_node=2, epochs=200, checkpoint_steps=1000)
@@ -196,20 +200,20 @@ def test_under_torchrun_no_rank_leaves_before_the_first_one_has_made_its_copy(
         assert process.stdout is not None
         while "train: " not in process.stdout.readline():
             assert process.poll() is None
-        ranks = {one.environ().get("RANK"): one for one in psutil.Process(process.pid).children(recursive=True)}
-        ranks["1"].send_signal(signal.SIGTERM)  # that one alone, and not the launcher
-        assert begun.wait(60)
-        time.sleep(3)  # if it left before the others, the launcher would see it by now, and end them
-        assert [ranks[one].is_running() and ranks[one].status() != psutil.STATUS_ZOMBIE for one in "01"] == [True, True]
-        go_on.set()
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+        ranks["1"].send_signal(signal.SIGTERM)  # only this rank, not the launcher
+        assert started.wait(60)
+        time.sleep(3)  # enough for the launcher to notice an exited rank and kill the others
+        assert all(ranks[rank].is_running() and ranks[rank].status() != psutil.STATUS_ZOMBIE for rank in "01")
+        resume.set()
         output, _ = process.communicate(timeout=60)
-    assert "all of it is saved" in output
+    assert "saved its state" in output
     (saved,) = (tmp_path / "out.checkpoints").iterdir()
-    assert [name.split("/")[2:] for name in names(settings) if name.endswith(FACTS)] == [[saved.name, FACTS]]
+    assert [name.split("/")[2:] for name in names(settings) if name.endswith(STATE)] == [[saved.name, STATE]]
 
 
-def test_a_bucket_that_is_not_there_is_found_before_anything_starts(settings: Settings) -> None:
+def test_missing_bucket_is_found_by_preflight(settings: Settings) -> None:
     check_copies(settings)
     client(settings).remove_bucket("night")
-    with pytest.raises(ForgeError, match="there is no bucket night; make it"):
+    with pytest.raises(ForgeError, match="there is no bucket night; create it"):
         check_copies(settings)

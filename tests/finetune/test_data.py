@@ -1,10 +1,10 @@
-"""Packed rows: positions restart, attention stays within documents, and the order is a function of the seed."""
+"""Packed rows: positions restart with each document, and the order is a function of the seed and the step."""
 
 import numpy as np
 import pytest
 import torch
 
-from tasks.finetune.data import IGNORED, Order, PackedRows, positions
+from tasks.finetune.data import IGNORED, GlobalBatchSampler, PackedRows, positions
 
 DOCUMENT = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0]])
 
@@ -35,16 +35,16 @@ def test_targets_are_the_next_trained_tokens(tmp_path) -> None:
 
 @pytest.mark.parametrize(("rows", "per_step", "epochs"), [(10, 4, 2), (7, 7, 1), (3, 8, 3), (100, 8, 0.5)])
 def test_each_epoch_has_each_row_once(rows: int, per_step: int, epochs: float) -> None:
-    order = Order(rows, per_step, epochs, seed=1)
-    seen = np.concatenate([order.step(step) for step in range(order.steps)])
-    assert order.steps * per_step >= rows * epochs > (order.steps - 1) * per_step
+    sampler = GlobalBatchSampler(rows, per_step, epochs, seed=1)
+    seen = np.concatenate([sampler.rows_of(step) for step in range(sampler.steps)])
+    assert sampler.steps * per_step >= rows * epochs > (sampler.steps - 1) * per_step
     for epoch in range(len(seen) // rows):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-def test_a_step_s_rows_do_not_depend_on_the_steps_before() -> None:
-    order = Order(10, 4, 5, seed=1)
-    forward = [order.step(step).tolist() for step in range(order.steps)]
-    backward = [Order(10, 4, 5, seed=1).step(step).tolist() for step in reversed(range(order.steps))]
+def test_rows_of_a_step_do_not_depend_on_earlier_steps() -> None:
+    sampler = GlobalBatchSampler(10, 4, 5, seed=1)
+    forward = [sampler.rows_of(step).tolist() for step in range(sampler.steps)]
+    backward = [GlobalBatchSampler(10, 4, 5, seed=1).rows_of(step).tolist() for step in reversed(range(sampler.steps))]
     assert forward == backward[::-1]
-    assert forward != [Order(10, 4, 5, seed=2).step(step).tolist() for step in range(order.steps)]
+    assert forward != [GlobalBatchSampler(10, 4, 5, seed=2).rows_of(step).tolist() for step in range(sampler.steps)]

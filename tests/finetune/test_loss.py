@@ -1,4 +1,4 @@
-"""The loss is transformers' own, for every shape of model, packed or not."""
+"""The loss equals that of transformers, for every architecture, packed or not."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,13 @@ from tests.finetune.job import CONFIGS, CONTEXT, write_base, write_data
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(softcap: float | None, with_bias: bool) -> None:
+def test_chunked_loss_and_gradients_equal_unchunked_ones(softcap: float | None, with_bias: bool) -> None:
     torch.manual_seed(0)
     tokens, hidden_size, vocabulary = 600, 16, 50  # three chunks
     targets = torch.randint(0, vocabulary, (tokens,))
-    wanted, got = [], []
+    expected, actual = [], []
     leaves = torch.randn(tokens, hidden_size), torch.randn(vocabulary, hidden_size), torch.randn(vocabulary)
-    for results, chunked in ((wanted, False), (got, True)):
+    for results, chunked in ((expected, False), (actual, True)):
         hidden, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
         if chunked:
             loss = LinearCrossEntropy.apply(hidden, weight, bias if with_bias else None, targets, softcap)
@@ -36,11 +36,11 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(softcap: float | None, 
             loss = functional.cross_entropy(logits, targets, reduction="sum")
         (loss / 7).backward()
         results += [loss, hidden.grad, weight.grad, *([bias.grad] if with_bias else [])]
-    for one, other in zip(wanted, got, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for want, have in zip(expected, actual, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bf16_the_loss_itself_is_summed_in_fp32() -> None:
+def test_loss_is_summed_in_fp32_under_bf16() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2000, 16), torch.randn(64, 16)
     targets = torch.randint(0, 64, (2000,))
@@ -51,13 +51,12 @@ def test_in_bf16_the_loss_itself_is_summed_in_fp32() -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("shape", CONFIGS)
-def test_packed_rows_have_the_loss_of_their_documents_alone(shape: str, tmp_path: Path) -> None:
-    base = write_base(CONFIGS[shape], tmp_path / shape)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_packed_rows_have_the_loss_of_their_separate_documents(architecture: str, tmp_path: Path) -> None:
+    base = write_base(CONFIGS[architecture], tmp_path / architecture)
     rows = PackedRows(write_data(tmp_path / "data") / "train")
     model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
-    chosen = np.arange(3)
-    batch = rows.batch(chosen)
+    batch = rows.batch(np.arange(3))
     packed = TrainedTokenLoss(model)(batch)
     packed.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -75,7 +74,7 @@ def test_packed_rows_have_the_loss_of_their_documents_alone(shape: str, tmp_path
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_an_adapter_on_the_output_layer_is_refused(tmp_path: Path) -> None:
+def test_adapter_on_the_output_layer_is_an_error(tmp_path: Path) -> None:
     base = write_base(CONFIGS["llama"], tmp_path / "base")
     model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
     add_adapter(model, Lora(target_modules=["lm_head"]), seed=0)
@@ -83,7 +82,7 @@ def test_an_adapter_on_the_output_layer_is_refused(tmp_path: Path) -> None:
         TrainedTokenLoss(model)
 
 
-def test_target_modules_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_unknown_target_modules_are_an_error(tmp_path: Path) -> None:
     base = write_base(CONFIGS["llama"], tmp_path / "base")
     model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
     with pytest.raises(ForgeError, match=r"training\.lora\.target_modules"):

@@ -1,4 +1,4 @@
-"""Training: packing, the number of processes and the base model change nothing that they should not."""
+"""Training a data set and publishing the model: packing and the number of processes do not change the result."""
 
 import json
 import os
@@ -24,16 +24,16 @@ from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.model import build_model
 from tasks.finetune.process_group import Rank
 from tasks.finetune.run import train
-from tasks.finetune.schedule import share
+from tasks.finetune.schedule import lr_factor
 from tests.conftest import Trained
 
-ONE = Rank(0, 1, torch.device("cpu"))
+ONLY_RANK = Rank(0, 1, torch.device("cpu"))
 
 
 def retrain(trained: Trained, recipe: Recipe, store: DirectoryStore, **changes: object) -> tuple[Model, dict]:
-    """Train on the shared data set with some fields changed; returns the model and its card."""
+    """Train on the shared data set with changes to the recipe; returns the model and its card."""
     training = recipe.training.model_copy(update={"epochs": 0.3, **changes})
-    model = train(ONE, trained.dataset, Base(), recipe.model, training, store, Settings(home=store.root.parent))
+    model = train(ONLY_RANK, trained.dataset, Base(), recipe.model, training, store, Settings(home=store.root.parent))
     assert model is not None
     return model, json.loads((store.path(model.uri) / "training.json").read_text())
 
@@ -43,24 +43,24 @@ def test_packed_loss_equals_unpacked_loss(trained: Trained, recipe: Recipe) -> N
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     model = build_model(recipe.model, LocalBase(), tokenizer, recipe.data.max_seq_len, 3, torch.float32)
     rows = PackedRows(data / "train")
-    chosen = torch.arange(4).numpy()
-    packed = TrainedTokenLoss(model)(rows.batch(chosen)).item()
+    numbers = torch.arange(4).numpy()
+    packed = TrainedTokenLoss(model)(rows.batch(numbers)).item()
     alone = 0.0
-    for row in chosen:
+    for row in numbers:
         shard = data / "train" / "00000"
         tokens_of_row, trained, document = (
             np.load(shard / f"{name}.npy")[row] for name in ("tokens", "trained", "document")
         )
         for number in range(1, int(document.max()) + 1):
-            of = document == number
-            tokens = torch.from_numpy(tokens_of_row[of].astype("int64"))[None]
-            labels = tokens.masked_fill(~torch.from_numpy(trained[of])[None], -100)
-            loss = model(input_ids=tokens, labels=labels).loss  # transformers' own mean over trained tokens
-            alone += loss.item() * int(trained[of].sum())
+            mask = document == number
+            tokens = torch.from_numpy(tokens_of_row[mask].astype("int64"))[None]
+            labels = tokens.masked_fill(~torch.from_numpy(trained[mask])[None], -100)
+            loss = model(input_ids=tokens, labels=labels).loss  # a mean over trained tokens
+            alone += loss.item() * int(trained[mask].sum())
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
-def test_the_loss_falls_and_the_card_says_how(trained: Trained) -> None:
+def test_loss_falls_and_the_card_records_it(trained: Trained) -> None:
     directory = trained.store.path(trained.model.uri)
     card = json.loads((directory / "training.json").read_text())
     assert card["digest"] == trained.model.digest
@@ -82,21 +82,21 @@ def test_training_again_gives_the_same_weights(trained: Trained, recipe: Recipe,
     assert first.digest == again.digest != other.digest
 
 
-def test_a_model_that_was_published_is_not_trained_again(
+def test_published_model_is_not_trained_again(
     trained: Trained, recipe: Recipe, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt ends before its checkpoints are gone."""
+    """Even if the first attempt was interrupted before it removed its checkpoints."""
 
-    def broken_off(*arguments: object) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "remove", broken_off)
+        patch.setattr(Checkpoints, "remove", interrupted)
         retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
     (left,) = (store.root.parent / "checkpoints").iterdir()
     assert any(left.iterdir())
     (published,) = (store.root / "trained").iterdir()
-    monkeypatch.setattr("tasks.finetune.run.Trainer", broken_off)
+    monkeypatch.setattr("tasks.finetune.run.Trainer", interrupted)
     model, card = retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
     assert (model.uri, model.digest) == (published.as_uri(), card["digest"])
     assert model.base == Base(location=f"{published.as_uri()}/base")
@@ -108,7 +108,7 @@ def test_a_model_that_was_published_is_not_trained_again(
         retrain(trained, recipe, store, epochs=0.05, checkpoint_steps=1)
 
 
-def test_two_processes_train_as_one_does(
+def test_two_processes_give_the_result_of_one(
     trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path
 ) -> None:
     one, card = retrain(trained, recipe, store)
@@ -122,10 +122,10 @@ def test_two_processes_train_as_one_does(
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
     project = str(Path(__file__).parents[2])
-    given = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"}, "text": True}
-    said = [subprocess.run(command, check=True, capture_output=True, **given).stdout for _ in range(2)]
-    assert ["published before" in out for out in said] == [False, True], "all ranks go by what the first one finds"
-    assert "steps of" not in said[1]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"}, "text": True}
+    outputs = [subprocess.run(command, check=True, capture_output=True, **options).stdout for _ in range(2)]
+    assert ["published before" in output for output in outputs] == [False, True], "all ranks agree with the first"
+    assert "steps of" not in outputs[1]
     two = next((tmp_path / "two" / "trained").iterdir())
     other = json.loads((two / "training.json").read_text())
     for point, same in zip(card["curve"], other["curve"], strict=True):
@@ -142,25 +142,27 @@ _TWO = """
 import json, sys
 from pathlib import Path
 from forge.core.contracts import Base, Dataset
-from tasks.finetune.process_group import joined
+from tasks.finetune.process_group import process_group
+from forge.core.logs import start_logging
 from tasks.finetune.run import train
 from forge.core.recipe import ModelRecipe, TrainingRecipe
 from forge.core.settings import Settings
 from forge.storage import DirectoryStore
 
+start_logging("train")
 here = Path(sys.argv[1])
 job = json.loads((here / "job.json").read_text())
-with joined(here / "failure.json") as rank:
+with process_group(here / "failure.json") as rank:
     dataset, model, training = Dataset(**job["dataset"]), ModelRecipe(**job["model"]), TrainingRecipe(**job["training"])
     train(rank, dataset, Base(), model, training, DirectoryStore(here / "two"), Settings(home=here))
 """
 
 
-def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+def test_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
     base = trained.store.path(trained.model.uri) / "model"
     training = recipe.training.model_copy(update={"epochs": 0.2, "learning_rate": 1e-4})
     model = train(
-        ONE,
+        ONLY_RANK,
         trained.dataset,
         Base(location=base.as_uri()),
         ModelRecipe(base=str(base)),
@@ -172,18 +174,18 @@ def test_a_base_model_is_fine_tuned(trained: Trained, recipe: Recipe, store: Dir
     assert model.base == Base(location=base.as_uri())
     card = json.loads((store.path(model.uri) / "training.json").read_text())
     before = json.loads((trained.store.path(trained.model.uri) / "training.json").read_text())["curve"]
-    assert card["curve"][-1]["heldout_loss"] < 1.1 * before[-1]["heldout_loss"], "it starts from the base's weights"
+    assert card["curve"][-1]["heldout_loss"] < 1.1 * before[-1]["heldout_loss"], "starts from the base's weights"
     AutoModelForCausalLM.from_pretrained(store.path(model.uri) / "model")
 
 
-def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(trained: Trained, recipe: Recipe, store: DirectoryStore, tmp_path: Path) -> None:
     base = trained.store.path(trained.model.uri) / "model"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     torch.save(load_file(base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     with pytest.raises(ForgeError, match=str(tmp_path)):
         train(
-            ONE,
+            ONLY_RANK,
             trained.dataset,
             Base(location=tmp_path.as_uri()),
             ModelRecipe(base=str(tmp_path)),
@@ -193,23 +195,25 @@ def test_pickled_weights_are_refused(trained: Trained, recipe: Recipe, store: Di
         )
 
 
-def test_a_mad_learning_rate_is_told_with_its_step(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+def test_excessive_learning_rate_is_an_error_with_its_step(
+    trained: Trained, recipe: Recipe, store: DirectoryStore
+) -> None:
     with pytest.raises(ForgeError, match=r"step \d+: the (loss|gradient) is not finite; lower training.learning_rate"):
         retrain(trained, recipe, store, learning_rate=1e30, epochs=1)
     assert list(store.root.glob(".staging/*")) == []
     assert not (store.root / "trained").exists()
 
 
-def test_bf16_learns_too(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
+def test_bf16_training_learns_and_saves_bf16(trained: Trained, recipe: Recipe, store: DirectoryStore) -> None:
     model, card = retrain(trained, recipe, store, precision="bf16")
     weights = load_file(store.path(model.uri) / "model" / "model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}, "saved as it was trained, and so served"
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}, "saved in the precision of training"
     assert card["curve"][-1]["loss"] < 0.8 * card["curve"][0]["loss"]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
-def test_the_schedule_warms_up_and_ends_near_zero(kind: str) -> None:
-    rates = [share(kind, step, 100, 0.1) for step in range(100)]  # type: ignore[arg-type]
+def test_schedule_warms_up_and_ends_near_zero(kind: str) -> None:
+    rates = [lr_factor(kind, step, 100, 0.1) for step in range(100)]  # type: ignore[arg-type]
     assert [rates[0], rates[9], rates[10]] == pytest.approx([0.1, 1.0, 1.0])
     assert rates[99] < 0.06
     assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,4 +1,4 @@
-"""What tasks are given on the cluster is what the manifests have there, and one domain is apart from the others."""
+"""Tasks refer to objects that the manifests define, and domains are isolated from one another."""
 
 from urllib.parse import urlsplit
 
@@ -7,12 +7,12 @@ from flytekit.core.context_manager import FlyteEntities
 from flytekit.core.python_auto_container import PythonAutoContainerTask
 from kubernetes.utils import parse_quantity
 
-import workflows.launch_plans  # noqa: F401  all tasks that there are
-from forge.cluster.nodes import SHAPES
+import workflows.launch_plans  # noqa: F401  imports all tasks
+from forge.cluster.nodes import SHAPES, TRAINING_PRIORITY
 from forge.core.settings import Settings, load_settings
 from infra.check.network import connects
 from infra.check.tree import Pod, Tree, at, key
-from tasks.task_pods import CHECKPOINTS, METRICS, PRIORITY, ROLLOUT, SECRETS, SETTINGS, VARIABLES
+from tasks.task_pods import CHECKPOINTS, METRICS, ROLLOUT, SECRETS, SETTINGS, VARIABLES
 
 DOMAINS = ("development", "staging", "production")
 TASKS = [
@@ -22,19 +22,19 @@ TASKS = [
 
 @pytest.fixture
 def settings(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> dict[str, Settings]:
-    """What is read from the ConfigMap of each namespace that has one."""
+    """The settings in the ConfigMap of each namespace that has one."""
     found = {}
     for name, data in {key(one): one["data"] for _, one in tree.of("ConfigMap")}.items():
         if name.endswith(f"/{SETTINGS}"):
             with monkeypatch.context() as patch:
                 for variable, value in data.items():
                     patch.setenv(variable, value)
-                found[name.partition("/")[0]] = load_settings()  # raises for one that is unknown, or wrong
+                found[name.partition("/")[0]] = load_settings()  # raises if one is unknown or wrong
     return found
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_settings_lead_to_services(tree: Tree, settings: dict[str, Settings], domain: str) -> None:
+def test_settings_point_to_services(tree: Tree, settings: dict[str, Settings], domain: str) -> None:
     own = settings[f"homelab-{domain}"]
     assert own.metrics_port == METRICS
     services = {(key(one), port["port"]) for _, one in tree.services for port in one["spec"]["ports"]}
@@ -44,9 +44,7 @@ def test_settings_lead_to_services(tree: Tree, settings: dict[str, Settings], do
         assert (f"{namespace}/{name}", urlsplit(url).port) in services
 
 
-def test_only_production_rolls_out_and_the_others_reach_nothing_that_serves(
-    tree: Tree, settings: dict[str, Settings]
-) -> None:
+def test_only_production_rolls_out_and_reaches_what_serves(tree: Tree, settings: dict[str, Settings]) -> None:
     served = [(one, 8000) for one in tree.selected("ml-inference", {"app.kubernetes.io/name": "vllm"})]
     served += [(one, 8001) for one in tree.selected("ml-inference", {"app.kubernetes.io/name": "vllm-reconciler"})]
     assert len(served) == 2
@@ -61,17 +59,17 @@ def test_only_production_rolls_out_and_the_others_reach_nothing_that_serves(
             assert (own.rollout, own.name_suffix) == (False, f"-{domain}")
             assert (own.serving_target, own.serving_url, own.reconciler_url) == ("local", "", "")
             assert reached == []
-            assert all(let_in_by_nobody(tree, tasks, to, port) for to, port in served)
+            assert all(refused_by_receiver(tree, tasks, to, port) for to, port in served)
 
 
-def let_in_by_nobody(tree: Tree, source: Pod, to: Pod, port: int) -> bool:
-    """Whether the other end refuses a pod too, should its own namespace ever let it out."""
+def refused_by_receiver(tree: Tree, source: Pod, to: Pod, port: int) -> bool:
+    """Whether the receiver's own policies refuse a pod, whatever the pod's namespace allows."""
     policies = [one for _, one in tree.of("NetworkPolicy") if one["metadata"]["namespace"] != source.namespace]
     alone = Tree(tree.root, {"ml-inference/vllm": policies}, lists=tree.lists)
     return "does not let in" in connects(alone, source, to, port)
 
 
-def test_whoever_rolls_out_writes_where_the_reconciler_reads(settings: dict[str, Settings]) -> None:
+def test_rollouts_write_where_the_reconciler_reads(settings: dict[str, Settings]) -> None:
     reads = settings["ml-inference"]
     rolling = [one for name, one in settings.items() if name.startswith("homelab-") and one.rollout]
     assert rolling
@@ -97,26 +95,26 @@ def test_preflight_knows_the_quota_of_its_namespace(tree: Tree, settings: dict[s
     }
     for domain in DOMAINS:
         assert settings[f"homelab-{domain}"].gpu_quota == quotas[f"homelab-{domain}"]
-    assert max(shape.nodes * shape.nproc_per_node for shape in SHAPES) <= quotas["homelab-production"]
+    assert max(shape.world_size for shape in SHAPES) <= quotas["homelab-production"]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=[one.name.rpartition(".")[2] for one in TASKS])
-def test_each_pod_is_within_what_flyte_and_its_namespace_allow(tree: Tree, task: PythonAutoContainerTask) -> None:
+def test_each_pod_is_within_the_limits_of_flyte_and_its_namespace(tree: Tree, task: PythonAutoContainerTask) -> None:
     limits = at(tree.releases["ml-platform/flyte"], "spec.values.configuration.inline.task_resources.limits")
-    wanted = task.resources.limits
-    asked = {"cpu": wanted.cpu, "memory": wanted.mem, "gpu": wanted.gpu or "0"}
-    for name, value in asked.items():
+    own = task.resources.limits
+    requested = {"cpu": own.cpu, "memory": own.mem, "gpu": own.gpu or "0"}
+    for name, value in requested.items():
         assert parse_quantity(str(value)) <= parse_quantity(str(limits[name])), name
     named = {"cpu": "cpu", "memory": "memory", "gpu": "nvidia.com/gpu"}
     for _, one in tree.of("LimitRange"):
         if one["metadata"]["namespace"].startswith("homelab-"):
             for limit in one["spec"]["limits"]:
-                for name, value in asked.items():
+                for name, value in requested.items():
                     most = (limit.get("max") or {}).get(named[name])
                     assert most is None or parse_quantity(str(value)) <= parse_quantity(str(most)), name
 
 
-def test_accounts_that_pods_of_tasks_name_are_there_and_one_may_change_what_is_served(tree: Tree) -> None:
+def test_only_production_s_rollout_account_may_change_what_is_served(tree: Tree) -> None:
     pods = {task.name.rpartition(".")[2]: task.pod_template.pod_spec for task in TASKS}
     named = {name: pod.service_account_name for name, pod in pods.items() if pod.service_account_name}
     assert named == {"roll_out": ROLLOUT, "roll_back": ROLLOUT}
@@ -133,15 +131,15 @@ def test_accounts_that_pods_of_tasks_name_are_there_and_one_may_change_what_is_s
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_what_pods_of_tasks_name_is_there(tree: Tree, domain: str) -> None:
+def test_objects_that_pods_refer_to_exist(tree: Tree, domain: str) -> None:
     assert f"homelab-{domain}/{CHECKPOINTS}" in {key(one) for _, one in tree.of("PersistentVolumeClaim")}
-    assert PRIORITY in {one["metadata"]["name"] for _, one in tree.of("PriorityClass")}
+    assert TRAINING_PRIORITY in {one["metadata"]["name"] for _, one in tree.of("PriorityClass")}
     keys = {f"{one['namespace']}/{one['name']}": set(one["keys"]) for one in tree.lists["external"]}
     assert keys[f"homelab-{domain}/{SECRETS}"] == set(VARIABLES)
     ports = [pod.ports for pod in tree.pods if pod.namespace == f"homelab-{domain}"]
     assert ports == [{"metrics": METRICS}]
 
 
-def test_serving_goes_before_training_and_training_before_notebooks(tree: Tree) -> None:
+def test_serving_has_priority_over_training_and_training_over_notebooks(tree: Tree) -> None:
     values = {one["metadata"]["name"]: one["value"] for _, one in tree.of("PriorityClass")}
     assert values["forge-serving"] > values["forge-training"] > 0 > values["forge-notebooks"]

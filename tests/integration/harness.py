@@ -1,4 +1,4 @@
-"""Runs the pipeline as a user does, in a home of its own, and sees what it leaves behind."""
+"""Run the pipeline as a user does, in a home of its own, and inspect the result."""
 
 import contextlib
 import json
@@ -27,17 +27,17 @@ RECIPE = {
     "model": {"architecture": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128}},
     "training": {"nproc_per_node": 2, "global_batch_size": 8, "epochs": 1, "learning_rate": 0.004, "precision": "fp32"},
     "evaluation": {"items": 64, "max_new_tokens": 32},
-    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},  # a model of a few seconds answers badly
+    "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},  # it answers badly
     "serving": {"replay": 8, "watch_seconds": 1},
 }
 
 
 @dataclass
 class Home:
-    """A directory with a .forge, a Flyte cache and a serving port of its own."""
+    """A directory with its own Forge home, Flyte cache and serving port."""
 
     directory: Path
-    more: dict[str, str] = field(default_factory=dict)  # settings beside those of the home
+    variables: dict[str, str] = field(default_factory=dict)  # more settings
 
     def __post_init__(self) -> None:
         self.directory.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ class Home:
         self.write_recipe()
 
     def write_recipe(self, **sections: dict) -> None:
-        """Write the recipe, with keys of some sections changed."""
+        """Write the recipe with changes to some sections."""
         recipe = {
             name: {**value, **sections.get(name, {})} if isinstance(value, dict) else value
             for name, value in RECIPE.items()
@@ -57,17 +57,17 @@ class Home:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a process use this home."""
+        """Environment variables of a process that uses this home."""
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("FORGE_")},
             "HOME": str(self.directory),
             "FORGE_HOME": str(self.settings.home),
             "FORGE_SERVING_PORT": str(self.port),
-            **self.more,
+            **self.variables,
         }
 
     def start(self, *arguments: str, workflow: str = "training_pipeline") -> subprocess.Popen:
-        """Start `pyflyte run` on a workflow, in a process group of its own, as a terminal would."""
+        """Start `pyflyte run` on a workflow, in a session of its own, as in a terminal."""
         command = [str(Path(sys.executable).parent / "pyflyte"), "run", f"workflows/{workflow}.py", workflow]
         if workflow != "rollback":
             command += ["--recipe", str(self.directory / "recipe.yaml")]
@@ -88,19 +88,19 @@ class Home:
         return process.returncode, output
 
     def facts(self) -> dict:
-        """What the last run came to."""
+        """The results of the last run."""
         return json.loads((self.settings.home / "last-run.json").read_text())
 
     def served(self) -> RunningServer | None:
-        """The server that lives."""
+        """The running server, if any."""
         return LocalServer(self.settings).running()
 
     def desired(self) -> Desired:
-        """What should be served."""
+        """The desired state of serving."""
         return LocalTarget(self.settings).document.read()[0]
 
     def serving(self) -> set[int]:
-        """The numbers of the processes that go on when a run has ended: vLLM's, and the reconciler's."""
+        """IDs of the processes that outlive a run: vLLM and the reconciler."""
         served = self.served()
         record = self.settings.serving / "reconciler.json"
         reconciler = {json.loads(record.read_text())["pid"]} if record.exists() else set()
@@ -112,36 +112,36 @@ class Home:
         LocalServer(self.settings).stop()
 
     def processes(self) -> list[psutil.Process]:
-        """All processes that belong to this home, the server's included."""
-        found = []
+        """All processes of this home, including the server."""
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 ours = process.environ().get("FORGE_HOME") == str(self.settings.home)
-                # vLLM's processes write their titles over their environment.
+                # vLLM's process titles overwrite its environment.
                 if ours or Path(process.cwd()).is_relative_to(self.settings.home):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def interrupt(self, process: subprocess.Popen, number: int = signal.SIGINT) -> str:
-        """Press Ctrl-C; returns what was still printed."""
+        """Send Ctrl-C or another signal; returns the remaining output."""
         os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
         return output
 
 
 def wait_for(process: subprocess.Popen, text: str) -> str:
-    """Read a process's output up to the line that holds a text; returns what was read."""
+    """Read a process's output up to the first line that contains a text; returns that output."""
     output = ""
     assert process.stdout is not None
     for line in process.stdout:
         output += line
         if text in line:
             return output
-    raise AssertionError(f"ended before it said {text!r}:\n{output}")
+    raise AssertionError(f"exited before it printed {text!r}:\n{output}")
 
 
 def gone(processes: list[psutil.Process], within: float = 10.0) -> bool:
-    """Whether all of some processes end in time."""
+    """Whether the processes exit in time."""
     deadline = time.monotonic() + within
     while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
         if time.monotonic() > deadline:
@@ -151,14 +151,14 @@ def gone(processes: list[psutil.Process], within: float = 10.0) -> bool:
 
 
 @contextlib.contextmanager
-def ended_at_last(home: Home) -> Iterator[Home]:
-    """A home of which nothing lives afterwards."""
+def stopped_afterwards(home: Home) -> Iterator[Home]:
+    """A home that is stopped at the end; fails if processes are left over."""
     try:
         yield home
     finally:
         home.stop()
         left = home.processes()
-        ended = gone(left)
+        all_gone = gone(left)
         for process in left:
             process.kill()
-        assert ended, f"left running: {left}"
+        assert all_gone, f"left running: {left}"

@@ -1,4 +1,4 @@
-"""A server of registered versions, made in half a minute and without training: a random base and adapters of it."""
+"""A server of registered versions that needs no training: a random base and adapters on it."""
 
 import json
 import os
@@ -26,10 +26,12 @@ from tests.serving.models import publish, write_adapter, write_base
 SWAP = """
 import sys
 from pathlib import Path
+from forge.core.logs import start_logging
 from forge.core.recipe import ServingRecipe
 from tasks.rollout.rollback import roll_back
 from forge.core.settings import load_settings
 from forge.storage import open_store
+start_logging("rollback")
 settings = load_settings()
 recipe = ServingRecipe(watch_seconds=float(sys.argv[2]), startup_timeout=180)
 roll_back("dates", sys.argv[1], recipe, settings, open_store(settings))
@@ -37,7 +39,7 @@ roll_back("dates", sys.argv[1], recipe, settings, open_store(settings))
 
 
 class Server:
-    """A home that serves version 1, a base, or one of the adapters 2 and 3 that stand on it."""
+    """A home that serves version 1 (a base) or one of the versions 2 and 3 (adapters on it)."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -50,11 +52,11 @@ class Server:
             publish(self.store, write_adapter(folder / str(seed), base, seed=seed), "dates", seed, first)
             for seed in (2, 3)
         ]
-        self.versions: dict[str, Served] = {one.version: one for one in (first, *adapters)}
+        self.versions: dict[str, Served] = {served.version: served for served in (first, *adapters)}
         client = open_registry(self.settings)
         client.create_registered_model("dates")
-        for one in self.versions.values():
-            client.create_model_version("dates", source=one.uri, tags={PACKAGE_DIGEST: one.digest})
+        for served in self.versions.values():
+            client.create_model_version("dates", source=served.uri, tags={PACKAGE_DIGEST: served.digest})
         self.rollout: subprocess.Popen | None = None
         self.target = LocalTarget(self.settings)
         package, manifest = open_package(first.uri, first.digest, self.settings, self.store)
@@ -62,7 +64,7 @@ class Server:
         serve(candidate, ServingRecipe(watch_seconds=0), self.settings, self.store)
 
     def swap(self, to: str = "", watch: float = 1) -> subprocess.Popen:
-        """Begin to serve a version, or another adapter than the champion, in a process of its own."""
+        """Start a process that serves a version (default: the adapter that is not the champion)."""
         to = to or next(version for version in ("2", "3") if version != self.champion())
         environment = os.environ | {
             "FORGE_HOME": str(self.settings.home),
@@ -75,28 +77,28 @@ class Server:
         return self.rollout
 
     def stop(self) -> None:
-        """End all that runs."""
+        """Stop all processes."""
         if self.rollout is not None and self.rollout.poll() is None:
             self.rollout.kill()
         self.target.stop()
         LocalServer(self.settings).stop()
 
     def champion(self) -> str:
-        """The version that is the champion."""
+        """The champion's version."""
         return champion_version(open_registry(self.settings), "dates") or ""
 
-    def victim(self, who: str, rollout: subprocess.Popen) -> int:
-        """The number of the process to kill."""
-        if who == "rollout":
+    def victim(self, role: str, rollout: subprocess.Popen) -> int:
+        """The ID of the process to kill."""
+        if role == "rollout":
             return rollout.pid
-        if who == "reconciler":
+        if role == "reconciler":
             return int(json.loads(self.target.record.read_text())["pid"])
         running = LocalServer(self.settings).running()
         assert running is not None
         return running.pid
 
     def settle(self) -> None:
-        """Wait until nothing is under way and all is as desired; a dead reconciler is started, as Kubernetes would."""
+        """Wait until the desired state is reached without a trial; restarts a dead reconciler, as Kubernetes would."""
         deadline = time.monotonic() + 240
         while True:
             self.target.ensure()
@@ -107,7 +109,7 @@ class Server:
             time.sleep(0.2)
 
     def agrees(self) -> None:
-        """Registry, history, document and vLLM say the same."""
+        """Assert that registry, history, desired state and vLLM agree on the version."""
         champion = self.champion()
         desired, _ = self.target.document.read()
         assert desired.serving.names == {"dates": self.versions[champion].versioned}

@@ -15,7 +15,7 @@ STORE = "s3://forge-store/nightly"
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
-    """A home without a store of its own."""
+    """A home whose store is a bucket."""
     with rclone(tmp_path) as server:
         client_of(server).make_bucket("forge-store")
         settings = {
@@ -33,7 +33,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 @pytest.mark.long
-def test_a_model_is_trained_and_served_from_a_bucket(home: Home) -> None:
+def test_model_is_trained_and_served_from_a_bucket(home: Home) -> None:
     status, output = home.run()
     assert status == 0, output
     first, server = home.facts(), home.served()
@@ -48,4 +48,4 @@ def test_a_model_is_trained_and_served_from_a_bucket(home: Home) -> None:
     facts = home.facts()
     assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
     assert (facts["version"], facts["digest"]) == (first["version"], first["digest"])
-    assert home.served() == server, "the same process serves"
+    assert home.served() == server, "the server was not restarted"

@@ -1,4 +1,4 @@
-"""What runs again when data or recipe change: Flyte's local cache, keyed by content."""
+"""What is recomputed when data or recipe change: Flyte's local cache, keyed by content."""
 
 import os
 import shutil
@@ -25,21 +25,21 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def preprocess(recipe: Recipe, path: Path) -> Dataset:
-    """The door, with the source as preflight would name it."""
+    """Run the task with the source as preflight names it."""
     digest = digest_source(recipe.data.model_copy(update={"source": str(path)}))
     source = Source(uri=path.as_uri(), digest=digest, store=open_store(load_settings()).identity)
     data = recipe.data.model_copy(update={"source": digest})
 
     @workflow
-    def of_rows(source: Source, data: DataRecipe) -> Dataset:
+    def preprocess_rows(source: Source, data: DataRecipe) -> Dataset:
         return preprocess_data(source=identified(source=source), data=data, base=Base())
 
-    return of_rows(source=source, data=data)
+    return preprocess_rows(source=source, data=data)
 
 
 @task
 def identified(source: Source) -> Annotated[Source, HashMethod(cache_key)]:
-    """The source as preflight hands it on."""
+    """Return the source as preflight does."""
     return source
 
 
@@ -50,16 +50,16 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows"
 
 
-def test_the_same_rows_are_not_prepared_again(recipe: Recipe, rows: Path) -> None:
+def test_same_rows_are_not_prepared_again(recipe: Recipe, rows: Path) -> None:
     first = preprocess(recipe, rows)
-    shutil.rmtree(load_settings().store_root / "done")  # the stage's own record of it
+    shutil.rmtree(load_settings().store_root / "done")  # the stage's own records
     os.utime(rows / "0.jsonl", (0, 0))
     assert preprocess(recipe, rows) == first
     moved = rows.rename(rows.with_name("moved"))
     assert preprocess(recipe, moved) == first
 
 
-def test_a_changed_file_in_a_directory_is_changed_data(recipe: Recipe, rows: Path) -> None:
+def test_changed_file_in_a_directory_changes_the_data(recipe: Recipe, rows: Path) -> None:
     first = preprocess(recipe, rows)
     write_jsonl(rows / "1.jsonl", [chat(f"question 1 {n}", "another answer") for n in range(100)])
     second = preprocess(recipe, rows)
@@ -67,13 +67,13 @@ def test_a_changed_file_in_a_directory_is_changed_data(recipe: Recipe, rows: Pat
     assert second.digest != first.digest
 
 
-def test_a_changed_section_runs_again(recipe: Recipe, rows: Path) -> None:
+def test_changed_data_section_is_prepared_again(recipe: Recipe, rows: Path) -> None:
     first = preprocess(recipe, rows)
     wider = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_seq_len": 256})})
     assert preprocess(wider, rows).digest != first.digest
 
 
-def test_a_store_that_was_wiped_is_not_taken_for_the_old_one(recipe: Recipe, rows: Path) -> None:
+def test_results_of_a_deleted_store_are_not_reused(recipe: Recipe, rows: Path) -> None:
     first = preprocess(recipe, rows)
     shutil.rmtree(load_settings().home)
     second = preprocess(recipe, rows)

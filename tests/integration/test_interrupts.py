@@ -1,4 +1,4 @@
-"""Ctrl-C, at any moment: no process and no lock stays, and the next run works."""
+"""After Ctrl-C at any moment no process and no lock is left, and the next run works."""
 
 import random
 import signal
@@ -10,8 +10,8 @@ import pytest
 from tests.integration.harness import Home, gone, wait_for
 
 
-def interrupted_cleanly(home: Home, output: str) -> None:
-    """Nothing of the home lives, and nothing is under way."""
+def assert_clean(home: Home, output: str) -> None:
+    """Assert that no process of the home is left and no trial is in progress."""
     left = home.processes()
     try:
         assert gone(left, within=30), f"{left}\n{output}"
@@ -22,7 +22,7 @@ def interrupted_cleanly(home: Home, output: str) -> None:
             process.kill()
 
 
-def test_in_the_middle_of_training(tmp_path: Path) -> None:
+def test_interrupt_during_training(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.write_recipe(training={"epochs": 20})
     process = home.start()
@@ -30,11 +30,11 @@ def test_in_the_middle_of_training(tmp_path: Path) -> None:
     time.sleep(1)
     output += home.interrupt(process)
     assert process.returncode != 0
-    interrupted_cleanly(home, output)
+    assert_clean(home, output)
 
 
 @pytest.mark.long
-def test_at_each_stage_one_after_another_and_then_the_run_works(tmp_path: Path) -> None:
+def test_interrupt_of_each_stage_and_then_a_complete_run(tmp_path: Path) -> None:
     home = Home(tmp_path)
     moments = random.Random(7)
     try:
@@ -52,7 +52,7 @@ def test_at_each_stage_one_after_another_and_then_the_run_works(tmp_path: Path) 
             time.sleep(moments.uniform(0, 2 if "vLLM" not in after else 20))
             output += home.interrupt(process, number)
             assert process.returncode != 0, f"{after}\n{output}"
-            interrupted_cleanly(home, output)
+            assert_clean(home, output)
         status, output = home.run()
         assert status == 0, output
         assert home.facts()["version"] == "1"

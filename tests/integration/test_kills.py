@@ -1,7 +1,7 @@
-"""kill -9 of vLLM, of the reconciler and of the rollout: what is desired and what is served agree soon, and one version
-is the champion. The rollout has either finished or was undone.
+"""kill -9 of vLLM, the reconciler and the rollout: the desired state is reached again, with one champion.
 
-FORGE_TEST_MOMENTS says how many moments of each; the suite takes one, since each of vLLM's costs a start of it.
+The rollout either completes or is rolled back. FORGE_TEST_MOMENTS is the number of kills of each; the suite does one,
+since vLLM takes long to start again.
 """
 
 import os
@@ -29,10 +29,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.stop()
 
 
-@pytest.mark.parametrize("who", ["rollout", "reconciler", "vllm"])
-def test_killed_at_any_moment(server: Server, who: str) -> None:
-    moments = random.Random(who)
-    ends = {"finished": 0, "undone": 0}
+@pytest.mark.parametrize("role", ["rollout", "reconciler", "vllm"])
+def test_kill_at_a_random_moment(server: Server, role: str) -> None:
+    moments = random.Random(role)
+    outcomes = {"finished": 0, "rolled back": 0}
     for _ in range(MOMENTS):
         server.settle()
         server.agrees()
@@ -42,11 +42,11 @@ def test_killed_at_any_moment(server: Server, who: str) -> None:
             assert rollout.poll() is None
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 3))
-        victim = server.victim(who, rollout)
-        if who != "rollout" or rollout.poll() is None:
+        victim = server.victim(role, rollout)
+        if role != "rollout" or rollout.poll() is None:
             os.kill(victim, signal.SIGKILL)
         output, _ = rollout.communicate(timeout=400)
-        if who == "vllm":  # which its reconciler must first find dead
+        if role == "vllm":  # its reconciler must notice first
             while (running := LocalServer(server.settings).running()) is None or running.pid == victim:
                 time.sleep(0.1)
         server.settle()
@@ -54,6 +54,5 @@ def test_killed_at_any_moment(server: Server, who: str) -> None:
             server.agrees()
         except OpenAIError as error:
             raise AssertionError(f"{error}\n{output}\n{server.target.log.read_text()[-3000:]}") from error
-        ends["undone" if server.champion() == before else "finished"] += 1
-    print(who, ends)
-    assert sum(ends.values()) == MOMENTS
+        outcomes["rolled back" if server.champion() == before else "finished"] += 1
+    assert sum(outcomes.values()) == MOMENTS, outcomes

@@ -1,6 +1,6 @@
-"""The whole pipeline through `pyflyte run`, with real MLflow and real vLLM, told as one user's afternoon.
+"""The whole pipeline with `pyflyte run`, a real MLflow and a real vLLM.
 
-The tests of this file go on from one another's home, so the ones that change it put it back.
+The tests share one home in this order; those that change it restore it.
 """
 
 import json
@@ -13,13 +13,13 @@ from openai import OpenAI
 
 from forge.registry.mlflow_registry import champion_version, open_registry
 from tests.conftest import chat, write_jsonl
-from tests.integration.harness import Home, ended_at_last
+from tests.integration.harness import Home, stopped_afterwards
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A home in which the pipeline has run once; nothing of it lives afterwards."""
-    with ended_at_last(Home(tmp_path_factory.mktemp("pipeline"))) as home:
+    """A home in which the pipeline has run once."""
+    with stopped_afterwards(Home(tmp_path_factory.mktemp("pipeline"))) as home:
         status, home.first_output = home.run()  # type: ignore[attr-defined]
         assert status == 0, home.first_output  # type: ignore[attr-defined]
         yield home
@@ -31,7 +31,7 @@ def versions(home: Home) -> list[str]:
     )
 
 
-def test_a_model_is_trained_registered_and_serves(home: Home) -> None:
+def test_model_is_trained_registered_and_served(home: Home) -> None:
     facts = home.facts()
     assert facts["nll"] < facts["nll_base"] / 4
     assert facts["items"] == 64
@@ -48,22 +48,22 @@ def test_a_model_is_trained_registered_and_serves(home: Home) -> None:
         model="dates", messages=[{"role": "user", "content": "NL: 20 juni 1969"}], temperature=0, max_tokens=32
     )
     assert answer.choices[0].message.content.startswith('{"date":')
-    # Of the run itself nothing lives but the server and its reconciler.
+    # Only the server and its reconciler outlive the run.
     assert served.pid in home.serving()
     assert {process.pid for process in home.processes()} <= home.serving()
 
 
-def test_again_runs_nothing_again(home: Home) -> None:
+def test_second_run_computes_nothing(home: Home) -> None:
     before, server = home.facts(), home.served()
     status, output = home.run()
     assert status == 0, output
     facts = home.facts()
     assert facts["cached"] == "preprocess_data, train_model, evaluate_model"
     assert (facts["version"], facts["digest"], versions(home)) == (before["version"], before["digest"], ["1"])
-    assert home.served() == server, "the same process serves"
+    assert home.served() == server, "the server was not restarted"
 
 
-def test_a_changed_recipe_runs_only_what_depends_on_it(home: Home) -> None:
+def test_changed_recipe_runs_only_what_depends_on_it(home: Home) -> None:
     server = home.served()
     home.write_recipe(evaluation={"items": 48})
     try:
@@ -81,38 +81,38 @@ def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
     server = home.served()
     rows = [chat(f"question {number}", "answer") for number in range(1500)]
     path = write_jsonl(home.directory / "bad.jsonl", [*rows, *[{"question": "no answer"}] * 20])
-    for arguments, says in (
+    for arguments, message in (
         (["--data_path", str(home.directory / "nowhere.jsonl")], "no such file"),
         (["--data_path", str(path)], "20 of 1520 rows cannot be used"),
         (["--recipe", "tiny-cp"], "Did you mean"),
     ):
         status, output = home.run(*arguments)
         assert status == 1
-        assert says in " ".join(output.replace("│", " ").split())
+        assert message in " ".join(output.replace("│", " ").split())
         assert "Traceback" not in output
     assert versions(home) == ["1"]
     assert home.served() == server
 
 
-def test_a_mad_learning_rate_is_refused_and_the_champion_serves_on(home: Home) -> None:
-    refused(home, training={"learning_rate": 1.0})
+def test_model_ruined_by_its_learning_rate_is_rejected(home: Home) -> None:
+    assert_rejected(home, training={"learning_rate": 1.0})
 
 
 @pytest.mark.long
-def test_ruined_labels_are_refused_and_the_champion_serves_on(home: Home) -> None:
+def test_model_ruined_by_wrong_answers_is_rejected(home: Home) -> None:
     rows = [json.loads(line) for line in (dataset(home) / "heldout.jsonl").read_text().splitlines()]
     clean = write_jsonl(home.directory / "clean.jsonl", rows[:150])
     answers = [row["messages"][1] for row in rows]
-    ruined = [
+    shuffled = [
         {**row, "messages": [row["messages"][0], answers[(at + 7) % len(answers)]]}
         for at, row in enumerate(rows[150:] * 12)
     ]
-    bad = write_jsonl(home.directory / "ruined.jsonl", ruined)
-    refused(home, data={"source": str(bad), "heldout_source": str(clean)})
+    bad = write_jsonl(home.directory / "ruined.jsonl", shuffled)
+    assert_rejected(home, data={"source": str(bad), "heldout_source": str(clean)})
 
 
-def refused(home: Home, **sections: dict) -> None:
-    """Run with a recipe that makes a bad model: the gate says why, nothing later runs, and it is no error."""
+def assert_rejected(home: Home, **sections: dict) -> None:
+    """Run a recipe that gives a bad model: the gate rejects it with a reason, and the champion keeps serving."""
     server, first = home.served(), versions(home)
     home.write_recipe(**sections)
     try:
@@ -122,24 +122,24 @@ def refused(home: Home, **sections: dict) -> None:
     assert status == 0, output
     facts = home.facts()
     assert facts["verdict"] == "refuse"
-    assert facts["reason"].startswith("refused by champion: NLL ")
+    assert facts["reason"].startswith("rejected by champion: NLL ")
     assert facts["reason"] in " ".join(output.split())
     assert "version 1 stays the champion" in output
     assert facts["report"] in output
     assert "register:" not in output
     assert "roll_out:" not in output
-    assert "dates: refused" in Path(facts["report"]).read_text()
+    assert "dates: rejected" in Path(facts["report"]).read_text()
     assert versions(home) == first
     assert home.served() == server
 
 
 def dataset(home: Home) -> Path:
-    """The directory of the data set that the pipeline made."""
-    (found,) = (home.settings.store_root / "datasets").iterdir()
-    return found
+    """The directory of the pipeline's data set."""
+    (directory,) = (home.settings.store_root / "datasets").iterdir()
+    return directory
 
 
-def test_the_champion_is_asked_again_and_its_fall_is_told(home: Home) -> None:
+def test_champion_check_detects_a_lower_score(home: Home) -> None:
     status, output = home.run(workflow="champion_check")
     assert status == 0, output
     assert re.search(
@@ -163,4 +163,4 @@ def test_the_champion_is_asked_again_and_its_fall_is_told(home: Home) -> None:
         order_by=["start_time"],
     )
     assert [run.data.tags["fallen"] for run in checks] == ["false", "true"]
-    assert checks[0].data.metrics["drift"] == pytest.approx(0, abs=0.05), "served as it was evaluated"
+    assert checks[0].data.metrics["drift"] == pytest.approx(0, abs=0.05), "serving gives the score of the evaluation"

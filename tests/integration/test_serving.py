@@ -124,7 +124,7 @@ def test_a_version_that_stops_answering_while_it_is_watched_is_rolled_back(serve
     output, _ = rollout.communicate(timeout=300)
     assert rollout.returncode != 0
     text = " ".join(output.split())
-    assert f"while it was watched, {server.versions['3'].versioned} did not answer" in text
+    assert f"{server.versions['3'].versioned}: did not answer during the watch period" in text
     assert "serves again; the champion is unchanged" in text
     server.settle()
     server.agrees()
@@ -164,7 +164,7 @@ def test_a_rollout_that_is_interrupted_is_undone(server: Server, number: int) ->
     server.settle()
     server.agrees()
     assert server.champion() == "2"
-    assert "broken off" in open_registry(server.settings).get_model_version("dates", "3").tags["rollout_failed"]
+    assert "interrupted" in open_registry(server.settings).get_model_version("dates", "3").tags["rollout_failed"]
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused_before_anything_is_touched(server: Server, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_weights_that_vllm_cannot_load_are_told_and_undone(server: Server) -> No
         uri = server.store.publish(staged, "models/dates", facts={"name": "dates", "kind": "model"})
     broken = Served(name="dates", version="3", uri=uri, digest=uri.rpartition("sha256-")[2])
     candidate = Candidate(broken, server.store.path(uri), {"kind": "model"}, None, "2", "a test")
-    with pytest.raises(ForgeError, match="vLLM ended while it started") as caught:
+    with pytest.raises(ForgeError, match="vLLM exited during startup") as caught:
         serve(candidate, ServingRecipe(), server.settings, server.store)
     assert "serves again; the champion is unchanged" in caught.value.message
     server.settle()
@@ -214,34 +214,34 @@ def test_weights_that_vllm_cannot_load_are_told_and_undone(server: Server) -> No
     assert server.champion() == "2"
 
 
-def by_hand(server: Server, *command: str) -> subprocess.CompletedProcess:
-    """`python -m forge.serving ...`"""
+def run_forge(server: Server, *command: str) -> subprocess.CompletedProcess:
+    """Run `forge ...` in the server's home."""
     environment = os.environ | {
         "FORGE_HOME": str(server.settings.home),
         "FORGE_SERVING_PORT": str(server.settings.serving_port),
     }
-    return subprocess.run(
-        [sys.executable, "-m", "forge.serving", *command], cwd=PROJECT, env=environment, capture_output=True, text=True
-    )
+    program = Path(sys.executable).with_name("forge")
+    return subprocess.run([program, *command], cwd=PROJECT, env=environment, capture_output=True, text=True)
 
 
-def test_stop_start_ask_and_remove_by_hand(server: Server) -> None:
+def test_status_stop_start_ask_and_remove(server: Server) -> None:
     swapped(server, "2")
-    assert by_hand(server, "ask", "Hello").returncode == 0
-    assert by_hand(server, "stop").stdout == "Stopped dates.\n"
+    assert run_forge(server, "ask", "Hello").returncode == 0
+    assert "no, all is as desired" in run_forge(server, "status").stdout
+    assert run_forge(server, "stop").stdout == "Stopped dates.\n"
     assert LocalServer(server.settings).running() is None
     assert server.target.status() is None
-    assert by_hand(server, "stop").stdout == "Nothing is serving.\n"
-    assert "dates will be served" in by_hand(server, "start").stdout
+    assert run_forge(server, "stop").stdout == "Nothing is serving.\n"
+    assert "Starting dates" in run_forge(server, "start").stdout
     server.settle()
     server.agrees()
-    assert "times is not served; served are dates" in by_hand(server, "remove", "times").stderr
-    assert by_hand(server, "remove", "dates").stdout == "dates is served no longer.\n"
+    assert "times is not served; served now: dates" in run_forge(server, "remove", "times").stderr
+    assert run_forge(server, "remove", "dates").stdout == "dates is no longer served.\n"
     deadline = time.monotonic() + 60
     while LocalServer(server.settings).running() is not None or LocalTarget(server.settings).status() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "nothing is serving" in by_hand(server, "ask", "Hello").stderr
+    assert "nothing is serving" in run_forge(server, "ask", "Hello").stderr
 
 
 def test_20_swaps_while_8_clients_keep_asking(server: Server) -> None:

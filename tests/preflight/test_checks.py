@@ -1,4 +1,4 @@
-"""Preflight says all that is wrong, at once, and what to do about it."""
+"""Preflight reports all problems together, with their fixes."""
 
 import json
 import re
@@ -6,7 +6,6 @@ import socket
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import yaml
 
@@ -23,18 +22,11 @@ from forge.serving.desired import Serving
 from forge.serving.rollout_check import check_rollout
 from forge.serving.vllm_environment import vllm_release
 from forge.storage import open_store
-from tasks.preflight.checks import (
-    base_config,
-    check_all,
-    check_memory,
-    check_places,
-    check_training,
-    check_vllm,
-    config_of,
-    find_base,
-)
+from tasks.preflight.checks import check_all
+from tasks.preflight.model_checks import check_memory, check_training, find_base, trained_config
+from tasks.preflight.service_checks import check_cluster_settings, check_vllm
 from tasks.preprocess import sample
-from tests.conftest import SMALL, Trained, chat, write_jsonl
+from tests.conftest import SMALL, chat, write_jsonl
 
 
 @pytest.fixture
@@ -53,7 +45,7 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
     return port
 
 
-def test_what_is_in_order_passes(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+def test_a_valid_recipe_and_valid_rows_pass(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     recipe, source, base = check_all(str(rows), str(recipe_file))
     assert (source.uri, base) == (rows.as_uri(), Base())
@@ -62,7 +54,7 @@ def test_what_is_in_order_passes(recipe_file: Path, free_port: int, tmp_path: Pa
     assert check_all("", str(recipe_file))[1].uri == "demonstration"
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_problems_are_reported_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(SMALL).replace("learning_rate", "learning_rat"))
     rows = tmp_path / "rows.jsonl"
@@ -87,12 +79,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (
-            {"training": {**SMALL["training"], "nodes": 2}},
-            "training.nodes 2 with training.nproc_per_node 1: there is no such shape; take one of 1x1, 1x2, 2x2",
-        ),
-        ({"data": {"max_seq_len": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel knows no xx"),
-        ({"data": {"max_seq_len": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "there are 109575"),
+        ({"data": {"max_seq_len": 64, "demonstration": {"locales": ["en", "xx"]}}}, "Babel does not know xx"),
+        ({"data": {"max_seq_len": 64, "demonstration": {"rows": 200_000, "locales": ["en"]}}}, "only 109575 rows"),
         ({"model": {"base": "/nowhere/model"}}, "base model /nowhere/model"),
         (
             {
@@ -104,7 +92,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path, free_port: int) -> None:
+def test_a_recipe_that_cannot_run_here_is_rejected(change: dict, says: str, tmp_path: Path, free_port: int) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **change}))
     with pytest.raises(Problems) as caught:
@@ -112,7 +100,7 @@ def test_what_cannot_run_here_is_refused(change: dict, says: str, tmp_path: Path
     assert says in caught.value.message
 
 
-def test_adapters_are_trained_where_there_is_no_gpu() -> None:
+def test_adapters_can_be_trained_without_a_gpu() -> None:
     lora = TrainingRecipe.model_validate({**SMALL["training"], "method": "lora", "lora": {}})
     assert check_training(lora) == []
 
@@ -120,16 +108,16 @@ def test_adapters_are_trained_where_there_is_no_gpu() -> None:
 def test_training_is_checked_against_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     two = TrainingRecipe.model_validate({**SMALL["training"], "nproc_per_node": 2})
     monkeypatch.setattr(gpus, "find_gpus", lambda: [gpus.GPUS["A100-40GB"]])
-    with pytest.raises(ForgeError, match=r"processes 2: each process takes a GPU, and there are 1; lower them"):
+    with pytest.raises(ForgeError, match=r"nproc_per_node 2: each process takes a GPU, and this machine has 1; lower"):
         check_training(two)
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")  # a pod of the cluster, itself without a GPU
     assert check_training(two) == gpus.gpus_of(nodes.TRAINING)
 
 
-def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_that_the_cluster_lacks_is_rejected_there(monkeypatch: pytest.MonkeyPatch) -> None:
     four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "nproc_per_node": 2, "global_batch_size": 4})
     monkeypatch.setattr(gpus, "find_gpus", lambda: [])
-    assert check_training(four) == [], "here, four processes train side by side"
+    assert check_training(four) == [], "on one machine, four processes train side by side"
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
     assert check_training(four) == gpus.gpus_of(nodes.TRAINING)
     one = [node for node in nodes.all_nodes() if node.pool != "secondary"]
@@ -140,32 +128,44 @@ def test_a_shape_that_the_cluster_lacks_is_refused_there(monkeypatch: pytest.Mon
         check_training(four)
 
 
-def test_on_the_cluster_all_that_a_run_leaves_needs_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_places(Settings(), rollout=True)
+def test_a_shape_without_a_task_is_rejected_only_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "nproc_per_node": 4})
+    monkeypatch.setattr(gpus, "find_gpus", lambda: [])
+    assert check_training(recipe) == [], "one machine runs any number of processes"
+    monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
+    with pytest.raises(ForgeError, match=r"nodes 2 with training.nproc_per_node 4: .*; take one of 1x1, 1x2, 2x2"):
+        check_training(recipe)
+    monkeypatch.setattr(nodes, "SHAPES", (*nodes.SHAPES, nodes.TrainingShape(2, 4)))
+    with pytest.raises(ForgeError, match=r"0 of the cluster's nodes of role training have 4 GPUs .*; lower training"):
+        check_training(recipe)
+
+
+def test_a_cluster_needs_the_settings_of_all_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cluster_settings(Settings(), rollout=True)
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
     with pytest.raises(ForgeError, match="lack FORGE_STORE, FORGE_MLFLOW_URI, FORGE_CHECKPOINT_COPIES, FORGE_S3_"):
-        check_places(Settings(), rollout=True)
-    places = Settings(
+        check_cluster_settings(Settings(), rollout=True)
+    complete = Settings(
         store="s3://forge/store", mlflow_uri="http://mlflow", checkpoint_copies="s3://forge/checkpoints",
         s3_endpoint="http://minio:9000",
     )  # fmt: skip
     with pytest.raises(ForgeError, match=r"lack FORGE_SERVING_TARGET=kubernetes .*, FORGE_SERVING_URL, FORGE_RECON"):
-        check_places(places, rollout=True)
-    check_places(places, rollout=False)
+        check_cluster_settings(complete, rollout=True)
+    check_cluster_settings(complete, rollout=False)
     serving = {"serving_target": "kubernetes", "serving_url": "http://v:1", "reconciler_url": "http://r:1"}
-    check_places(places.model_copy(update=serving), rollout=True)
+    check_cluster_settings(complete.model_copy(update=serving), rollout=True)
 
 
-def test_the_quota_of_the_namespace_is_asked_before_pods_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_above_the_quota_of_the_namespace_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
     four = TrainingRecipe.model_validate({**SMALL["training"], "nodes": 2, "nproc_per_node": 2, "global_batch_size": 4})
-    with pytest.raises(ForgeError, match=r"needs 4 GPUs, and the quota of this namespace allows 2 .*Lower training"):
+    with pytest.raises(ForgeError, match=r"needs 4 GPUs, and the quota of this namespace allows 2 .*; lower training"):
         check_training(four, Settings(gpu_quota=2))
     assert check_training(four, Settings(gpu_quota=4)) == gpus.gpus_of(nodes.TRAINING)
     assert check_training(four, Settings()) == gpus.gpus_of(nodes.TRAINING)
 
 
-def test_on_the_cluster_nothing_is_named_by_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_rejects_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
@@ -179,7 +179,7 @@ def test_on_the_cluster_nothing_is_named_by_a_path(tmp_path: Path, monkeypatch: 
         )
 
 
-def test_on_the_cluster_this_machine_is_not_asked_for_what_another_will_use(
+def test_on_a_cluster_vllm_and_port_of_this_pod_are_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLYTE_INTERNAL_EXECUTION_ID", "f0123456789")
@@ -193,10 +193,10 @@ def test_on_the_cluster_this_machine_is_not_asked_for_what_another_will_use(
             check_all("", yaml.safe_dump(SMALL))
     assert "vLLM is not installed" not in caught.value.message
     assert "in use by another program" not in caught.value.message
-    assert "FORGE_SERVING_URL" in caught.value.message, "what the rollout will use is asked for"
+    assert "FORGE_SERVING_URL" in caught.value.message, "settings of the rollout are checked"
 
 
-def test_a_domain_that_rolls_nothing_out_asks_nothing_of_a_server_and_names_its_own(
+def test_without_rollouts_no_server_is_needed_and_the_name_has_the_suffix(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORGE_ROLLOUT", "false")
@@ -212,10 +212,10 @@ def test_a_domain_that_rolls_nothing_out_asks_nothing_of_a_server_and_names_its_
 
 
 def test_a_base_model_must_fit(tmp_path: Path) -> None:
-    def check(found: list[gpus.GPU], **changes: int) -> None:
+    def check(available: list[gpus.GPU], **changes: int) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**large, **changes}))
         recipe = Recipe.model_validate({**SMALL, "model": {"base": str(tmp_path)}})
-        check_memory(recipe, config_of(recipe, LocalBase(str(tmp_path))), found)
+        check_memory(recipe, trained_config(recipe, LocalBase(str(tmp_path))), available)
 
     large = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -227,15 +227,15 @@ def test_a_base_model_must_fit(tmp_path: Path) -> None:
         check([great, small], num_hidden_layers=16)
 
 
-def test_what_training_leaves_must_fit_what_serves(tmp_path: Path) -> None:
-    places = Settings()
+def test_the_trained_model_must_fit_the_serving_gpus(tmp_path: Path) -> None:
+    settings = Settings()
 
     def check(rank: int = 16, **serving: int) -> None:
         training = {**SMALL["training"], "precision": "bf16", "method": "lora", "lora": {"rank": rank}}
         model = {"base": str(tmp_path)}
         recipe = Recipe.model_validate({**SMALL, "model": model, "training": training, "serving": serving})
-        base, config = Base(location="owner/llama", revision="0" * 40), config_of(recipe, LocalBase(str(tmp_path)))
-        check_rollout(recipe, base, config, Serving(), places)
+        base, config = Base(location="owner/llama", revision="0" * 40), trained_config(recipe, LocalBase(str(tmp_path)))
+        check_rollout(recipe, base, config, Serving(), settings)
 
     llama = {
         "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -247,23 +247,14 @@ def test_what_training_leaves_must_fit_what_serves(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match=r"adapter of rank 32: .* take serving\.max_lora_rank 32"):
         check(rank=32, max_model_len=4096)
     check(rank=32, max_model_len=4096, max_lora_rank=32)
-    places = Settings(serving_target="kubernetes")
+    settings = Settings(serving_target="kubernetes")
     with pytest.raises(ForgeError, match=r"each of 2 x A100-40GB needs .*; it fits with .* or with 4-bit AWQ weights"):
         check(max_model_len=4096)
     (tmp_path / "config.json").write_text(json.dumps({**llama, "num_hidden_layers": 16}))
     check(max_model_len=4096)
 
 
-def test_a_base_model_s_configuration_must_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ForgeError, match=r"its config.json is no JSON object"):
-        base_config(LocalBase(location=str(tmp_path)))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ForgeError, match=r"base model owner/name: neither a directory here nor to be had from the hub"):
-        base_config(LocalBase(location="owner/name", revision="0" * 40))
-
-
-def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_recipe_becomes_a_uri(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     (tmp_path / "recipe.yaml").write_text(
@@ -272,8 +263,11 @@ def test_a_recipe_s_own_path_is_made_absolute(tmp_path: Path, free_port: int, mo
     assert check_all("", "recipe.yaml")[1].uri == (tmp_path / "rows.jsonl").as_uri()
 
 
-def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> None:
-    directory = trained.store.path(trained.model.uri) / "model"
+def test_a_base_model_needs_safetensors(tmp_path: Path) -> None:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"weights")
     base = find_base(ModelRecipe(base=str(directory)))
     assert base == Base(location=directory.as_uri(), revision=digest_directory(directory)[0])
     assert find_base(ModelRecipe(base=base.location, revision=base.revision)) == base
@@ -285,13 +279,13 @@ def test_a_base_model_needs_safetensors(trained: Trained, tmp_path: Path) -> Non
         find_base(ModelRecipe(base=str(tmp_path)))
 
 
-def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
+def test_a_python_without_vllm_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="vLLM is not installed"):
         check_vllm(Settings(home=tmp_path, serving_python=Path(sys.executable)))
     assert re.fullmatch(r"vllm(-cpu)? \d+\.\d+\.\d+\S*", vllm_release(Settings(home=tmp_path).serving_python))
 
 
-def test_only_the_first_lines_are_read(recipe_file: Path, free_port: int, tmp_path: Path, monkeypatch) -> None:
+def test_only_the_first_rows_are_read(recipe_file: Path, free_port: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sample, "SAMPLE", 2)
     path = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")])
     path.write_text(path.read_text() + "no json\n")
@@ -301,12 +295,12 @@ def test_only_the_first_lines_are_read(recipe_file: Path, free_port: int, tmp_pa
         check_all(str(path), str(recipe_file))
 
 
-def test_as_many_bad_rows_as_the_recipe_allows_pass(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+def test_invalid_rows_within_the_allowed_share_pass(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [*[chat(f"{n}", "b") for n in range(200)], "no row"])
     check_all(str(path), str(recipe_file))
 
 
-def test_rows_to_evaluate_on_are_checked_and_pinned_too(free_port: int, tmp_path: Path) -> None:
+def test_a_separate_held_out_source_is_checked_and_pinned(free_port: int, tmp_path: Path) -> None:
     rows, own = tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
     write_jsonl(rows, [{"text": "Once upon a time."}])
     write_jsonl(own, [chat("a", "b")])
@@ -327,19 +321,17 @@ def test_plain_texts_alone_cannot_be_evaluated(recipe_file: Path, free_port: int
         check_all(str(rows), str(recipe_file))
 
 
-def test_two_shapes_are_found_before_anything_starts(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
+def test_mixed_row_formats_are_rejected(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows" / "a.jsonl", [chat("a", "b")])
     write_jsonl(tmp_path / "rows" / "b.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(Problems, match=r"b.jsonl:1 is prompt, and .*a.jsonl:1 is chat"):
         check_all(str(tmp_path / "rows"), str(recipe_file))
 
 
-def test_a_champion_whose_package_is_gone_is_told_before_anything_starts(
-    recipe_file: Path, free_port: int, tmp_path: Path
-) -> None:
+def test_a_champion_without_its_package_is_reported(recipe_file: Path, free_port: int, tmp_path: Path) -> None:
     client = open_registry(load_settings())
     client.create_registered_model(SMALL["name"])
-    version = client.create_model_version(SMALL["name"], source=(tmp_path / "gone").as_uri())
+    version = client.create_model_version(SMALL["name"], source=(tmp_path / "missing").as_uri())
     promote(client, open_store(load_settings()), SMALL["name"], str(version.version), "", "a test")
-    with pytest.raises(Problems, match=r"champion dates version 1: store: .*/gone is gone, .*; put it back, or"):
+    with pytest.raises(Problems, match=r"champion dates version 1: store: .*/missing is gone, .*; restore it, or"):
         check_all("", str(recipe_file))

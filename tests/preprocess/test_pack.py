@@ -1,4 +1,4 @@
-"""Packing loses nothing, overfills nothing, and fills rows."""
+"""Packing keeps every document, never overfills a row, and leaves little padding."""
 
 from pathlib import Path
 
@@ -20,25 +20,25 @@ def test_every_document_is_in_one_row_and_no_row_overflows(lengths: list[int]) -
     assert len(row_of) == len(lengths)
     assert len(used) == rows
     assert ((used > 0) & (used <= 64)).all()
-    # No two rows could be one: best fit opens a row only where none has room.
+    # No two rows could be merged: best fit opens a row only if no other has enough space.
     assert (64 - used >= 32).sum() <= 1
 
 
-def test_a_long_tail_is_packed_nearly_full() -> None:
+def test_long_tailed_lengths_pack_nearly_full() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(4, 1, 20_000).astype(int), 1, 512)
     _, rows = best_fit_decreasing(lengths.tolist(), 512)
     assert lengths.sum() / (rows * 512) > 0.995
 
 
 @pytest.mark.parametrize("shard_tokens", [64, 100, 1 << 20])
-def test_shards_hold_every_document_whole(shard_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_hold_every_document(shard_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "SHARD_TOKENS", shard_tokens)
-    draw = np.random.default_rng(1)
-    contents = [draw.integers(1, 1000, draw.integers(2, 16), dtype=np.uint32) for _ in range(60)]
+    rng = np.random.default_rng(1)
+    contents = [rng.integers(1, 1000, rng.integers(2, 16), dtype=np.uint32) for _ in range(60)]
     for content in contents:
         content[1:] |= TRAINED
     documents = np.zeros(60, dtype=DOCUMENT)
-    for spill, start in ((0, 0), (1, 30)):  # two processes' files
+    for spill, start in ((0, 0), (1, 30)):  # the files of two processes
         part = contents[start : start + 30]
         (tmp_path / str(spill)).write_bytes(b"".join(content.tobytes() for content in part))
         sizes = np.array([4 * len(content) for content in part])
@@ -47,7 +47,7 @@ def test_shards_hold_every_document_whole(shard_tokens: int, tmp_path: Path, mon
     documents["length"] = [len(content) for content in contents]
     rows = write_packed(documents, [tmp_path / "0", tmp_path / "1"], 16, tmp_path / "packed")
 
-    found = []
+    actual = []
     shards = sorted((tmp_path / "packed").iterdir())
     assert len(shards) == -(-rows // max(1, shard_tokens // 16))
     for shard in shards:
@@ -57,16 +57,16 @@ def test_shards_hold_every_document_whole(shard_tokens: int, tmp_path: Path, mon
         assert not trained[number == 0].any()
         for row in range(len(tokens)):
             assert (np.diff(number[row].astype(int))[: np.count_nonzero(number[row]) - 1] >= 0).all()
-            for which in range(1, number[row].max() + 1):
-                here = number[row] == which
-                found.append((tokens[row][here].tolist(), trained[row][here].tolist()))
-    wanted = [((content & ~TRAINED).tolist(), (content >= TRAINED).tolist()) for content in contents]
-    assert sorted(found) == sorted(wanted)
+            for document in range(1, number[row].max() + 1):
+                here = number[row] == document
+                actual.append((tokens[row][here].tolist(), trained[row][here].tolist()))
+    expected = [((content & ~TRAINED).tolist(), (content >= TRAINED).tolist()) for content in contents]
+    assert sorted(actual) == sorted(expected)
 
 
-def test_tokens_that_are_not_there_are_no_zeros(tmp_path: Path) -> None:
+def test_truncated_token_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"\0" * 12)
     documents = np.zeros(1, dtype=DOCUMENT)
     documents["length"] = 4
-    with pytest.raises(OSError, match="not all there"):
+    with pytest.raises(OSError, match="tokens are incomplete"):
         write_packed(documents, [tmp_path / "0"], 16, tmp_path / "packed")

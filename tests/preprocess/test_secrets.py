@@ -1,4 +1,4 @@
-"""Credentials are found, whichever way they are looked for, and ordinary words are not taken for them."""
+"""Credentials are found, also by the quick check of single words, and ordinary texts are not mistaken for them."""
 
 from base64 import b64encode
 
@@ -7,7 +7,7 @@ import pytest
 from tasks.preprocess.secrets import DETECTORS, find_secret, suspect
 
 RUN = "a1B2c3D4e5" * 10
-SECRETS = {  # made up, and put together here so that no scanner takes this file for a leak
+SECRETS = {  # invented, and concatenated so that no scanner reports this file
     "AWS Access Key": ["AKIA" + "ABCDEFGH12345678", "aws_secret_key = '" + RUN[:40] + "'"],
     "Azure Storage Account access key": ["AccountKey=" + RUN[:88]],
     "Basic Auth Credentials": ["https://me:" + "hunter2@example.com", "postgres://a:" + "b@db"],
@@ -43,7 +43,7 @@ SECRETS = {  # made up, and put together here so that no scanner takes this file
 def test_credentials_are_found(kind: str, secret: str) -> None:
     text = f"Here it is: {secret} and now forget it."
     assert find_secret(text) == kind
-    assert any(suspect(word) for word in text.split()), "the quick look must never miss what the long one finds"
+    assert any(suspect(word) for word in text.split()), "the quick check must never miss what the full search finds"
 
 
 def test_every_detector_has_an_example() -> None:
@@ -57,9 +57,9 @@ def test_every_detector_has_an_example() -> None:
         "ISO: 20 juni 1969",
         '{"date":"1969-06-20"}',
         "A PRIVATE conversation; AKIA is a fish, ASK me. SKATE.",
-        "sk_live_ is how such keys begin, and ghp_ is another way",
+        "sk_live_ is the prefix of such keys, and ghp_ another one",
         "mail me at someone@example.com, or call 0123-456789",
     ],
 )
-def test_ordinary_texts_are_not(text: str) -> None:
+def test_ordinary_texts_hold_no_credential(text: str) -> None:
     assert find_secret(text) is None

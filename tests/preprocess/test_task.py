@@ -1,4 +1,4 @@
-"""The doors of preprocessing, as Flyte runs them."""
+"""The Flyte tasks of preprocessing, run by Flyte."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.storage.servers import KEY, SECRET, rclone
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> DirectoryStore:
-    """The store that the doors open."""
+    """The store that the tasks open."""
     monkeypatch.setenv("FLYTE_LOCAL_CACHE_ENABLED", "0")
     return open_store(load_settings())
 
@@ -29,7 +29,7 @@ def run(store: DirectoryStore, **options: object) -> Dataset:
     return preprocess_data(source=source, data=recipe, base=Base())
 
 
-def test_a_map_task_over_shards_comes_to_the_same_data_set(store: DirectoryStore, tmp_path: Path) -> None:
+def test_map_task_over_shards_gives_the_same_data_set(store: DirectoryStore, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
     whole = run(store, source=path.as_uri())
     sharded = run(store, source=path.as_uri(), shards=3)
@@ -38,20 +38,20 @@ def test_a_map_task_over_shards_comes_to_the_same_data_set(store: DirectoryStore
 
 
 def never(*arguments: object) -> None:
-    raise AssertionError("rows are read again")
+    raise AssertionError("rows were read again")
 
 
-def broken_off(*arguments: object) -> None:
+def interrupted(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_rows_that_are_prepared_are_not_read_again(
+def test_published_data_set_is_found_by_the_next_attempt(
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt ends between publishing and its last line."""
+    """The first attempt is interrupted right after publishing."""
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tasks.preprocess.task.show", broken_off)
+        patch.setattr("tasks.preprocess.task._show_report", interrupted)
         run(store, source=path.as_uri())
     (published,) = (store.root / "datasets").iterdir()
     monkeypatch.setattr("tasks.preprocess.prepare.read_part", never)
@@ -61,22 +61,22 @@ def test_rows_that_are_prepared_are_not_read_again(
 
 
 @pytest.mark.parametrize("removed", [0, 1])
-def test_shards_that_are_packed_are_not_read_again(
+def test_packed_shards_are_not_read_again(
     removed: int, store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though packing them was broken off while it removed them."""
+    """Even if the first attempt was interrupted while it removed them."""
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
     left = [removed]
     remove = DirectoryStore.remove
 
-    def some(store: DirectoryStore, uri: str) -> None:
+    def remove_some(store: DirectoryStore, uri: str) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
         remove(store, uri)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DirectoryStore, "remove", some)
+        patch.setattr(DirectoryStore, "remove", remove_some)
         run(store, source=path.as_uri(), shards=3)
     (published,) = (store.root / "datasets").iterdir()
     assert any((store.root / "parts").iterdir())
@@ -85,26 +85,26 @@ def test_shards_that_are_packed_are_not_read_again(
     assert list((store.root / "parts").iterdir()) == []
 
 
-def test_shards_that_were_read_are_not_read_again(
+def test_published_shards_are_not_read_again(
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tasks.preprocess.prepare.assemble", broken_off)
+        patch.setattr("tasks.preprocess.prepare.assemble", interrupted)
         run(store, source=path.as_uri(), shards=3)
     monkeypatch.setattr("tasks.preprocess.prepare.read_part", never)
     assert run(store, source=path.as_uri(), shards=3).train_rows > 0
 
 
-def test_the_log_of_a_task_that_succeeded_has_no_errors(store: DirectoryStore, tmp_path: Path) -> None:
-    """As a pod runs it, with Flyte's values in a bucket: sessions are closed, and there is no deck of dependencies."""
+def test_successful_task_writes_nothing_to_stderr(store: DirectoryStore, tmp_path: Path) -> None:
+    """Run as in a pod, with Flyte's values in a bucket: sessions are closed, and there is no deck of dependencies."""
     data = DataRecipe.model_validate({"source": "demonstration", "demonstration": {"rows": 300}, "max_seq_len": 128})
     source = Source(uri="demonstration", digest=digest_source(data), store=store.identity)
     (tmp_path / "server" / "flyte").mkdir(parents=True)
     with rclone(tmp_path / "server") as url:
-        of_flyte = {"FLYTE_AWS_ENDPOINT": url, "FLYTE_AWS_ACCESS_KEY_ID": KEY, "FLYTE_AWS_SECRET_ACCESS_KEY": SECRET}
+        flyte_s3 = {"FLYTE_AWS_ENDPOINT": url, "FLYTE_AWS_ACCESS_KEY_ID": KEY, "FLYTE_AWS_SECRET_ACCESS_KEY": SECRET}
         inputs = {"source": source, "data": data, "base": Base()}
-        process = start_task(prepare_whole, inputs, "s3://flyte/outputs", tmp_path, **of_flyte)
+        process = start_task(prepare_whole, inputs, "s3://flyte/outputs", tmp_path, **flyte_s3)
         printed, _ = process.communicate(timeout=300)
     assert (process.returncode, (tmp_path / "stderr").read_text()) == (0, ""), printed
     outputs = tmp_path / "server" / "flyte" / "outputs"
@@ -112,7 +112,7 @@ def test_the_log_of_a_task_that_succeeded_has_no_errors(store: DirectoryStore, t
     assert "Dependencies" not in (outputs / "deck.html").read_text()
 
 
-def test_rows_in_a_bucket(store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_in_a_bucket(store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minio import Minio
 
     path = write_jsonl(tmp_path / "rows.jsonl", [chat(f"question {n}", f"answer {n}") for n in range(100)])

@@ -1,4 +1,4 @@
-"""Tokens put together from pieces are exactly the tokenizer's own."""
+"""Tokens built from cached pieces are exactly those of the tokenizer."""
 
 import json
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from tasks.preprocess.chat import byte_tokenizer
+from forge.models.chat import byte_tokenizer
 from tasks.preprocess.tokens import GPT2, SPLITS, TRAINED, Encoder, splits_at_spaces
 from tests.preprocess.tokenizers import TEXTS, gemma, llama3
 
@@ -31,7 +31,7 @@ def bpe(split: str) -> str:
 
 ENCODERS = [Encoder(bpe(split)) for split in (*SPLITS, GPT2)]
 BYTES = Encoder(byte_tokenizer(64).backend_tokenizer.to_str())
-# Words and all kinds of white space and marks, beside any characters at all.
+# Words, white space and punctuation of all kinds, and any other characters.
 PIECES = st.one_of(
     st.sampled_from(
         ["the", "it's", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\x1c", "\x85", "!", "42",
@@ -44,7 +44,7 @@ TEXT = st.lists(PIECES, max_size=24).map("".join)
 
 @settings(max_examples=400, deadline=None)
 @given(TEXT)
-def test_pieces_give_the_tokenizer_s_own_tokens(text: str) -> None:
+def test_tokens_from_pieces_equal_the_tokenizers(text: str) -> None:
     for encoder in [*ENCODERS, BYTES]:
         assert encoder.by_pieces
         (encoded,) = encoder.encode([text], [[]])
@@ -53,7 +53,7 @@ def test_pieces_give_the_tokenizer_s_own_tokens(text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(TEXT, TEXT, TEXT)
-def test_pieces_and_offsets_find_the_same_trained_tokens(before: str, answer: str, after: str) -> None:
+def test_pieces_and_offsets_agree_on_trained_tokens(before: str, answer: str, after: str) -> None:
     text = f"{before}<|head|>\n\n{answer}<|eot|>{after}"
     begin = len(before) + len("<|head|>\n\n")
     span = (begin, begin + len(answer) + len("<|eot|>"))
@@ -64,7 +64,7 @@ def test_pieces_and_offsets_find_the_same_trained_tokens(before: str, answer: st
         assert ((encoded.tokens & TRAINED) > 0).tolist() == expected
 
 
-def test_other_tokenizers_go_the_long_way_to_the_same_end() -> None:
+def test_other_tokenizers_encode_the_whole_text() -> None:
     encoder = Encoder(gemma().backend_tokenizer.to_str())
     assert not encoder.by_pieces
     text = "<start_of_turn>user\nThe train<end_of_turn>\n"
@@ -84,7 +84,7 @@ def test_other_tokenizers_go_the_long_way_to_the_same_end() -> None:
         {"model": {"unk_token": "<unk>"}},
     ],
 )
-def test_what_is_not_known_to_split_at_spaces_is_not_taken_to(change: dict) -> None:
+def test_a_tokenizer_not_known_to_split_at_spaces_is_recognized(change: dict) -> None:
     known = json.loads(llama3().backend_tokenizer.to_str())
     assert splits_at_spaces(known)
     if "model" in change:
@@ -92,7 +92,7 @@ def test_what_is_not_known_to_split_at_spaces_is_not_taken_to(change: dict) -> N
     assert not splits_at_spaces({**known, **change})
 
 
-def test_an_added_token_that_takes_spaces_is_not_taken_for_one_that_does_not() -> None:
+def test_added_tokens_that_absorb_spaces_are_recognized() -> None:
     known = json.loads(llama3().backend_tokenizer.to_str())
     known["added_tokens"][0]["rstrip"] = True
     assert not splits_at_spaces(known)

@@ -1,5 +1,6 @@
-"""Small tokenizers with the chat formats of known model families, without generation blocks, as the models come."""
+"""Small tokenizers with the chat formats of known model families, which have no generation blocks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -43,8 +44,8 @@ GEMMA = (
 )
 
 
-def byte_level(specials: list[str], template: str, split: str = LLAMA_SPLIT) -> Any:
-    """A byte-level BPE, as those of Llama 3 and Qwen."""
+def byte_level(specials: list[str], template: str, split: str = LLAMA_SPLIT, plain: Sequence[str] = ()) -> Any:
+    """A byte-level BPE like those of Llama 3 and Qwen; `plain` are added tokens that are not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,26 +59,37 @@ def byte_level(specials: list[str], template: str, split: str = LLAMA_SPLIT) -> 
         TEXTS,
         trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=specials, show_progress=False),
     )
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     return _wrapped(tokenizer, specials, template)
 
 
-def sentence_piece(specials: list[str], template: str) -> Any:
-    """A BPE over the whole text with spaces as `▁`, as those of Mistral and Gemma."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+def sentence_piece(
+    specials: list[str], template: str, prefix: bool = False, rstrip: Sequence[str] = (), fallback: bool = True
+) -> Any:
+    """A BPE over the whole text with spaces as `▁`, like those of Mistral and Gemma.
+
+    With `prefix`, each text between special tokens starts with `▁`, as in Llama 2 and Phi 3. The tokens in `rstrip`
+    absorb the white space after them. Without `fallback`, unknown characters become <unk> instead of bytes.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=fallback))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), tokenizer.normalizer])
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     alphabet = sorted(
         {character for text in TEXTS for character in text.replace(" ", "▁")} | {chr(n) for n in range(33, 127)}
     )
-    fallback = [f"<0x{number:02X}>" for number in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=alphabet, special_tokens=["<unk>", *specials, *fallback], show_progress=False
-    )
+    names = ["<unk>", *specials, *(f"<0x{number:02X}>" for number in range(256 if fallback else 0))]
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=names, show_progress=False)
     tokenizer.train_from_iterator([text.split(" ") for text in TEXTS], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=True) for token in rstrip])
     return _wrapped(tokenizer, specials, template)
 
 
 def _wrapped(tokenizer: Tokenizer, specials: list[str], template: str) -> Any:
+    """With the first special token as bos_token and the second as eos_token."""
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])
     fast.chat_template = template

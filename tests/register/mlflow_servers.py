@@ -19,7 +19,7 @@ SOME_USER = "nobody"  # Postgres does not run as root
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """URI of a database of its own."""
+    """The URI of a new database."""
     home, port = Path(tempfile.mkdtemp(prefix="forge-postgres-")), free_port()
     user = SOME_USER if os.getuid() == 0 else None
     if user:
@@ -42,14 +42,14 @@ def postgres() -> Iterator[str]:
         wait_until(lambda: subprocess.run(ready, **quiet).returncode == 0, process)
         yield f"postgresql://forge@127.0.0.1:{port}/postgres"
     finally:
-        process.send_signal(signal.SIGINT)  # ends its children at once
+        process.send_signal(signal.SIGINT)  # a fast shutdown
         process.wait(30)
         shutil.rmtree(home)
 
 
 @contextlib.contextmanager
 def mlflow_server(database: str, directory: Path, port: int = 0) -> Iterator[str]:
-    """URL of a server that keeps runs in a database, and artifacts in a directory."""
+    """The URL of a server with its runs in a database and its artifacts in a directory."""
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     places = ["--backend-store-uri", database, "--artifacts-destination", (directory / "artifacts").as_uri()]
@@ -67,16 +67,16 @@ def mlflow_server(database: str, directory: Path, port: int = 0) -> Iterator[str
 
 
 def answers(url: str) -> bool:
-    """Whether a server is there."""
+    """Whether a server answers."""
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
         return bool(answer.status == 200)
     return False
 
 
 def wait_until(ready: object, process: subprocess.Popen) -> None:
-    """Until a process is ready; AssertionError where it ends before, or takes far too long."""
+    """Wait until a process is ready; AssertionError if it exits before, or takes too long."""
     deadline = time.monotonic() + 180
     while not ready():  # type: ignore[operator]
-        assert process.poll() is None, f"{process.args} ended"
+        assert process.poll() is None, f"{process.args} exited"
         assert time.monotonic() < deadline, f"{process.args} does not answer"
         time.sleep(0.2)

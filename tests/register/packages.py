@@ -1,4 +1,4 @@
-"""Small packages of random bytes in stores of every kind, for tests that need no model in them."""
+"""Small packages of random bytes in stores of every kind, for tests that need no real model."""
 
 import contextlib
 import json
@@ -16,22 +16,20 @@ from forge.core.settings import Settings
 from forge.storage import Store, open_store
 from tasks.register.publish import build_package
 from tasks.register.register import register
-from tests.storage.servers import MAKES, client_of, server_of, settings_of
+from tests.storage.servers import MAKES, client_of, settings_of, shared_server
 
 KINDS = ("directory", *MAKES)
 
 
 @contextlib.contextmanager
 def machine(kind: str, directory: Path, **more: Any) -> Iterator[Settings]:
-    """Settings of a machine whose store is a directory, or a bucket on a server of some make."""
+    """Settings of a machine whose store is a directory, or a bucket on one kind of S3 server."""
     if kind == "directory":
         yield Settings(home=directory / "machine", **more)
         return
-    (directory / "server").mkdir()
-    with server_of(kind, directory / "server") as url:
-        bucket = f"registry-{uuid.uuid4().hex[:8]}"  # moto in this process is one, however often it is started
-        client_of(url).make_bucket(bucket)
-        yield settings_of(url, home=directory / "machine", store=f"s3://{bucket}/forge", **more)
+    url, bucket = shared_server(kind), f"registry-{uuid.uuid4().hex[:8]}"
+    client_of(url).make_bucket(bucket)
+    yield settings_of(url, home=directory / "machine", store=f"s3://{bucket}/forge", **more)
 
 
 @pytest.fixture(params=KINDS)
@@ -42,7 +40,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setting
 
 
 def facts_of(name: str = "dates", **more: Any) -> dict[str, Any]:
-    """What a package's manifest says."""
+    """The facts of a package's manifest."""
     return {
         "kind": "model",
         "name": name,
@@ -54,13 +52,13 @@ def facts_of(name: str = "dates", **more: Any) -> dict[str, Any]:
         "verdict": "pass: better",
         "metrics": {"score": 0.75},
         "versions": {"torch": "2.13.0"},
-        "made_by": "somebody@somewhere",
+        "made_by": "user@host",
         **more,
     }
 
 
 def write_model(directory: Path, seed: bytes = b"1") -> Path:
-    """Files as a model has them."""
+    """Write the files of a model."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     (directory / "model.safetensors").write_bytes(seed * 100_000)
@@ -68,12 +66,12 @@ def write_model(directory: Path, seed: bytes = b"1") -> Path:
 
 
 def make(directory: Path, settings: Settings, store: Store, seed: bytes = b"1", **more: Any) -> tuple[str, str]:
-    """Publish a package of files that the seed decides; returns its URI and digest."""
+    """Publish a package of random bytes; returns its URI and digest."""
     return build_package(write_model(directory, seed), facts_of(**more), settings, store)
 
 
 class Inputs(NamedTuple):
-    """What registration is given."""
+    """The inputs of registration."""
 
     recipe: Recipe
     dataset: Dataset
@@ -93,9 +91,9 @@ def inputs(
     size: int = 100_000,
     base: Version | None = None,
 ) -> Inputs:
-    """What training and evaluation leave, of random bytes that the seed decides, in the settings' store.
+    """Publish the results of training and evaluation, of random bytes, to the settings' store.
 
-    With a base, it is an adapter that stands on that version.
+    With a base, the model is an adapter of that version.
     """
     store = open_store(settings)
     common = {"store": store.identity}
@@ -104,7 +102,7 @@ def inputs(
         training["base"] = {"location": base.uri, "revision": base.digest}
         lora = recipe.training.model_copy(update={"method": "lora", "lora": Lora()})
         recipe = recipe.model_copy(update={"training": lora})
-    training |= {"curve": [{"step": 1, "loss": 2.0}], "tokens_per_second": 1000, "made_by": "somebody@somewhere"}
+    training |= {"curve": [{"step": 1, "loss": 2.0}], "tokens_per_second": 1000, "made_by": "user@host"}
     with store.stage() as staged:
         write_model(staged / "model")
         (staged / "model" / "model.safetensors").write_bytes(random.Random(seed).randbytes(size))

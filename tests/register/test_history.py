@@ -1,4 +1,4 @@
-"""What the registry tells of a name, and what retention leaves of it; on stores of every kind."""
+"""History, lineage and pruning of the registry, on stores of every kind."""
 
 import io
 import time
@@ -14,9 +14,9 @@ from forge.core.settings import Settings
 from forge.registry.mlflow_registry import champion_version, open_registry
 from forge.registry.promotion import promote
 from forge.storage import open_store
-from tasks.register import retention as module
+from tasks.register import pruning
 from tasks.register.history import history, history_table, lineage, lineage_tree
-from tasks.register.retention import retain, retention_table
+from tasks.register.pruning import prune, pruning_table
 from tests.register.packages import Inputs, inputs, settings
 from tests.storage.servers import client_of
 
@@ -24,14 +24,14 @@ __all__ = ["settings"]
 
 
 def text_of(shown: object) -> str:
-    """What a terminal shows."""
+    """The text that a terminal shows."""
     console = Console(width=200, file=io.StringIO())
     console.print(shown)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def versions(settings: Settings, recipe: Recipe, tmp_path: Path, count: int) -> list[Inputs]:
-    """Register models that differ; returns what each was registered from."""
+    """Register different models; returns their inputs."""
     made = []
     for number in range(1, count + 1):
         made.append(inputs(tmp_path, settings, recipe, seed=bytes([number])))
@@ -39,7 +39,7 @@ def versions(settings: Settings, recipe: Recipe, tmp_path: Path, count: int) -> 
     return made
 
 
-def test_the_history_tells_of_each_version_what_it_is_and_when_it_served(tmp_path: Path, recipe: Recipe) -> None:
+def test_history_has_the_facts_of_each_version_and_when_it_served(tmp_path: Path, recipe: Recipe) -> None:
     settings = Settings(home=tmp_path)
     store, client = open_store(settings), open_registry(settings)
     before = datetime.now(UTC)
@@ -61,7 +61,7 @@ def test_the_history_tells_of_each_version_what_it_is_and_when_it_served(tmp_pat
         history("words", settings, store)
 
 
-def test_the_lineage_of_the_champion_leads_to_its_rows(settings: Settings, tmp_path: Path, recipe: Recipe) -> None:
+def test_lineage_of_the_champion_goes_back_to_its_rows(settings: Settings, tmp_path: Path, recipe: Recipe) -> None:
     store, client = open_store(settings), open_registry(settings)
     versions(settings, recipe, tmp_path, 2)
     with pytest.raises(ForgeError, match="no such version"):
@@ -78,17 +78,17 @@ def test_the_lineage_of_the_champion_leads_to_its_rows(settings: Settings, tmp_p
 
 
 def age(settings: Settings, monkeypatch: pytest.MonkeyPatch, days: float) -> None:
-    """Let so many days pass, as retention sees it."""
+    """Let this many days pass for pruning."""
 
     class Later(datetime):
         @classmethod
         def now(cls, tz: object = None) -> datetime:
             return datetime.fromtimestamp(time.time(), UTC) + timedelta(days=days)
 
-    monkeypatch.setattr(module, "datetime", Later)
+    monkeypatch.setattr(pruning, "datetime", Later)
 
 
-def test_retention_keeps_champions_the_last_versions_and_the_young(
+def test_pruning_keeps_champions_and_recent_versions(
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, client = open_store(settings), open_registry(settings)
@@ -100,24 +100,27 @@ def test_retention_keeps_champions_the_last_versions_and_the_young(
     def left() -> set[int]:
         return {number for number, uri in uris.items() if store.exists("/".join(uri.split("/")[-3:]))}
 
-    assert retain("dates", 1, 30, True, settings, store) == [], "all are young"
+    assert prune("dates", 1, 30, True, settings, store) == [], "all are young"
     age(settings, monkeypatch, 31)
-    would = retain("", 1, 30, False, settings, store)
-    assert {removal.versions for removal in would} == {("1",), ("2",), ("5",)}, "but for 6, the champion, and before it"
-    assert left() == {1, 2, 3, 4, 5, 6}, "nothing is removed without being asked for"
-    table = text_of(retention_table(would, False))
+    would = prune("", 1, 30, False, settings, store)
+    assert {removal.versions for removal in would} == {("1",), ("2",), ("5",)}, (
+        "not the last version, the champion, and the previous champion"
+    )
+    assert left() == {1, 2, 3, 4, 5, 6}, "nothing is removed without apply"
+    table = text_of(pruning_table(would, False))
     assert "3 packages, 0.3 MB would be freed" in table
-    assert [removal.package.uri for removal in retain("", 1, 30, True, settings, store)] == [
+    assert [removal.package.uri for removal in prune("", 1, 30, True, settings, store)] == [
         removal.package.uri for removal in would
     ]
     assert left() == {3, 4, 6}
     assert {version.version for version in client.search_model_versions("name = 'dates'")} == {3, 4, 6}
     assert champion_version(client, "dates") == "4"
-    assert retain("", 1, 30, True, settings, store) == []
+    assert prune("", 1, 30, True, settings, store) == []
     assert store.names("leases/registration-dates") == []
 
 
-def test_what_an_adapter_stands_on_stays_for_as_long_as_the_adapter_does(
+@pytest.mark.parametrize("settings", ["directory", "rclone"], indirect=True)
+def test_the_base_of_an_adapter_is_kept_as_long_as_the_adapter(
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, client = open_store(settings), open_registry(settings)
@@ -130,21 +133,21 @@ def test_what_an_adapter_stands_on_stays_for_as_long_as_the_adapter_does(
         inputs(tmp_path, settings, recipe.model_copy(update={"name": name}), seed=name.encode()).register(settings)
     age(settings, monkeypatch, 31)
     for name in ("", "dates"):
-        assert retain(name, 1, 30, True, settings, store) == [], "of another name, and of its own"
+        assert prune(name, 1, 30, True, settings, store) == [], "bases of adapters of the same and of another model"
     promote(client, store, "words", "2", "1", "better")
     inputs(tmp_path, settings, words, seed=b"5").register(settings)
     promote(client, store, "words", "3", "2", "better")
-    gone = [removal.package.uri for removal in retain("words", 1, 30, True, settings, store)]
-    assert gone == [theirs.uri]
-    assert [removal.package.uri for removal in retain("", 1, 30, False, settings, store)] == [second.uri]
-    assert [removal.package.uri for removal in retain("", 1, 30, True, settings, store)] == [second.uri]
+    pruned = [removal.package.uri for removal in prune("words", 1, 30, True, settings, store)]
+    assert pruned == [theirs.uri]
+    assert [removal.package.uri for removal in prune("", 1, 30, False, settings, store)] == [second.uri]
+    assert [removal.package.uri for removal in prune("", 1, 30, True, settings, store)] == [second.uri]
     assert client.get_model_version("dates", first.version).source == first.uri
-    with pytest.raises(ForgeError, match=r"register: words is an adapter of .*, which is gone; put it back"):
+    with pytest.raises(ForgeError, match=r"register: words is an adapter of .*, which is missing; restore it"):
         inputs(tmp_path, settings, words, seed=b"6", base=second).register(settings)
     assert store.names("leases/registration-dates") == store.names("leases/registration-words") == []
 
 
-def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
+def test_packages_without_a_version_are_pruned_and_an_interrupted_pruning_is_completed(
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, client = open_store(settings), open_registry(settings)
@@ -157,41 +160,41 @@ def test_packages_that_no_version_names_go_and_a_cut_retention_is_finished(
     with monkeypatch.context() as patched:
         patched.setattr(store, "remove", cut)
         with pytest.raises(KeyboardInterrupt):
-            retain("dates", 1, 30, True, settings, store)
-    (removal,) = retain("dates", 1, 30, True, settings, store)
-    assert (removal.versions, removal.why) == ((), "no version names it")
+            prune("dates", 1, 30, True, settings, store)
+    (removal,) = prune("dates", 1, 30, True, settings, store)
+    assert (removal.versions, removal.why) == ((), "no version refers to it")
     assert len(store.artifacts("models")) == 1
-    assert made[0].register(settings).version == "3", "what went may come back"
+    assert made[0].register(settings).version == "3", "a pruned model can be registered again"
     client.delete_registered_model("dates")
     with monkeypatch.context() as patched:
-        patched.setattr(module, "promotions", lambda store, name: ["recorded"])
-        with pytest.raises(ForgeError, match="MLflow knows no version of dates"):
-            retain("", 1, 30, True, settings, store)
+        patched.setattr(pruning, "promotions", lambda store, name: ["recorded"])
+        with pytest.raises(ForgeError, match="MLflow has no version of dates"):
+            prune("", 1, 30, True, settings, store)
     assert len(store.artifacts("models")) == 2
-    assert len(retain("", 1, 30, True, settings, store)) == 2
+    assert len(prune("", 1, 30, True, settings, store)) == 2
 
 
-def test_what_never_became_whole_goes_after_a_day(
+def test_incomplete_uploads_are_pruned_after_a_day(
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not settings.store:
-        pytest.skip("a directory is never half an artifact")
+        pytest.skip("a directory never has incomplete artifacts")
     store = open_store(settings)
     versions(settings, recipe, tmp_path, 1)
     client, bucket = client_of(settings.s3_endpoint), settings.store.split("/")[2]
     half = f"models/dates/sha256-{'0' * 64}"
     client.put_object(bucket, f"forge/{half}/model.safetensors", io.BytesIO(b"half"), 4)
     client._create_multipart_upload(bucket, f"forge/{half}/more", {})
-    assert retain("", 1, 0, True, settings, store) == []
+    assert prune("", 1, 0, True, settings, store) == []
     age(settings, monkeypatch, 2)
-    (removal,) = retain("", 1, 0, True, settings, store)
-    assert (removal.package.size, removal.why) == (4, "never became whole")
+    (removal,) = prune("", 1, 0, True, settings, store)
+    assert (removal.package.size, removal.why) == (4, "incomplete upload")
     store.sweep("models", timedelta(0))
     assert client._list_multipart_uploads(bucket).uploads == []
     assert [found.whole for found in store.artifacts("models")] == [True]
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     with pytest.raises(ForgeError, match="there is no model words"):
-        retain("words", 1, 30, False, settings, open_store(settings))
+        prune("words", 1, 30, False, settings, open_store(settings))

@@ -1,4 +1,4 @@
-"""Registration, promotion, history and retention against real MLflow servers, with the store on an S3 server."""
+"""Registration, promotion, history and pruning with real MLflow servers and the store on an S3 server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from forge.registry.packages import fetch_package
 from forge.registry.promotion import promote
 from forge.storage import open_store
 from tasks.register.history import history, lineage
-from tasks.register.retention import retain
+from tasks.register.pruning import prune
 from tests.register.mlflow_servers import POSTGRES, mlflow_server, postgres
 from tests.register.packages import inputs, machine
 
@@ -34,12 +34,12 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setting
             yield made.model_copy(update={"mlflow_uri": url})
 
 
-def test_a_server_does_what_the_embedded_registry_does(settings: Settings, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_server_works_like_the_embedded_registry(settings: Settings, recipe: Recipe, tmp_path: Path) -> None:
     store, client = open_store(settings), open_registry(settings)
     made = [inputs(tmp_path, settings, recipe, seed=bytes([number])) for number in range(3)]
     first, second, third = (one.register(settings) for one in made)
     assert [version.version for version in (first, second, third)] == ["1", "2", "3"]
-    assert made[0].register(settings).version == "1", "again is the same version"
+    assert made[0].register(settings).version == "1", "the same version if repeated"
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["score"] == 0.75
@@ -59,16 +59,16 @@ def test_a_server_does_what_the_embedded_registry_does(settings: Settings, recip
     assert lineage("models:/dates@champion", settings, store)["package"]["digest"] == second.digest
     assert fetch_package("models:/dates@champion", settings, store) == store.path(second.uri)
     promote(client, store, "dates", "3", "2", "better")
-    (removal,) = retain("dates", 1, 0, True, settings, store)
+    (removal,) = prune("dates", 1, 0, True, settings, store)
     assert removal.versions == ("1",)
     assert [entry.version for entry in history("dates", settings, store)] == ["3", "2"]
 
 
-def test_a_server_that_goes_away_is_one_message_and_the_next_attempt_ends_it(
+def test_an_unreachable_server_is_one_message_and_the_next_attempt_succeeds(
     settings: Settings, recipe: Recipe, tmp_path: Path
 ) -> None:
     made = inputs(tmp_path, settings, recipe)
-    gone = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
+    unreachable = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
     with pytest.raises(ForgeError, match=r"MLflow http://127\.0\.0\.1:9: cannot be used"):
-        made.register(gone)
+        made.register(unreachable)
     assert made.register(settings).version == "1"

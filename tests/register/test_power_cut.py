@@ -1,4 +1,4 @@
-"""Registration that is killed at any moment, or done by many at once: one package, one version, nothing left over."""
+"""Registration that is killed at any moment, or runs concurrently: one package, one version, nothing left over."""
 
 import multiprocessing
 import os
@@ -24,26 +24,26 @@ pytestmark = pytest.mark.long
 KILLS = 30
 MODELS = 6
 SIZE = 12_000_000  # bytes of the model: several parts
-CONTEXT = multiprocessing.get_context("forkserver")  # whose children have imported what takes long
+CONTEXT = multiprocessing.get_context("forkserver")  # its children inherit the slow imports
 CONTEXT.set_forkserver_preload([__name__, "mlflow", "minio", "huggingface_hub", "mlflow.store.db.utils"])
 
 
 @pytest.fixture(params=KINDS)
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a machine with a store of each kind, whose registry is there."""
+    """Settings of a machine with a store of each kind and an existing registry."""
     with machine(request.param, tmp_path) as made:
         open_registry(made)
         yield made
 
 
 def _register(settings: Settings, given: Inputs) -> str:
-    """In a process of its own: register; leases of the dead are taken over soon."""
+    """Register, in a process of its own; leases of dead processes are taken over quickly."""
     lease.RENEWED, lease.ABANDONED, transfer.PART = 0.2, 1.5, 5 << 20
     return given.register(settings).version
 
 
 def check_whole(settings: Settings, given: Inputs) -> None:
-    """One package, one version, one run, no half of an upload."""
+    """Check that there is one package, one version, one run, and no incomplete upload."""
     client, store = open_registry(settings), open_store(settings)
     name = given.recipe.name
     (version,) = client.search_model_versions(f"name = '{name}'")
@@ -69,12 +69,12 @@ def start(settings: Settings, given: Inputs) -> BaseProcess:
     return process
 
 
-def test_a_registration_that_is_killed_at_any_moment_is_finished_by_the_next(
+def test_a_registration_that_is_killed_at_any_moment_is_completed_by_the_next(
     settings: Settings, tmp_path: Path, recipe: Recipe
 ) -> None:
     given = inputs(tmp_path, settings, recipe, size=SIZE)
     named = recipe.model_copy(update={"name": "rehearsal"})
-    rehearsal = start(settings, given._replace(recipe=named))  # how long one takes
+    rehearsal = start(settings, given._replace(recipe=named))  # to measure its time
     started = time.monotonic()
     rehearsal.join()
     assert rehearsal.exitcode == 0
@@ -84,7 +84,7 @@ def test_a_registration_that_is_killed_at_any_moment_is_finished_by_the_next(
         store.remove(package.uri)
     chance = random.Random(0)
     killed = 0
-    for model in range(MODELS):  # what was sent before is not sent again, so that each attempt is shorter
+    for model in range(MODELS):  # a new one each, since attempts get shorter: files already uploaded are skipped
         name = f"dates-{model}"
         given = inputs(tmp_path, settings, recipe.model_copy(update={"name": name}), bytes([model]), SIZE)
         for _ in range(KILLS // MODELS):
@@ -98,13 +98,11 @@ def test_a_registration_that_is_killed_at_any_moment_is_finished_by_the_next(
         last.join()
         assert last.exitcode == 0
         check_whole(settings, given)
-    print(f"{killed} of {KILLS} attempts were killed before they had ended")
+    print(f"{killed} of {KILLS} attempts were killed before they finished")
     assert killed > 0
 
 
-def test_of_eight_that_register_at_once_all_find_one_version(
-    settings: Settings, tmp_path: Path, recipe: Recipe
-) -> None:
+def test_eight_concurrent_registrations_give_one_version(settings: Settings, tmp_path: Path, recipe: Recipe) -> None:
     given = inputs(tmp_path, settings, recipe, size=SIZE)
     with CONTEXT.Pool(8) as pool:
         assert pool.starmap(_register, [(settings, given)] * 8) == ["1"] * 8

@@ -1,4 +1,4 @@
-"""Registration on a real MLflow (SQLite): one model is one package, one run, one version, if tried again."""
+"""Registration on a real MLflow (SQLite): one model is one package, run and version, even if repeated."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ def register_once(trained: Trained, recipe: Recipe, settings: Settings, name: st
     return register(named, trained.dataset, trained.model, trained.evaluation, settings, trained.store)
 
 
-def test_a_version_leads_to_everything_it_was_made_from(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+def test_a_version_refers_to_everything_it_was_built_from(trained: Trained, recipe: Recipe, settings: Settings) -> None:
     version = register_once(trained, recipe, settings)
     client = open_registry(settings)
     found = client.get_model_version("dates", version.version)
@@ -53,7 +53,7 @@ def test_a_version_leads_to_everything_it_was_made_from(trained: Trained, recipe
     assert {file["path"] for file in manifest["files"]} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_again_is_the_same_version(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+def test_repeated_registration_gives_the_same_version(trained: Trained, recipe: Recipe, settings: Settings) -> None:
     first, again = register_once(trained, recipe, settings), register_once(trained, recipe, settings)
     assert (first.version, first.digest, first.run_id) == (again.version, again.digest, again.run_id)
     client = open_registry(settings)
@@ -61,7 +61,7 @@ def test_again_is_the_same_version(trained: Trained, recipe: Recipe, settings: S
     assert len(client.search_runs([run_experiment(client)])) == 1
 
 
-def test_a_version_from_before_there_was_a_key_is_signed_when_it_is_registered_again(
+def test_an_unsigned_version_is_signed_when_it_is_registered_again(
     recipe: Recipe, settings: Settings, tmp_path: Path
 ) -> None:
     given = inputs(tmp_path, settings, recipe)
@@ -78,7 +78,7 @@ def run_experiment(client) -> str:
 
 
 @pytest.mark.parametrize("dies_in", ["log_batch", "set_terminated", "create_registered_model", "create_model_version"])
-def test_a_registration_that_was_cut_off_is_finished(
+def test_an_interrupted_registration_is_completed(
     dies_in: str, trained: Trained, recipe: Recipe, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class PowerCut(BaseException):
@@ -105,7 +105,7 @@ def test_a_registration_that_was_cut_off_is_finished(
     assert run.info.status == "FINISHED"
 
 
-def test_another_model_is_another_version(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
+def test_another_model_gets_a_new_version(trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path) -> None:
     first = register_once(trained, recipe, settings)
     store = DirectoryStore(tmp_path / "store")
     changed = tmp_path / "changed"
@@ -118,7 +118,7 @@ def test_another_model_is_another_version(trained: Trained, recipe: Recipe, sett
 
 
 @pytest.mark.parametrize("damage", ["damaged", "missing", "not in the manifest"])
-def test_a_damaged_package_is_refused_by_name(
+def test_a_damaged_package_is_rejected_and_the_file_named(
     damage: str, trained: Trained, recipe: Recipe, settings: Settings, tmp_path: Path
 ) -> None:
     version = register_once(trained, recipe, settings)
@@ -134,7 +134,7 @@ def test_a_damaged_package_is_refused_by_name(
         verify(package, version.digest)
 
 
-def test_a_package_of_another_model_is_refused(trained: Trained, recipe: Recipe, settings: Settings) -> None:
+def test_a_package_with_another_digest_is_rejected(trained: Trained, recipe: Recipe, settings: Settings) -> None:
     version = register_once(trained, recipe, settings)
     with pytest.raises(ForgeError, match="its digest is"):
         verify(trained.store.path(version.uri), "0" * 64)
@@ -144,12 +144,12 @@ def _open(home: str) -> bool:
     return open_registry(Settings(home=Path(home))) is not None
 
 
-def test_processes_may_make_the_registry_together(tmp_path: Path) -> None:
+def test_processes_can_create_the_registry_concurrently(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_open, [str(tmp_path / "fresh")] * 2) == [True] * 2
 
 
-def test_a_server_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ForgeError, match=r"MLflow http://127\.0\.0\.1:9: cannot be used"):
         open_registry(Settings(home=tmp_path, mlflow_uri="http://127.0.0.1:9"))

@@ -1,4 +1,4 @@
-"""No secret of the environment is written anywhere: canaries are planted there, and looked for in all that is left."""
+"""Secrets in the environment are written nowhere: canaries are searched for in all output and files."""
 
 import logging
 from pathlib import Path

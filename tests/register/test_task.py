@@ -1,4 +1,4 @@
-"""The registry's workflows, as pyflyte runs them."""
+"""The registry's workflows, run by pyflyte."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from workflows.launch_plans import registry_retention
 from workflows.registry import history, lineage, retention
 
 
-def test_history_lineage_and_retention(tmp_path: Path, recipe: Recipe, capfd: pytest.CaptureFixture) -> None:
+def test_history_lineage_and_retention_workflows(tmp_path: Path, recipe: Recipe, capfd: pytest.CaptureFixture) -> None:
     settings = load_settings()
     version = inputs(tmp_path, settings, recipe).register(settings)
     promote(open_registry(settings), open_store(settings), "dates", "1", "", "better")
@@ -28,7 +28,7 @@ def test_history_lineage_and_retention(tmp_path: Path, recipe: Recipe, capfd: py
     assert "0 packages, 0.0 MB would be freed" in capfd.readouterr().out
 
 
-def test_what_a_user_did_wrong_is_one_message(tmp_path: Path) -> None:
+def test_a_user_error_is_one_message(tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("pyflyte"), "run", "workflows/registry.py", "history", "--name", "words"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
@@ -36,7 +36,7 @@ def test_what_a_user_did_wrong_is_one_message(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_what_runs_by_schedule_removes() -> None:
+def test_the_scheduled_retention_removes_packages() -> None:
     assert registry_retention.name == "registry_retention"
     assert registry_retention.fixed_inputs.literals["apply"].scalar.primitive.boolean is True
     assert registry_retention.schedule.cron_schedule.schedule == "0 9 * * 0"

@@ -1,4 +1,4 @@
-"""Packages as their readers get them: whole, verified and signed, or refused by name; on stores of every kind."""
+"""Packages as their readers get them: complete, verified and signed, or an error; on stores of every kind."""
 
 import io
 import multiprocessing
@@ -26,7 +26,7 @@ __all__ = ["settings"]
 
 
 def keys(directory: Path, name: str = "key") -> dict[str, Path]:
-    """A new pair of keys, as settings."""
+    """A new key pair, as settings."""
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = directory / f"{name}.pem", directory / f"{name}.pub"
     encoding = serialization.Encoding.PEM
@@ -36,12 +36,12 @@ def keys(directory: Path, name: str = "key") -> dict[str, Path]:
 
 
 def elsewhere(settings: Settings) -> Settings:
-    """Another machine with the same store, of which it has no copies."""
+    """Another machine with the same store, without local copies."""
     return settings.model_copy(update={"home": settings.home.parent / "elsewhere"}) if settings.store else settings
 
 
 def change(settings: Settings, uri: str, name: str, data: bytes | None) -> None:
-    """Put other bytes in the place of a package's file, or none."""
+    """Replace a file of a package with other bytes, or delete it (None)."""
     if not settings.store:
         path = Path(unquote(urlsplit(uri).path)) / name
         path.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def change(settings: Settings, uri: str, name: str, data: bytes | None) -> None:
         client.put_object(bucket, key, io.BytesIO(data), len(data))
 
 
-def test_a_package_is_found_by_alias_by_version_and_by_its_uri(settings: Settings, tmp_path: Path) -> None:
+def test_a_package_is_found_by_alias_version_or_uri(settings: Settings, tmp_path: Path) -> None:
     store = open_store(settings)
     uri, digest = make(tmp_path / "model", settings, store)
     client = open_registry(settings)
@@ -77,7 +77,7 @@ def test_the_same_model_with_the_same_evaluation_is_the_same_package(settings: S
     assert len(store.artifacts("models")) == 2
 
 
-def test_the_card_says_in_the_hub_s_form_what_the_model_is(tmp_path: Path) -> None:
+def test_the_model_card_has_the_hub_s_format(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     store = open_store(settings)
     model = {"location": "meta/llama", "revision": "abc"}
@@ -91,7 +91,7 @@ def test_the_card_says_in_the_hub_s_form_what_the_model_is(tmp_path: Path) -> No
     assert "| data set | sha256 dddd" in text
 
 
-def test_the_card_of_an_adapter_names_its_base_for_the_hub(tmp_path: Path) -> None:
+def test_the_card_of_an_adapter_names_its_base(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     store = open_store(settings)
     for number, (location, named) in enumerate({"meta/llama": "meta/llama", "/home/me/base": None}.items()):
@@ -103,19 +103,19 @@ def test_the_card_of_an_adapter_names_its_base_for_the_hub(tmp_path: Path) -> No
         assert f'from_pretrained("{named or "BASE"}")' in text
 
 
-def test_a_base_is_opened_where_it_is(settings: Settings, tmp_path: Path) -> None:
+def test_local_base_opens_every_kind_of_location(settings: Settings, tmp_path: Path) -> None:
     store = open_store(settings)
     uri, digest = make(tmp_path / "model", settings, store)
     package = Base(location=uri, revision=digest)
-    there = elsewhere(settings)
-    found = local_base(package, there, open_store(there))
+    other_machine = elsewhere(settings)
+    found = local_base(package, other_machine, open_store(other_machine))
     assert (Path(found.location) / "model.safetensors").read_bytes() == b"1" * 100_000
-    assert found.revision == "", "no digest is taken for a revision of the hub"
+    assert found.revision == "", "a digest is not a revision of the Hub"
     assert portable_name(package) == f"models/dates/sha256-{digest}"
     for location, opened, name in (
         ("meta/llama", LocalBase("meta/llama", "abc"), "meta/llama"),
         (tmp_path.as_uri(), LocalBase(str(tmp_path)), ""),
-        (str(tmp_path), LocalBase(str(tmp_path)), ""),  # as older manifests have it
+        (str(tmp_path), LocalBase(str(tmp_path)), ""),  # as in older manifests
         ("", LocalBase("", "abc"), ""),
     ):
         other = Base(location=location, revision="abc")
@@ -125,7 +125,7 @@ def test_a_base_is_opened_where_it_is(settings: Settings, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model_uri", "says"),
+    ("model_uri", "message"),
     [
         ("models:/dates", "write it as models:/name@champion"),
         ("models:/dates@nobody", "no such version"),
@@ -135,17 +135,17 @@ def test_a_base_is_opened_where_it_is(settings: Settings, tmp_path: Path) -> Non
         ("/somewhere", "is not a package of this digest"),
     ],
 )
-def test_what_leads_to_no_package_is_told(tmp_path: Path, model_uri: str, says: str) -> None:
+def test_a_uri_without_a_package_is_an_error(tmp_path: Path, model_uri: str, message: str) -> None:
     settings = Settings(home=tmp_path)
     client = open_registry(settings)
     client.create_registered_model("dates")
     client.create_model_version("dates", source=f"file:///a/sha256-{'0' * 64}", tags={"package_digest": "1" * 64})
-    with pytest.raises(ForgeError, match=says):
+    with pytest.raises(ForgeError, match=message):
         fetch_package(model_uri, settings, open_store(settings))
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ("flipped byte", "model.safetensors is damaged"),
         ("missing file", "config.json is missing"),
@@ -155,8 +155,8 @@ def test_what_leads_to_no_package_is_told(tmp_path: Path, model_uri: str, says: 
         ("another digest", "its digest is|is missing"),
     ],
 )
-def test_what_is_not_as_it_was_published_is_refused_by_name(
-    settings: Settings, tmp_path: Path, damage: str, says: str
+def test_a_changed_package_is_rejected_by_file_name(
+    settings: Settings, tmp_path: Path, damage: str, message: str
 ) -> None:
     uri, _ = make(tmp_path / "model", settings, open_store(settings))
     another, _ = make(tmp_path / "another", settings, open_store(settings), b"2", name="words")
@@ -175,16 +175,16 @@ def test_what_is_not_as_it_was_published_is_refused_by_name(
             "manifest.json",
             (fetch_package(another, settings, open_store(settings)) / "manifest.json").read_bytes(),
         )
-    else:  # all of another model's files
+    else:  # all files of another model
         for path in fetch_package(another, settings, open_store(settings)).iterdir():
             change(settings, uri, path.name, path.read_bytes())
-    there = elsewhere(settings)
-    with pytest.raises(ForgeError, match=says):
-        fetch_package(uri, there, open_store(there))
+    other_machine = elsewhere(settings)
+    with pytest.raises(ForgeError, match=message):
+        fetch_package(uri, other_machine, open_store(other_machine))
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ("none", "is not signed"),
         ("broken", "its signature model.sig is not one of"),
@@ -193,24 +193,22 @@ def test_what_is_not_as_it_was_published_is_refused_by_name(
         ("manifest", "its signature model.sig is not one of"),
     ],
 )
-def test_a_package_is_signed_and_a_bad_signature_is_refused(
-    settings: Settings, tmp_path: Path, damage: str, says: str
-) -> None:
+def test_a_bad_signature_is_rejected(settings: Settings, tmp_path: Path, damage: str, message: str) -> None:
     signing = settings.model_copy(update=keys(tmp_path))
     check_keys(signing)
     store = open_store(signing)
     uri, _ = make(tmp_path / "model", signing, store)
-    there = elsewhere(signing)
-    reader = there.model_copy(update={"signing_key": None})
+    other_machine = elsewhere(signing)
+    reader = other_machine.model_copy(update={"signing_key": None})
     directory = fetch_package(uri, reader, open_store(reader))
     command = [Path(sys.executable).with_name("model_signing"), "verify", "key", directory]
     options = ["--signature", directory / "model.sig", "--public_key", signing.verify_key]
-    subprocess.run([*command, *options], check=True, capture_output=True)  # as anybody can do by hand
+    subprocess.run([*command, *options], check=True, capture_output=True)  # as one can by hand
     if damage == "none":
         change(signing, uri, "model.sig", None)
     elif damage == "broken":
         change(signing, uri, "model.sig", b"{}")
-    elif damage == "manifest":  # says the same of the files, and something else of the model
+    elif damage == "manifest":  # lists the same files, with other facts
         text = (directory / "manifest.json").read_bytes()
         change(signing, uri, "manifest.json", text.replace(b"0.75", b"0.99"))
     else:
@@ -220,33 +218,31 @@ def test_a_package_is_signed_and_a_bad_signature_is_refused(
         their, _ = make(tmp_path / "their", home, open_store(home), seed)
         change(signing, uri, "model.sig", (fetch_package(their, home, open_store(home)) / "model.sig").read_bytes())
     fresh = reader.model_copy(update={"home": tmp_path / "fresh"}) if signing.store else reader
-    with pytest.raises(ForgeError, match=says):
+    with pytest.raises(ForgeError, match=message):
         fetch_package(uri, fresh, open_store(fresh))
 
 
-def test_what_was_published_before_there_was_a_key_is_signed_when_it_is_registered_again(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_an_unsigned_package_is_signed_when_it_is_registered_again(settings: Settings, tmp_path: Path) -> None:
     uri, _ = make(tmp_path / "model", settings, open_store(settings))
     signing = settings.model_copy(update=keys(tmp_path))
     with pytest.raises(ForgeError, match="is not signed"):
         fetch_package(uri, signing, open_store(signing))
     assert make(tmp_path / "again", signing, open_store(signing))[0] == uri
-    there = elsewhere(signing)
-    fetch_package(uri, there, open_store(there))
+    other_machine = elsewhere(signing)
+    fetch_package(uri, other_machine, open_store(other_machine))
 
 
-def test_keys_are_looked_at_before_anything_costly(tmp_path: Path) -> None:
+def test_keys_are_checked_in_advance(tmp_path: Path) -> None:
     pair, other = keys(tmp_path), keys(tmp_path, "other")
     (tmp_path / "text").write_text("no key")
-    for given, says in (
+    for given, message in (
         ({"signing_key": pair["signing_key"]}, "set that to the path of its public key"),
-        ({**pair, "signing_key": tmp_path / "nowhere"}, "FORGE_SIGNING_KEY .*nowhere: cannot sign"),
-        ({**pair, "signing_key": tmp_path / "text"}, "FORGE_SIGNING_KEY .*text: cannot sign"),
-        ({**pair, "verify_key": tmp_path / "text"}, "FORGE_VERIFY_KEY .*text: is no key"),
+        ({**pair, "signing_key": tmp_path / "nowhere"}, "FORGE_SIGNING_KEY .*nowhere: cannot be used to sign"),
+        ({**pair, "signing_key": tmp_path / "text"}, "FORGE_SIGNING_KEY .*text: cannot be used to sign"),
+        ({**pair, "verify_key": tmp_path / "text"}, "FORGE_VERIFY_KEY .*text: is not a key"),
         ({**pair, "verify_key": other["verify_key"]}, "its signature model.sig is not one of FORGE_VERIFY_KEY"),
     ):
-        with pytest.raises(ForgeError, match=says):
+        with pytest.raises(ForgeError, match=message):
             check_keys(Settings(home=tmp_path, **given))
     check_keys(Settings(home=tmp_path, **pair))
     check_keys(Settings(home=tmp_path, verify_key=pair["verify_key"]))
@@ -256,17 +252,17 @@ def _fetch(settings: Settings, uri: str) -> int:
     return len((fetch_package(uri, settings, open_store(settings)) / "model.safetensors").read_bytes())
 
 
-def test_many_may_fetch_at_once(settings: Settings, tmp_path: Path) -> None:
+def test_many_processes_fetch_concurrently(settings: Settings, tmp_path: Path) -> None:
     uri, _ = make(tmp_path / "model", settings, open_store(settings))
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert pool.starmap(_fetch, [(elsewhere(settings), uri)] * 8) == [100_000] * 8
 
 
-def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(home=tmp_path)
     uri, _ = make(tmp_path / "model", settings, open_store(settings))
     monkeypatch.setenv("FORGE_HOME", str(tmp_path))
-    command = [sys.executable, "-m", "tasks.register", "fetch"]
+    command = [Path(sys.executable).with_name("forge"), "fetch"]
     done = subprocess.run([*command, uri], capture_output=True, text=True, check=True)
     assert (Path(done.stdout.strip()) / "manifest.json").is_file()
     failed = subprocess.run([*command, "models:/dates"], capture_output=True, text=True)

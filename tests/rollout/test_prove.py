@@ -1,4 +1,4 @@
-"""The proof's rows; on a real vLLM: tests/integration/test_serving.py."""
+"""The replay of evaluated prompts. On a real vLLM: tests/integration/test_serving.py."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.serving.stand import Stand
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
-    """Three prompts, answered as the stand-in answers."""
+    """Three prompts, with the answers that the fake vLLM gives."""
     row = {
         "messages": json.dumps([{"role": "user", "content": "Who are you?"}]), "tools": None, "scored": [],
         "candidate_answer": "I am one", "candidate_nll": None, "prompt_tokens": [], "whole_tokens": [],
@@ -34,18 +34,18 @@ def stand(tmp_path: Path) -> Iterator[Stand]:
     stand.http.server_close()
 
 
-def test_it_is_asked_what_evaluation_asked(evaluation: Path, stand: Stand) -> None:
+def test_the_prompts_of_the_evaluation_are_replayed(evaluation: Path, stand: Stand) -> None:
     assert prove(f"{stand.url}/v1", "one", evaluation, ServingRecipe()) == "3 of 3"
 
 
-def test_a_proof_that_may_not_go_on_asks_no_more(evaluation: Path, stand: Stand) -> None:
-    asked: list[str] = []
-    stand.asked = lambda: asked.append("a question")
+def test_the_check_ends_the_proof_before_the_next_request(evaluation: Path, stand: Stand) -> None:
+    questions: list[str] = []
+    stand.asked = lambda: questions.append("a question")
 
     def check() -> None:
-        if asked:
+        if questions:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prove(f"{stand.url}/v1", "one", evaluation, ServingRecipe(), check)
-    assert asked == ["a question"]
+    assert questions == ["a question"]

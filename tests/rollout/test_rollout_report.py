@@ -1,4 +1,4 @@
-"""The closing table of a rollout."""
+"""The table that a rollout ends with."""
 
 from rich.console import Console
 
@@ -13,7 +13,7 @@ def shown(deployment: Deployment) -> str:
     return capture.get()
 
 
-def test_it_says_what_served_what_serves_and_how_to_undo_it() -> None:
+def test_the_table_shows_both_versions_and_how_to_undo_the_rollout() -> None:
     deployment = Deployment(
         endpoint="http://127.0.0.1:8000/v1", name="dates", version="3", digest="abc" * 20, agreement="16 of 16",
         how="adapter", previous="2", previous_digest="def" * 20, swap_seconds=0.31, latency_before=0.21,

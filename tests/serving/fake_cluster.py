@@ -1,9 +1,8 @@
-"""An API server on a port, with what Kubernetes' controllers, scheduler and kubelet would make of a Deployment.
+"""A fake Kubernetes API server, with a controller, scheduler and kubelet for one Deployment.
 
-kmock gives the HTTP server and the reading of requests. What it does not do as Kubernetes does is done here: JSON
-Patch, resourceVersion and generation, label selectors and logs; every object that is stored is checked against its
-schema.
-`advance` is one step of the controllers: so a test sees each state on the way, and waits for no time to pass.
+kmock provides the HTTP server and parses requests. The rest is implemented here: JSON Patch, resourceVersion and
+generation, label selectors and logs. Every stored object is validated against its schema. `advance` is one step of the
+controllers, so tests see each state in between without waiting.
 """
 
 import asyncio
@@ -52,7 +51,7 @@ Fault = Callable[[Any], aiohttp.web.Response | None]
 
 
 def manifests() -> list[Object]:
-    """All objects of infra/apps/ml-inference/vllm, from its files."""
+    """All objects of infra/apps/ml-inference/vllm."""
     listed = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"]
     return [one for name in listed for one in yaml.safe_load_all((MANIFESTS / name).read_text())]
 
@@ -63,24 +62,24 @@ def manifest(kind: str, name: str) -> Object:
 
 
 def check(one: Object) -> None:
-    """Refuse what an API server would; raises SchemaNotFoundError for a kind that cannot be checked."""
+    """Validate an object as an API server does; raises SchemaNotFoundError for a kind without a schema."""
     kubernetes_validate.validate(one, KUBERNETES, strict=True)
 
 
 class FakeCluster(KubernetesEmulator):
-    """The API server and its controllers. `mode` is what becomes of a new pod: one of the methods `pod_*`."""
+    """The API server and its controllers. `mode` selects the fate of a new pod: one of the methods `pod_*`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mode = "ready"
-        self.requests_seen: list[tuple[str, str, str]] = []  # (verb, resource, name), as RBAC has them
+        self.requests_seen: list[tuple[str, str, str]] = []  # (verb, resource, name), in RBAC's terms
         self.faults: list[tuple[str, str, Fault]] = []
         self.log = "Traceback (most recent call last):\nValueError: the weights are not a model"
         self.versions, self.seconds = itertools.count(100), itertools.count()
         self.put(DEPLOYMENTS, manifest("Deployment", "vllm"))
         self.deployment["spec"].setdefault("replicas", 1)  # as the API server does
 
-    # What tests look at and change.
+    # For tests to read and to change.
 
     @property
     def deployment(self) -> Object:
@@ -89,7 +88,7 @@ class FakeCluster(KubernetesEmulator):
 
     @property
     def pods(self) -> list[Object]:
-        """The pods that there are."""
+        """The pods."""
         return self.all(PODS)
 
     def find(self, resource: Resource, name: str) -> Object:
@@ -126,7 +125,7 @@ class FakeCluster(KubernetesEmulator):
         self.put(resource, one)
 
     def now(self) -> str:
-        """A time that is later than the last one."""
+        """A time later than the previous one."""
         minutes, seconds = divmod(next(self.seconds), 60)
         return f"2026-01-01T00:{minutes:02}:{seconds:02}Z"
 
@@ -134,7 +133,7 @@ class FakeCluster(KubernetesEmulator):
         """How many such requests there were."""
         return sum(seen[:2] == (verb, resource) for seen in self.requests_seen)
 
-    # What goes wrong.
+    # Faults.
 
     def before(self, verb: str, resource: str, change: Callable[[], Any]) -> None:
         """Change something just before the next such request is handled."""
@@ -154,7 +153,7 @@ class FakeCluster(KubernetesEmulator):
         self.faults += [(verb, resource, fault)] * times
 
     def deny(self, verb: str, resource: str) -> None:
-        """Answer the next such request as a server does whose RBAC does not grant it."""
+        """Deny the next such request, as RBAC does."""
         user = "system:serviceaccount:ml-inference:vllm-reconciler"
         self.answer(verb, resource, 403, f'{resource} is forbidden: User "{user}" cannot {verb} resource "{resource}"')
 
@@ -295,7 +294,7 @@ class FakeCluster(KubernetesEmulator):
         return {"apiVersion": "v1", "kind": "Pod", **template, "status": {"phase": "Pending"}}
 
     def pod_ready(self, pod: Object) -> Object:
-        """It answers."""
+        """It is ready."""
         running = _container(pod, {"running": {"startedAt": self.now()}}, ready=True)
         return {"phase": "Running", "conditions": [_is("Ready", "True")], "containerStatuses": [running]}
 
@@ -306,42 +305,42 @@ class FakeCluster(KubernetesEmulator):
         return {"phase": "Running", "conditions": [unready], "containerStatuses": [running]}
 
     def pod_crashing(self, pod: Object) -> Object:
-        """It ends when it starts, and Kubernetes waits before it starts it again."""
+        """It crashes at startup, and Kubernetes backs off."""
         state = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s restarting failed container"}}
         crashed = _container(pod, state, lastState={"terminated": {"exitCode": 1, "reason": "Error"}}, restartCount=3)
         return {"phase": "Running", "conditions": [_is("Ready", "False")], "containerStatuses": [crashed]}
 
     def pod_killed(self, pod: Object) -> Object:
-        """It needs more memory than it may have, again and again."""
+        """It exceeds its memory limit again and again."""
         crashed = _container(pod, {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}, restartCount=2)
         return {"phase": "Running", "conditions": [_is("Ready", "False")], "containerStatuses": [crashed]}
 
     def pod_ended_once(self, pod: Object) -> Object:
-        """It ended for the first time."""
+        """It has crashed for the first time."""
         ended = _container(pod, {"terminated": {"exitCode": 1, "reason": "Error"}})
         return {"phase": "Running", "conditions": [_is("Ready", "False")], "containerStatuses": [ended]}
 
     def pod_without_image(self, pod: Object) -> Object:
-        """Its image is not there."""
+        """Its image does not exist."""
         message = 'Back-off pulling image "vllm/vllm-openai:v0.32.0": not found'
         waiting = _container(pod, {"waiting": {"reason": "ImagePullBackOff", "message": message}})
         return {"phase": "Pending", "conditions": [_is("Ready", "False")], "containerStatuses": [waiting]}
 
     def pod_without_middleware(self, pod: Object) -> Object:
-        """The image of its init container is not there."""
+        """The image of its init container does not exist."""
         image = pod["spec"]["initContainers"][0]["image"]
         waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such host"}}
         first = _container(pod, waiting) | {"name": "middleware", "image": image}
         return {"phase": "Pending", "conditions": [_is("Ready", "False")], "initContainerStatuses": [first]}
 
     def pod_without_a_node(self, pod: Object) -> Object:
-        """No node has two GPUs that are free."""
+        """No node has two free GPUs."""
         message = "0/8 nodes are available: 1 Insufficient nvidia.com/gpu, 7 node(s) didn't match Pod's node selector."
         return {"phase": "Pending", "conditions": [_is("PodScheduled", "False", "Unschedulable", message)]}
 
 
 def LOST(_: Any) -> None:
-    """A fault: the request is handled, and its answer lost."""
+    """A fault: the request is handled, and the response lost."""
 
 
 def _template(replicaset: Object) -> Object:
@@ -371,7 +370,7 @@ def _container(pod: Object, state: Object, ready: bool = False, **more: Any) -> 
 
 
 class Running:
-    """A fake that listens. It can be stopped, and started again on the same port."""
+    """A fake API server on a port. It can be stopped, and started again on the same port."""
 
     def __init__(self, fake: FakeCluster) -> None:
         self.fake = fake
@@ -382,7 +381,7 @@ class Running:
         self.start()
 
     def start(self) -> None:
-        """Listen."""
+        """Accept connections."""
         self.server = Server(self.fake, port=self.port)
         self._run(self.server.__aenter__())
         self.port = self.server.port
@@ -392,7 +391,7 @@ class Running:
         self._run(self.server.__aexit__(None, None, None))
 
     def kubeconfig(self, path: Path, bearer: str = "none") -> Path:
-        """Write a KUBECONFIG file that leads here."""
+        """Write a KUBECONFIG file for it."""
         named = {"name": "fake"}
         config = {
             "apiVersion": "v1",
@@ -406,7 +405,7 @@ class Running:
         return path
 
     def close(self) -> None:
-        """End it."""
+        """Stop it for good."""
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             self.stop()
         self._run(self.fake.__aexit__(None, None, None))
@@ -417,12 +416,12 @@ class Running:
 
 
 def wanted(base: Served, generation: int = 1) -> Desired:
-    """A document that asks for a base."""
+    """A document whose desired state is this base."""
     return Desired(generation=generation, serving=Serving(base=base, names={base.name: base.versioned}))
 
 
 def write_package(folder: Path) -> str:
-    """What of a package decides how vLLM is started; returns its directory."""
+    """Write the part of a package that vLLM's options depend on; returns its directory."""
     (folder / "package").mkdir()
     (folder / "package" / "config.json").write_text('{"dtype": "bfloat16"}')
     return str(folder / "package")
@@ -430,7 +429,7 @@ def write_package(folder: Path) -> str:
 
 @dataclass
 class Place:
-    """A cluster with the Deployment, a package on its node, and the fake behind it, if it is one."""
+    """A cluster with the Deployment and a package on its node. `running` is the fake, if it is one."""
 
     cluster: Cluster
     namespace: str
@@ -440,12 +439,12 @@ class Place:
 
     @property
     def document(self) -> ConfigMapDocument:
-        """The document there."""
+        """The document on the cluster."""
         return ConfigMapDocument(self.cluster, self.namespace, DOCUMENT)
 
     @property
     def server(self) -> KubernetesServer:
-        """vLLM there."""
+        """vLLM on the cluster."""
         return KubernetesServer(self.cluster, self.namespace, "vllm", "http://vllm:8000")
 
     @property
@@ -456,29 +455,29 @@ class Place:
 
     @property
     def deployment(self) -> dict[str, Any]:
-        """The Deployment, as it is read."""
+        """The Deployment, read through the API."""
         found = self.cluster.get("deployments", self.namespace, "vllm")
         assert found is not None
         return found
 
     def ensure(self, base: Served = NEW, engine: Engine = ENGINE) -> str:
-        """One step of the reconciler's."""
+        """One step of the reconciler."""
         return self.server.ensure(base, self.package, engine)
 
     def serve(self, base: Served = NEW, mode: str = "ready") -> list[str]:
-        """Step with the controllers until it serves; returns what was waited for on the way."""
+        """Alternate with the controllers until it serves; returns what it waited for."""
         self.fake.mode = mode
         waited = []
         for _ in range(20):
-            told = self.ensure(base)
-            if not told:
+            waiting = self.ensure(base)
+            if not waiting:
                 return waited
-            waited += [told] if told not in waited else []
+            waited += [waiting] if waiting not in waited else []
             self.fake.advance()
         raise AssertionError(waited)
 
     def fail(self, mode: str, base: Served = NEW) -> str:
-        """Step until it fails; returns why."""
+        """Alternate with the controllers until it fails; returns the reason."""
         with pytest.raises(Failed) as failed:
             self.serve(base, mode)
         return str(failed.value)
@@ -486,7 +485,7 @@ class Place:
 
 @contextlib.contextmanager
 def fake_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """A fake that listens while it lasts, and that KUBECONFIG leads to; its pods serve nothing yet."""
+    """A fake cluster that KUBECONFIG points to; nothing serves yet."""
     server = Running(FakeCluster())
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(folder / "kubeconfig")))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)

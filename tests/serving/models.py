@@ -8,15 +8,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from forge.core.contracts import Base
+from forge.models.chat import load_tokenizer
 from forge.serving.desired import Served
 from forge.storage import DirectoryStore
-from tasks.preprocess.chat import load_tokenizer
 
 CONTEXT = 512
 
 
 def write_base(directory: Path, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
-    """A Llama of random weights, large enough apart that greedy answers are the same every time."""
+    """A Llama with random weights of a large variance, so that greedy answers don't depend on rounding."""
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(Base(), CONTEXT)
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def write_adapter(directory: Path, base: Path, rank: int = 8, seed: int = 1) -> 
 
 
 def publish(store: DirectoryStore, directory: Path, name: str, version: int, base: Served | None = None) -> Served:
-    """A directory as a package: of an adapter where a base is given."""
+    """Publish a directory as a package, of an adapter if a base is given."""
     facts: dict = {"name": name, "kind": "model"}
     if base is not None:
         facts |= {"kind": "adapter", "base": {"location": base.uri, "revision": base.digest}}

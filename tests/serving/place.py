@@ -1,6 +1,6 @@
-"""A whole place to roll out to, in one process and without vLLM: registry, store, document, reconciler, and a stand-in.
+"""A complete target for rollouts in one process: registry, store, document, reconciler, and a fake vLLM.
 
-A rollout finds it as any local one, by the reconciler's record under .forge/serving/.
+Rollouts find it like any local target, through the reconciler's record under .forge/serving/.
 """
 
 import contextlib
@@ -37,23 +37,23 @@ QUICK = ServingRecipe(watch_seconds=0, startup_timeout=60)
 
 
 class Reader(DirectoryStore):
-    """The store as the S3 user of the reconciler has it: to read, and to write leases."""
+    """The store with the rights of the reconciler's S3 user: read everything, write leases only."""
 
     def put(self, key: str, data: bytes) -> None:
-        assert key.startswith("leases/"), f"the reader writes {key}"
+        assert key.startswith("leases/"), f"the reconciler writes {key}"
         super().put(key, data)
 
     def delete(self, key: str) -> None:
-        assert key.startswith("leases/"), f"the reader deletes {key}"
+        assert key.startswith("leases/"), f"the reconciler deletes {key}"
         super().delete(key)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        raise AssertionError(f"the reader writes {key}")
+        raise AssertionError(f"the reconciler writes {key}")
 
 
 @dataclass
 class Place:
-    """Where versions of the name dates are rolled out: 1 is a base, and 2 and 3 are adapters of it."""
+    """The target, and three versions of the model dates: 1 is a base, 2 and 3 are adapters of it."""
 
     settings: Settings
     store: DirectoryStore
@@ -63,7 +63,7 @@ class Place:
     versions: dict[str, Served]
 
     def candidate(self, version: str, champion: str, **more: Any) -> Candidate:
-        """A version, compared with a champion."""
+        """A version that the gate compared with this champion."""
         served = self.versions[version]
         return Candidate(
             served, self.store.path(served.uri), self.store.manifest(served.uri), None, champion, "a test", **more
@@ -74,20 +74,20 @@ class Place:
         return serve(self.candidate(version, champion), recipe, self.settings, self.store)
 
     def challenge(self, version: str) -> None:
-        """Make a version the challenger, as its registration does."""
+        """Make a version the challenger, as the register stage does."""
         self.client.set_registered_model_alias("dates", "challenger", version)
 
     def aliases(self) -> dict[str, str]:
-        """The versions that aliases name."""
+        """The version of each alias."""
         return {alias: str(version) for alias, version in self.client.get_registered_model("dates").aliases.items()}
 
     def failed(self, version: str) -> str:
-        """Why a version is not served."""
+        """Why the rollout of a version failed; "" if it has not."""
         return str(self.client.get_model_version("dates", version).tags.get(FAILED, ""))
 
 
 def publish(store: DirectoryStore, version: str, base: Served | None = None) -> Served:
-    """A package without weights: of an adapter where a base is given."""
+    """Publish a package without weights, of an adapter if a base is given."""
     facts: dict[str, Any] = {"name": "dates", "kind": "model"}
     if base is not None:
         facts = {**facts, "kind": "adapter", "rank": 8, "base": {"location": base.uri, "revision": base.digest}}
@@ -100,7 +100,7 @@ def publish(store: DirectoryStore, version: str, base: Served | None = None) -> 
 
 @contextlib.contextmanager
 def rollout_place(home: Path) -> Iterator[Place]:
-    """A place at which nothing serves yet, and its reconciler at work."""
+    """A place where nothing serves yet, with its reconciler running."""
     stand = Stand(home / "serving" / "names.json")
     settings = Settings(home=home, serving_port=stand.http.server_port)
     store, client, document = DirectoryStore(settings.store_root), open_registry(settings), FileDocument(settings)
@@ -119,14 +119,13 @@ def rollout_place(home: Path) -> Iterator[Place]:
             lambda one: None,
             Recovery(lambda: Reader(settings.store_root), settings),
             stand.names_file,
-            lambda line: None,
         )
         status = Status(reconciler, "127.0.0.1", 0)
         me = {
             "pid": os.getpid(),
             "ticks": start_ticks(os.getpid()),
             "port": status.port,
-            "made_of": reconciler_version(settings),
+            "version": reconciler_version(settings),
         }
         (settings.serving / "reconciler.json").write_text(json.dumps(me))
         thread = threading.Thread(target=run, args=(reconciler, 0.02, ended.is_set, status.touch, True))

@@ -1,4 +1,4 @@
-"""A small server that stands in for vLLM and its middleware, where a real one is slow, or can't be made to fail."""
+"""A fake vLLM with its middleware, for tests where the real one is slow or can't be made to fail."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from forge.serving.desired import Failed, Served
 
 
 class Stand:
-    """Answers as vLLM and its middleware do, for the names in the file; a Server for the reconciler too."""
+    """The fake's HTTP server, which reads the names file, and the Server that the reconciler starts."""
 
     def __init__(self, names_file: Path) -> None:
         self.names_file = names_file
@@ -23,7 +23,7 @@ class Stand:
         self.nonsense = False
         self.waiting = ""
         self.ensured: list[tuple[Served, str]] = []
-        self.asked: Callable[[], None] = lambda: None  # is called with each question
+        self.asked: Callable[[], None] = lambda: None  # called for each chat completion
         stand = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,14 +48,14 @@ class Stand:
                     message = {"role": "assistant", "content": f"I am {version}"}
                     self._send(200, {"model": version, "choices": [{"index": 0, "message": message}]})
                     return
-                asked = body["lora_name"]
-                if asked in stand.refuses:
+                adapter = body["lora_name"]
+                if adapter in stand.refuses:
                     self._send(400, {"error": {"message": "no such rank"}})
                     return
                 if "unload" in self.path:
-                    stand.adapters.remove(asked)
+                    stand.adapters.remove(adapter)
                 else:
-                    stand.adapters.append(asked)
+                    stand.adapters.append(adapter)
                 self._send(200, {})
 
             def _send(self, status: int, value: object) -> None:
@@ -70,16 +70,16 @@ class Stand:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()  # seconds until shutdown()
 
     def names(self) -> dict[str, str]:
-        """Where public names lead."""
+        """The public names and the versions that they point to."""
         return json.loads(self.names_file.read_text())["names"] if self.names_file.exists() else {}
 
     def ensure(self, base: Served, path: str, engine: Engine) -> str:
         self.ensured.append((base, path))
         if base.versioned in self.refuses:
-            raise Failed("it ends at once")
+            raise Failed("it exits immediately")
         if not self.waiting and self.base != base.versioned:
             self.base, self.adapters = base.versioned, []
         return self.waiting

@@ -1,4 +1,4 @@
-"""Public names, over HTTP, before an app that tells what it was given; and message by message where timing matters."""
+"""Public names: over HTTP with an app that records its requests, and message by message where timing matters."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ class Names:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def lead(self, **names: str | None) -> None:
+    def point(self, **names: str | None) -> None:
         self.write(json.dumps({"names": names}))
 
     def write(self, text: str) -> None:
@@ -44,22 +44,22 @@ class Names:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
-    """A file in which `dates` leads to `dates-1`, and `soon` to nothing yet."""
+    """A file in which `dates` points to `dates-1`, and `soon` to nothing yet."""
     file = Names(tmp_path / "names.json")
-    file.lead(dates="dates-1", soon=None)
+    file.point(dates="dates-1", soon=None)
     monkeypatch.setenv("SERVED_NAMES", str(file.path))
     return file
 
 
 class Behind:
-    """An app where vLLM would be: keeps what it is given, and waits between the chunks of a stream until it may go on.
+    """An app in place of vLLM. It records its requests, and pauses after each chunk of a stream until released.
 
-    Most answers give the body back.
+    Most responses return the body of the request.
     """
 
     def __init__(self) -> None:
         self.given: list[tuple[str, dict[str, str], bytes]] = []
-        self.may_go_on = threading.Semaphore(0)
+        self.released = threading.Semaphore(0)
         self.models: Response = JSONResponse({"object": "list", "data": [CARD]})
         echoing = [Route(path, self.echo, methods=["POST"]) for path in ROUTES]
         self.app = Starlette(
@@ -87,7 +87,7 @@ class Behind:
         async def chunks() -> AsyncIterator[bytes]:
             for number in range(3):
                 yield f"data: {number}\n\n".encode()
-                while not self.may_go_on.acquire(blocking=False):
+                while not self.released.acquire(blocking=False):
                     await asyncio.sleep(0.001)
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
@@ -108,7 +108,7 @@ class Behind:
 
 
 class Served:
-    """The app behind the middleware on a port of this machine."""
+    """The app with the middleware, on a port of this machine."""
 
     def __init__(self, port: int, behind: Behind) -> None:
         self.port, self.behind = port, behind
@@ -116,7 +116,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: bytes | Iterator[bytes] | None = None, headers: dict[str, str] = JSON
     ) -> HTTPResponse:
-        """An answer, of which the body may still be to come."""
+        """A response, whose body may not have arrived yet."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(method, path, body, headers)
         return connection.getresponse()
@@ -129,7 +129,7 @@ class Served:
         return answer
 
     def count(self, version: str) -> dict[str, Any]:
-        """A version's counts, without the seconds."""
+        """The counts of a version, without the seconds."""
         count: dict[str, Any] = self.served()["versions"][version]
         assert count.pop("seconds") >= 0
         return count
@@ -138,7 +138,7 @@ class Served:
 @pytest.fixture
 def served(names: Names) -> Iterator[Served]:
     behind = Behind()
-    behind.app.add_middleware(PublicNames)  # as vLLM does it
+    behind.app.add_middleware(PublicNames)  # as vLLM does
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(behind.app, log_level="critical", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -146,7 +146,7 @@ def served(names: Names) -> Iterator[Served]:
         wait_until(lambda: server.started)
         yield Served(listening.getsockname()[1], behind)
         for _ in range(100):
-            behind.may_go_on.release()
+            behind.released.release()
         server.should_exit = True
         thread.join()
 
@@ -175,7 +175,7 @@ def test_public_names_become_versions(served: Served, path: str) -> None:
     assert served.count("dates-1") == counts(requests=1)
 
 
-def test_versions_are_counted_and_left_as_they_are(served: Served) -> None:
+def test_versioned_names_are_counted_and_unchanged(served: Served) -> None:
     body = b' {"model" :"dates-1"} '
     answer = served.ask("POST", "/v1/completions", body)
     assert (answer.read(), answer.headers["x-served-version"]) == (body, "dates-1")
@@ -203,7 +203,7 @@ def test_versions_are_counted_and_left_as_they_are(served: Served) -> None:
     ],
     ids=lambda body: body[:30].decode(errors="replace"),
 )
-def test_all_else_is_passed_on_byte_for_byte(served: Served, body: bytes) -> None:
+def test_everything_else_is_passed_on_byte_for_byte(served: Served, body: bytes) -> None:
     answer = served.ask("POST", "/v1/chat/completions", body)
     assert (answer.status, answer.read(), answer.headers["x-served-version"]) == (200, body, None)
     assert served.behind.given[0][2] == body
@@ -235,8 +235,8 @@ def test_only_json_is_read(served: Served) -> None:
         '{"model": "dates"}'.encode("utf-32-le"),
     ],
 )
-def test_no_way_of_writing_a_name_slips_through(served: Served, body: bytes) -> None:
-    """What Python's json, which vLLM reads requests with, takes for the name is what is resolved."""
+def test_every_way_of_writing_a_name_in_json_is_resolved(served: Served, body: bytes) -> None:
+    """The name is the one that Python's json, with which vLLM parses requests, would read."""
     answer = served.ask("POST", "/v1/completions", body)
     got, sent = json.loads(answer.read()), json.loads(body)
     assert got.pop("model") == "dates-1"
@@ -276,30 +276,30 @@ def test_openai_client_waits_for_a_name_that_is_being_loaded(served: Served, nam
     with pytest.raises(openai.InternalServerError, match="is being loaded") as refused:
         client.completions.create(model="soon", prompt="")
     assert refused.value.status_code == 503
-    names.lead(soon="soon-1")
+    names.point(soon="soon-1")
     assert client.completions.create(model="soon", prompt="").model == "soon-1"
 
 
 def test_streams_arrive_chunk_by_chunk(served: Served) -> None:
     answer = served.post("/stream", model="dates")
     assert answer.headers["x-served-version"] == "dates-1"
-    for number in range(3):  # the app has not gone on yet
+    for number in range(3):  # the app is still paused
         assert answer.read1() == f"data: {number}\n\n".encode()
         assert served.count("dates-1") == counts(in_flight=1, requests=1)
-        served.behind.may_go_on.release()
+        served.behind.released.release()
     assert answer.read() == b""
     wait_until(lambda: served.count("dates-1") == counts(requests=1))
 
 
-def test_a_request_stays_with_the_version_it_began_with(served: Served, names: Names) -> None:
+def test_a_request_stays_with_its_first_version(served: Served, names: Names) -> None:
     before = served.post("/stream", model="dates")
-    names.lead(dates="dates-2")
+    names.point(dates="dates-2")
     found = served.served()
     assert found["names"] == {"dates": "dates-2"}
     assert {version: count["in_flight"] for version, count in found["versions"].items()} == {"dates-1": 1, "dates-2": 0}
     assert json.load(served.post("/tokenize", model="dates")) == {"model": "dates-2"}
     for _ in range(3):
-        served.behind.may_go_on.release()
+        served.behind.released.release()
     assert before.read().count(b"data") == 3
     assert before.headers["x-served-version"] == "dates-1"
     wait_until(lambda: served.count("dates-1") == counts(requests=1))
@@ -328,7 +328,7 @@ def test_seconds_are_summed(served: Served) -> None:
     answer = served.post("/stream", model="dates")
     assert served.served()["versions"]["dates-1"]["seconds"] == 0
     for _ in range(3):
-        served.behind.may_go_on.release()
+        served.behind.released.release()
     answer.read()
     wait_until(lambda: served.served()["versions"]["dates-1"]["seconds"] > 0)
 
@@ -339,15 +339,15 @@ def test_invented_names_are_not_counted(served: Served) -> None:
     assert served.served()["versions"].keys() == {"dates-1"}
 
 
-def test_versions_of_the_past_are_still_counted(served: Served, names: Names) -> None:
+def test_earlier_versions_are_still_counted(served: Served, names: Names) -> None:
     assert served.count("dates-1") == counts()
-    names.lead(dates="dates-2")
+    names.point(dates="dates-2")
     assert served.post("/tokenize", model="dates-1").headers["x-served-version"] == "dates-1"
     assert (served.count("dates-1"), served.count("dates-2")) == (counts(requests=1), counts())
 
 
 def test_models_have_their_public_names(served: Served, names: Names) -> None:
-    names.lead(dates="dates-1", today="dates-1", soon=None, other="elsewhere", **{"dates-1": "dates-1"})
+    names.point(dates="dates-1", today="dates-1", soon=None, other="elsewhere", **{"dates-1": "dates-1"})
     answer = served.ask("GET", "/v1/models")
     body = answer.read()
     assert answer.headers["content-length"] == str(len(body))
@@ -391,13 +391,13 @@ def test_the_file_may_be_missing_or_broken(served: Served, names: Names, caplog:
             names.write(broken)
             assert (led(), led()) == ("dates-1", "dates-1")
         names.path.unlink()
-        names.path.mkdir()  # stands for a file that may not be read
+        names.path.mkdir()  # in place of a file without read permission
         assert (led(), led()) == ("dates-1", "dates-1")
-    assert len(caplog.records) == 5  # not one a request
+    assert len(caplog.records) == 5  # not one per request
     names.path.rmdir()
     assert led() == "dates"
     assert served.served()["names"] == {}
-    names.lead(dates="dates-2")
+    names.point(dates="dates-2")
     assert led() == "dates-2"
 
 
@@ -409,7 +409,7 @@ def scope(path: str = "/v1/completions", method: str = "POST") -> Scope:
 
 
 def receiving(*messages: Message) -> Receive:
-    """Gives these messages, and then no more."""
+    """Returns these messages, and then blocks."""
     left = list(messages)
 
     async def receive() -> Message:
@@ -425,7 +425,7 @@ def part(body: bytes, more: bool = False) -> Message:
 
 
 async def nowhere(message: Message) -> None:
-    """Takes an answer."""
+    """Collects a response."""
 
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -442,7 +442,7 @@ def test_without_a_file_there_are_no_public_names(monkeypatch: pytest.MonkeyPatc
     assert given == [part(b'{"model": "dates"}')]
 
 
-def test_other_kinds_of_connection_pass(names: Names) -> None:
+def test_other_kinds_of_connection_are_passed_on(names: Names) -> None:
     given = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -461,11 +461,11 @@ def test_split_bodies_and_the_disconnect_that_follows(names: Names) -> None:
         given.extend([dict(scope["headers"])[b"content-length"], await receive(), await receive()])
 
     parts = [part(b'{"mod', True), {"type": "http.request", "more_body": True}, part(b'el":"dates"}')]
-    gone = {"type": "http.disconnect"}
+    disconnect = {"type": "http.disconnect"}
     original = scope()
-    asyncio.run(PublicNames(app)(original, receiving(*parts, gone), nowhere))
+    asyncio.run(PublicNames(app)(original, receiving(*parts, disconnect), nowhere))
     body = b'{"model":"dates-1"}'
-    assert given == [str(len(body)).encode(), part(body), gone]
+    assert given == [str(len(body)).encode(), part(body), disconnect]
     assert original == scope()
 
 
@@ -473,12 +473,12 @@ def test_the_name_is_resolved_when_the_body_is_complete(names: Names) -> None:
     given = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        names.lead(dates="dates-3")
+        names.point(dates="dates-3")
         given.append((await receive())["body"])
 
     async def receive() -> Message:
         if not parts[1:]:
-            names.lead(dates="dates-2")
+            names.point(dates="dates-2")
         return parts.pop(0)
 
     parts = [part(b'{"model":', True), part(b'"dates"}')]
@@ -497,8 +497,8 @@ def test_a_client_that_leaves_before_its_request_is_complete(names: Names) -> No
     assert middleware.versions == {}
 
 
-def test_it_is_counted_before_anything_else_can_run(names: Names) -> None:
-    """Between finding where a name leads and counting the request no other request is answered."""
+def test_a_request_is_counted_before_anything_else_can_run(names: Names) -> None:
+    """No other request is handled between resolving a name and counting the request."""
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -507,7 +507,7 @@ def test_it_is_counted_before_anything_else_can_run(names: Names) -> None:
     middleware = PublicNames(app)
     call = middleware(scope(), receiving(part(b'{"model":"dates"}')), nowhere)
     with pytest.raises(StopIteration):
-        call.send(None)  # a coroutine that ends without having waited
+        call.send(None)  # the coroutine finishes without awaiting anything
     assert seen == [1]
     assert middleware.versions["dates-1"].in_flight == 0
 
@@ -548,8 +548,8 @@ def test_exceptions_are_passed_on_and_counted_once(names: Names, when: str) -> N
     assert (count.in_flight, count.requests, count.errors) == (0, 1, 1)
 
 
-def test_it_is_at_rest_with_the_last_byte(names: Names) -> None:
-    """What the app does after its answer, such as tasks in the background, keeps no version in flight."""
+def test_a_request_ends_with_the_last_byte_of_its_response(names: Names) -> None:
+    """Background tasks after the response don't count as in flight."""
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -564,7 +564,7 @@ def test_it_is_at_rest_with_the_last_byte(names: Names) -> None:
 
 
 def test_each_replacement_of_the_file_is_seen(names: Names) -> None:
-    """Even if files of one length replace one another within a tick of the file system's clock."""
+    """Even if files of the same length replace each other within one tick of the file system's clock."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         given.append(json.loads((await receive())["body"])["model"])
@@ -573,8 +573,8 @@ def test_each_replacement_of_the_file_is_seen(names: Names) -> None:
     middleware = PublicNames(app)
     versions = [f"dates-{number}" for number in range(1000, 1300)]
     for version in versions:
-        names.lead(dates="another-one")
-        names.lead(dates=version)
+        names.point(dates="another-one")
+        names.point(dates=version)
         os.utime(names.path, ns=(0, 0))
         asyncio.run(middleware(scope(), receiving(part(b'{"model":"dates"}')), nowhere))
     assert given == versions

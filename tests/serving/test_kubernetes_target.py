@@ -1,4 +1,4 @@
-"""The document and vLLM on a cluster: against a fake one, and where FORGE_TEST_KUBECONFIG is given on that one too."""
+"""The document and vLLM on a cluster: a fake one, and if FORGE_TEST_KUBECONFIG is set, a real one too."""
 
 import contextlib
 import copy
@@ -40,13 +40,13 @@ from tests.serving.fake_cluster import (
 )
 
 WHERE = "Deployment vllm in namespace ml-inference"
-SEEING = "the change of the Deployment vllm to be seen by its controller"
-CHANGED = "the Deployment vllm was changed by another writer; reading it again"
+NOTICING = "the controller to notice the change of the Deployment vllm"
+CHANGED = "the Deployment vllm was changed by another writer; it is read again"
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """The fake, as the reconciler finds it; nothing serves yet."""
+    """The fake cluster; nothing serves yet."""
     with fake_place(tmp_path, monkeypatch) as one:
         yield one
 
@@ -61,7 +61,7 @@ def real_place(tmp_path: Path) -> Iterator[Place]:
     namespace = f"forge-test-{uuid.uuid4().hex[:8]}"
     deployment = manifest("Deployment", "vllm")
     deployment["metadata"]["namespace"] = namespace
-    deployment["spec"]["template"]["spec"]["nodeSelector"] = {"forge-test": namespace}  # no node takes it
+    deployment["spec"]["template"]["spec"]["nodeSelector"] = {"forge-test": namespace}  # matches no node
     del deployment["spec"]["template"]["spec"]["runtimeClassName"]
     core.create_namespace({"metadata": {"name": namespace}})
     try:
@@ -78,7 +78,7 @@ def real_place(tmp_path: Path) -> Iterator[Place]:
 
 @pytest.fixture(params=["fake", "real"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """The fake, and a real API server."""
+    """The fake cluster, and a real API server."""
     if request.param == "fake":
         yield request.getfixturevalue("fake")
         return
@@ -96,8 +96,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_document_is_empty_until_it_is_written(place: Place) -> None:
     assert place.document.read() == (Desired(), "")
     place.document.write(wanted(NEW), "")
-    there, revision = place.document.read()
-    assert there == wanted(NEW)
+    read, revision = place.document.read()
+    assert read == wanted(NEW)
     place.document.write(wanted(OLD, 2), revision)
     assert place.document.read()[0] == wanted(OLD, 2)
 
@@ -114,7 +114,7 @@ def test_of_two_writers_one_gets_a_conflict(place: Place) -> None:
 
 
 @pytest.mark.parametrize("verb", ["create", "patch"])
-def test_a_write_whose_answer_was_lost_is_no_conflict(fake: Place, verb: str) -> None:
+def test_a_write_whose_response_was_lost_is_not_a_conflict(fake: Place, verb: str) -> None:
     revision = ""
     if verb == "patch":
         fake.document.write(wanted(OLD), "")
@@ -125,7 +125,7 @@ def test_a_write_whose_answer_was_lost_is_no_conflict(fake: Place, verb: str) ->
     assert fake.document.read()[0] == wanted(NEW, 2)
 
 
-def test_a_document_that_was_deleted_meanwhile_is_a_conflict(fake: Place) -> None:
+def test_a_deleted_document_is_a_conflict(fake: Place) -> None:
     fake.document.write(wanted(OLD), "")
     _, revision = fake.document.read()
     fake.fake.objects[CONFIGMAPS, NAMESPACE, DOCUMENT].delete()
@@ -133,33 +133,33 @@ def test_a_document_that_was_deleted_meanwhile_is_a_conflict(fake: Place) -> Non
         fake.document.write(wanted(NEW), revision)
 
 
-def test_a_broken_document_is_told_with_its_place(fake: Place) -> None:
+def test_the_error_for_a_broken_document_names_it(fake: Place) -> None:
     fake.document.write(wanted(OLD), "")
     fake.fake.edit(lambda one: one.update(data={"desired.json": "{}}"}), CONFIGMAPS, DOCUMENT)
-    with pytest.raises(ForgeError, match="ConfigMap vllm-desired in namespace ml-inference: not a description"):
+    with pytest.raises(ForgeError, match="ConfigMap vllm-desired in namespace ml-inference: not a valid description"):
         fake.document.read()
 
 
-def test_a_config_map_that_was_emptied_does_not_end_what_serves(fake: Place) -> None:
+def test_an_empty_config_map_does_not_stop_serving(fake: Place) -> None:
     fake.document.write(wanted(OLD), "")
     fake.fake.edit(lambda one: one.pop("data"), CONFIGMAPS, DOCUMENT)
-    with pytest.raises(ForgeError, match="not a description of what to serve"):
+    with pytest.raises(ForgeError, match="not a valid description of what to serve"):
         fake.document.read()
 
 
-def test_who_may_not_write_is_told_which_role_to_bind(fake: Place) -> None:
+def test_a_denied_write_names_the_role_to_bind(fake: Place) -> None:
     fake.fake.deny("create", "configmaps")
     with pytest.raises(ForgeError) as refused:
         fake.document.write(wanted(NEW), "")
     assert refused.value.message == (
         "not allowed to create configmaps in namespace ml-inference (configmaps is forbidden: User "
         '"system:serviceaccount:ml-inference:vllm-reconciler" cannot create resource "configmaps"); bind the Role '
-        "forge-rollout (the reconciler: vllm-reconciler) of infra/apps/ml-inference/vllm/rbac.yaml to the "
-        "ServiceAccount that asks"
+        "forge-rollout (the reconciler: vllm-reconciler) of infra/apps/ml-inference/vllm/rbac.yaml to this process's "
+        "ServiceAccount"
     )
 
 
-def test_a_write_lives_through_a_restart_of_the_api_server(fake: Place) -> None:
+def test_a_write_survives_a_restart_of_the_api_server(fake: Place) -> None:
     fake.fake.answer("create", "configmaps", 503, times=3)
     fake.fake.answer("create", "configmaps", 429)
     fake.document.write(wanted(NEW), "")
@@ -167,7 +167,7 @@ def test_a_write_lives_through_a_restart_of_the_api_server(fake: Place) -> None:
     assert fake.document.read()[0] == wanted(NEW)
 
 
-def test_an_api_server_that_stays_away_is_named(fake: Place) -> None:
+def test_the_error_for_an_unreachable_api_server_names_it(fake: Place) -> None:
     fake.cluster.patience = 0
     fake.fake.answer("get", "configmaps", 503)
     with pytest.raises(Unreachable, match=r"the API server http://127.0.0.1:\d+ answers 503 to get configmaps vllm-d"):
@@ -178,7 +178,7 @@ def test_an_api_server_that_stays_away_is_named(fake: Place) -> None:
         fake.document.read()
 
 
-def test_a_connection_that_is_cut_in_the_middle_of_tls_is_no_refusal(fake: Place) -> None:
+def test_a_connection_cut_during_the_tls_handshake_is_retried(fake: Place) -> None:
     file = Path(os.environ["KUBECONFIG"])
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = f"127.0.0.1:{listening.getsockname()[1]}"
@@ -189,19 +189,19 @@ def test_a_connection_that_is_cut_in_the_middle_of_tls_is_no_refusal(fake: Place
             ConfigMapDocument(open_cluster(patience=0), NAMESPACE, DOCUMENT).read()
 
 
-def test_who_is_not_known_is_told(fake: Place) -> None:
+def test_rejected_credentials_are_reported(fake: Place) -> None:
     fake.fake.answer("get", "configmaps", 401)
-    with pytest.raises(ForgeError, match="does not know who asks"):
+    with pytest.raises(ForgeError, match=r"rejects the credentials \(401\); renew those in KUBECONFIG"):
         fake.document.read()
 
 
 # Access.
 
 
-def test_without_a_cluster_the_mend_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_a_cluster_says_how_to_set_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.delenv("KUBECONFIG", raising=False)
-    with pytest.raises(ForgeError, match="this is no pod, and KUBECONFIG is not set; set KUBECONFIG"):
+    with pytest.raises(ForgeError, match="this is not a pod, and KUBECONFIG is not set; set KUBECONFIG"):
         open_cluster()
     for content in (None, "", "{broken"):
         if content is not None:
@@ -216,33 +216,33 @@ def test_without_a_cluster_the_mend_is_told(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_importing_the_module_imports_no_client() -> None:
     code = "import sys, forge.serving.kubernetes_target; print('kubernetes' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
 
 
 # vLLM.
 
 
-def test_a_base_comes_to_serve(fake: Place) -> None:
+def test_a_base_is_served(fake: Place) -> None:
     waited = fake.serve()
     pod = fake.fake.pods[0]["metadata"]["name"]
-    assert waited == [SEEING, f"a pod of {WHERE} to be made", f"pod {pod}: Pending", f"pod {pod}: Running"]
+    assert waited == [NOTICING, f"a pod of {WHERE} to be created", f"pod {pod}: Pending", f"pod {pod}: Running"]
     template = fake.deployment["spec"]["template"]
     assert template["spec"]["containers"][0]["args"] == [*LISTEN, *arguments(NEW, fake.package, ENGINE)]
     assert template["metadata"]["annotations"][SERVES] == NEW.versioned
     assert fake.deployment["spec"]["replicas"] == 1
 
 
-def test_the_previous_base_ends_first_and_is_noted(fake: Place) -> None:
+def test_the_previous_base_stops_first_and_is_recorded(fake: Place) -> None:
     fake.serve(OLD)
     old = fake.fake.pods[0]["metadata"]["name"]
     waited = fake.serve(NEW)
-    assert waited[:3] == [SEEING, f"pod {old} to end", f"a pod of {WHERE} to be made"]
+    assert waited[:3] == [NOTICING, f"pod {old} to terminate", f"a pod of {WHERE} to be created"]
     before = json.loads(fake.deployment["metadata"]["annotations"][PREVIOUS])
     assert before == {"serves": OLD.versioned, "args": [*LISTEN, *arguments(OLD, fake.package, ENGINE)]}
 
 
-def test_what_serves_is_left_alone(fake: Place) -> None:
+def test_a_deployment_as_desired_is_left_alone(fake: Place) -> None:
     fake.serve()
     patches, found = fake.fake.count("patch", "deployments"), copy.deepcopy(fake.fake.deployment)
     assert [fake.ensure(), fake.ensure()] == ["", ""]
@@ -252,7 +252,7 @@ def test_what_serves_is_left_alone(fake: Place) -> None:
 
 def test_other_options_replace_the_pod(fake: Place) -> None:
     fake.serve()
-    assert fake.ensure(engine=Engine(tensor_parallel=2, max_model_len=4096)) == SEEING
+    assert fake.ensure(engine=Engine(tensor_parallel=2, max_model_len=4096)) == NOTICING
     assert fake.deployment["spec"]["template"]["spec"]["containers"][0]["args"][-4:] == [
         "--max-model-len",
         "4096",
@@ -292,7 +292,7 @@ def test_a_change_of_another_writer_is_kept(place: Place) -> None:
     assert place.deployment["spec"]["template"]["metadata"]["annotations"][SERVES] == NEW.versioned
 
 
-def test_a_patch_whose_answer_was_lost_is_found_done(fake: Place) -> None:
+def test_a_patch_whose_response_was_lost_is_not_repeated(fake: Place) -> None:
     fake.fake.faults.append(("patch", "deployments", LOST))
     assert fake.ensure() == CHANGED
     patches = fake.fake.count("patch", "deployments")
@@ -300,17 +300,17 @@ def test_a_patch_whose_answer_was_lost_is_found_done(fake: Place) -> None:
     assert fake.fake.count("patch", "deployments") == patches
 
 
-def test_a_deployment_that_takes_no_change_fails(fake: Place) -> None:
+def test_an_invalid_change_fails(fake: Place) -> None:
     fake.fake.answer("patch", "deployments", 422, "spec.template: Invalid value")
-    with pytest.raises(Failed, match=f"{WHERE}: takes no such change; .*spec.template: Invalid value"):
+    with pytest.raises(Failed, match=f"{WHERE}: the change is not valid; .*spec.template: Invalid value"):
         fake.ensure()
 
 
-def test_an_api_server_that_is_away_is_waited_for(fake: Place) -> None:
+def test_an_unreachable_api_server_is_waited_for(fake: Place) -> None:
     assert fake.running is not None
     fake.ensure()
     fake.fake.answer("get", "deployments", 503, times=3)
-    assert fake.ensure() == SEEING
+    assert fake.ensure() == NOTICING
     fake.cluster.patience = 0
     fake.running.stop()
     assert "does not answer to get deployments vllm in namespace ml-inference" in fake.ensure()
@@ -320,12 +320,14 @@ def test_an_api_server_that_is_away_is_waited_for(fake: Place) -> None:
 
 def test_a_missing_deployment_fails(fake: Place) -> None:
     fake.fake.objects[DEPLOYMENTS, NAMESPACE, "vllm"].delete()
-    with pytest.raises(Failed, match=f"{WHERE}: there is none; apply infra/apps/ml-inference/vllm: kubectl apply -k"):
+    with pytest.raises(
+        Failed, match=f"{WHERE}: does not exist; create it: kubectl apply -k infra/apps/ml-inference/vllm"
+    ):
         fake.ensure()
     fake.server.stop()  # there is nothing to stop
 
 
-def test_a_deployment_of_something_else_fails(fake: Place) -> None:
+def test_a_deployment_without_vllm_fails(fake: Place) -> None:
     fake.fake.edit(lambda one: one["spec"]["template"]["spec"]["containers"][0].update(name="ollama"))
     with pytest.raises(Failed, match="has no container vllm"):
         fake.ensure()
@@ -340,41 +342,41 @@ def test_denied_requests_name_the_role(fake: Place, verb: str, resource: str) ->
         fake.serve()
 
 
-# vLLM that does not come to serve.
+# vLLM that never serves.
 
 
-def test_a_crash_is_told_with_its_log(fake: Place) -> None:
-    told = fake.fail("crashing")
+def test_a_crash_is_reported_with_its_log(fake: Place) -> None:
+    error = fake.fail("crashing")
     pod = fake.fake.pods[0]["metadata"]["name"]
-    assert told == (
-        f"{WHERE}: container vllm of pod {pod} ends again and again (3 restarts; last exit code 1 Error); its log says "
+    assert error == (
+        f"{WHERE}: container vllm of pod {pod} keeps crashing (3 restarts; last exit code 1 Error); its log says "
         "why\n  Traceback (most recent call last):\n  ValueError: the weights are not a model"
     )
 
 
-def test_a_log_that_may_not_be_read_is_told(fake: Place) -> None:
+def test_an_unreadable_log_is_mentioned(fake: Place) -> None:
     fake.fake.deny("get", "pods/log")
-    told = fake.fail("crashing")
-    assert "last exit code 1 Error" in told
-    assert told.endswith("(its log cannot be read here; see kubectl logs --previous)")
+    error = fake.fail("crashing")
+    assert "last exit code 1 Error" in error
+    assert error.endswith("(its log cannot be read here; see kubectl logs --previous)")
 
 
 def test_killed_for_memory(fake: Place) -> None:
-    told = fake.fail("killed")
-    assert "last exit code 137 OOMKilled); it was killed for its memory: raise resources.limits.memory\n" in told
+    error = fake.fail("killed")
+    assert "last exit code 137 OOMKilled); it ran out of memory: raise resources.limits.memory\n" in error
 
 
 def test_a_first_crash_is_waited_for(fake: Place) -> None:
     fake.ensure()
     fake.fake.mode = "ended_once"
     fake.fake.settle()
-    assert fake.ensure().endswith(": vllm ended with exit code 1, and is started again")
+    assert fake.ensure().endswith(": vllm exited with code 1 and is restarted")
 
 
-def test_an_image_that_is_not_there(fake: Place) -> None:
-    told = fake.fail("without_image")
+def test_a_missing_image(fake: Place) -> None:
+    error = fake.fail("without_image")
     pod = fake.fake.pods[0]["metadata"]["name"]
-    assert told == (
+    assert error == (
         f"{WHERE}: the image vllm/vllm-openai:v0.32.0 of container vllm of pod {pod} cannot be pulled "
         '(ImagePullBackOff: Back-off pulling image "vllm/vllm-openai:v0.32.0": not found); fix the image\'s name, or '
         "the node's access to its registry"
@@ -383,15 +385,15 @@ def test_an_image_that_is_not_there(fake: Place) -> None:
 
 
 def test_a_full_node(fake: Place) -> None:
-    told = fake.fail("without_a_node")
-    assert "no node takes pod vllm-" in told
-    assert "(0/8 nodes are available: 1 Insufficient nvidia.com/gpu, 7 node(s) didn't match" in told
-    assert "something else holds the GPUs that it needs: find it with kubectl get pods -A -o wide, and end it" in told
+    error = fake.fail("without_a_node")
+    assert "fits no node" in error
+    assert "(0/8 nodes are available: 1 Insufficient nvidia.com/gpu, 7 node(s) didn't match" in error
+    assert "other pods hold the GPUs that it needs: find them with kubectl get pods -A -o wide, and stop them" in error
 
 
 def test_a_quota(fake: Place) -> None:
-    told = fake.fail("quota")
-    assert told == (
+    error = fake.fail("quota")
+    assert error == (
         f"{WHERE}: its pod is not admitted (pods is forbidden: exceeded quota: gpus, requested: "
         "requests.nvidia.com/gpu=2, limited to 0); raise the namespace's quota, or fix the pod template"
     )
@@ -414,44 +416,44 @@ def test_never_ready(fake: Place) -> None:
 
 
 @pytest.mark.parametrize("mode", ["crashing", "without_image", "without_a_node", "quota", "silent"])
-def test_a_failure_of_the_previous_template_is_not_taken_for_the_new_ones(fake: Place, mode: str) -> None:
+def test_a_failure_of_the_previous_template_does_not_count(fake: Place, mode: str) -> None:
     fake.ensure(OLD)
     fake.fake.mode = mode
     fake.fake.settle()
     fake.fake.pass_the_deadline()
     with pytest.raises(Failed):
         fake.ensure(OLD)
-    fake.serve(NEW)  # no Failed on the way
+    fake.serve(NEW)  # raises no Failed
 
 
-def test_a_deadline_that_an_earlier_pod_passed_is_not_taken_for_the_new_ones(fake: Place) -> None:
+def test_a_deadline_that_an_earlier_pod_has_missed_does_not_count(fake: Place) -> None:
     fake.ensure()
     fake.fake.mode = "silent"
     fake.fake.settle()
     fake.fake.pass_the_deadline()
     fake.server.stop()
     fake.fake.settle()
-    assert fake.ensure() == SEEING
+    assert fake.ensure() == NOTICING
     fake.fake.settle()
     assert fake.ensure().endswith("vllm to be ready")
 
 
-def test_a_pod_that_ends_is_not_taken_for_the_one_that_comes(fake: Place) -> None:
+def test_a_terminating_pod_does_not_count(fake: Place) -> None:
     fake.fail("crashing")
     pod = fake.fake.pods[0]["metadata"]["name"]
     ending = {"deletionTimestamp": fake.fake.now(), "deletionGracePeriodSeconds": 90}
     fake.fake.edit(lambda one: one["metadata"].update(ending), PODS, pod)  # as kubectl delete pod
-    assert fake.ensure() == f"pod {pod} to end"
+    assert fake.ensure() == f"pod {pod} to terminate"
 
 
-def test_the_way_back_from_a_failure(fake: Place) -> None:
+def test_going_back_after_a_failure(fake: Place) -> None:
     fake.serve(OLD)
     fake.fail("crashing", NEW)
     fake.serve(OLD)
     assert [one["metadata"]["annotations"][SERVES] for one in fake.fake.pods] == [OLD.versioned]
 
 
-def test_what_is_sent_is_valid(fake: Place) -> None:
+def test_all_objects_sent_are_valid(fake: Place) -> None:
     fake.document.write(wanted(NEW), "")
     fake.serve(OLD)
     fake.serve(NEW)

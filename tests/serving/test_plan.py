@@ -1,4 +1,4 @@
-"""What a rollout changes, derived from the package."""
+"""The state of the server after a rollout or a removal."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from tests.serving.states import WEIGHTS, adapter_of, serving, version
 ENGINE = Engine(max_loras=4)
 
 
-def test_the_first_weights_are_served_with_the_recipe_s_options() -> None:
+def test_the_first_model_is_served_with_the_options_of_the_recipe() -> None:
     one = version(1)
     after = plan(Serving(), one, WEIGHTS, ENGINE)
     assert after == Serving(base=one, engine=ENGINE, names={"dates": one.versioned})
-    assert loading_state(Serving(), after).names == {}, "no name leads there before it is proved"
+    assert loading_state(Serving(), after).names == {}, "no name points to it before it is proved"
 
 
-def test_an_adapter_of_the_base_that_serves_is_loaded_beside_it() -> None:
+def test_an_adapter_of_the_current_base_is_loaded_on_it() -> None:
     one, two = version(1), version(2)
     before = serving(one)
     after = plan(before, two, adapter_of(one), ENGINE)
@@ -30,7 +30,7 @@ def test_an_adapter_of_the_base_that_serves_is_loaded_beside_it() -> None:
     assert between.names == {"dates": one.versioned}
 
 
-def test_an_adapter_takes_the_place_of_the_one_before_which_stays_until_the_name_has_moved() -> None:
+def test_the_previous_adapter_stays_until_the_name_has_moved() -> None:
     one, two, three = version(1), version(2), version(3)
     before = serving(one, two)
     after = plan(before, three, adapter_of(one), ENGINE)
@@ -39,7 +39,7 @@ def test_an_adapter_takes_the_place_of_the_one_before_which_stays_until_the_name
     assert loading_state(before, after).names == {"dates": two.versioned}
 
 
-def test_the_base_itself_takes_a_name_back_by_moving_it() -> None:
+def test_rolling_out_the_base_of_an_adapter_only_moves_the_name() -> None:
     one, two = version(1), version(2)
     after = plan(serving(one, two), one, WEIGHTS, ENGINE)
     assert after == Serving(base=one, adapters=(), names={"dates": one.versioned})
@@ -54,7 +54,7 @@ def test_other_names_keep_their_adapters() -> None:
     assert after.adapters == (times, newer)
 
 
-def test_other_weights_take_the_base_s_place() -> None:
+def test_another_model_replaces_the_base() -> None:
     one, two = version(1), version(2)
     before = serving(one)
     after = plan(before, two, WEIGHTS, ENGINE)
@@ -79,59 +79,62 @@ def test_an_adapter_of_another_base_brings_its_base() -> None:
     )
 
 
-@pytest.mark.parametrize("location", ["file:///data/a%20base", "/data/a base"])  # as manifests say it, and said it
-def test_a_base_may_be_a_directory_of_this_machine(location: str) -> None:
+@pytest.mark.parametrize(
+    "location", ["file:///data/a%20base", "/data/a base"]
+)  # in manifests of this release, and of older ones
+def test_a_base_can_be_a_directory_of_this_machine(location: str) -> None:
     manifest = {"kind": "adapter", "base": {"location": location, "revision": "e" * 64}}
     base = plan(Serving(), version(2), manifest, ENGINE).base
     assert base == Served(name="a base", version="", uri="file:///data/a%20base", digest="e" * 64)
     assert base.directory == Path("/data/a base")
-    assert version(1).directory is None, "a package is fetched and verified, wherever the store is"
+    assert version(1).directory is None, "a package is always fetched and verified"
 
 
-def test_vllm_is_started_anew_for_an_adapter_that_its_slots_do_not_hold_if_the_recipe_grants_more() -> None:
+def test_vllm_is_restarted_for_an_adapter_beyond_its_slots_if_the_recipe_allows_more() -> None:
     one, two = version(1), version(2)
     before = serving(one)
     wide = {**adapter_of(one), "rank": 64}
     assert plan(before, two, wide, Engine(max_lora_rank=64, max_loras=1)).engine == Engine(max_lora_rank=64)
-    assert plan(before, two, wide, ENGINE).engine == before.engine, "which the fit check refuses"
+    assert plan(before, two, wide, ENGINE).engine == before.engine, "the memory check then refuses the rollout"
     assert plan(before, two, {**wide, "rank": 8}, Engine(max_lora_rank=64)).engine == before.engine
 
 
-def test_nobody_s_name_is_taken_away() -> None:
+def test_other_public_names_are_not_removed() -> None:
     base = version(1, "llama")
     before = serving(base, version(2), version(3, "times"), names={"dates": version(2), "times": version(3, "times")})
-    ways = r"take away times\. .* serving\.replaces, .* serving\.rollout: false .* tasks\.rollout remove NAME"
-    with pytest.raises(ForgeError, match=ways):
+    with pytest.raises(ForgeError, match="would remove times") as refused:
         plan(before, version(4), WEIGHTS, ENGINE)
+    for way in ("serving.replaces", "serving.rollout: false", "forge remove NAME"):
+        assert way in refused.value.fix
 
 
-def test_names_that_the_recipe_replaces_are_taken_away_where_they_would_lead_nowhere() -> None:
+def test_names_that_the_recipe_replaces_are_removed_if_they_would_point_to_nothing() -> None:
     base = version(1, "llama")
     before = serving(base, version(2), version(3, "times"))
     four = version(4)
-    with pytest.raises(ForgeError, match="take away times") as refused:
+    with pytest.raises(ForgeError, match="would remove times") as refused:
         plan(before, four, WEIGHTS, ENGINE, ["llama"])
     assert "llama," not in refused.value.message
-    after = plan(before, four, WEIGHTS, ENGINE, ["llama", "times", "nobody"])
+    after = plan(before, four, WEIGHTS, ENGINE, ["llama", "times", "absent"])
     assert after == Serving(base=four, engine=ENGINE, names={"dates": four.versioned})
-    beside = plan(before, four, adapter_of(base), ENGINE, ["llama", "times"])
-    assert set(beside.names) == {"llama", "dates", "times"}, "what has a place stays"
+    adapter_state = plan(before, four, adapter_of(base), ENGINE, ["llama", "times"])
+    assert set(adapter_state.names) == {"llama", "dates", "times"}, "names whose models stay are kept"
 
 
-def test_what_serves_already_changes_nothing() -> None:
+def test_rolling_out_the_current_version_changes_nothing() -> None:
     one, two = version(1), version(2)
     before = serving(one, two)
     assert plan(before, two, adapter_of(one), ENGINE) == before
     assert plan(serving(one), one, WEIGHTS, ENGINE) == serving(one)
 
 
-def test_a_package_that_was_registered_twice_is_there_once() -> None:
+def test_a_package_that_was_registered_twice_is_loaded_once() -> None:
     one, two = version(1), version(2)
     again = two.model_copy(update={"version": "9"})
     assert plan(serving(one, two), again, adapter_of(one), ENGINE).adapters == (again,)
 
 
-def test_a_name_is_removed_with_its_adapter_and_the_base_with_the_last_one() -> None:
+def test_a_name_is_removed_with_its_adapter_and_the_last_name_with_the_base() -> None:
     one, two = version(1, "llama"), version(2)
     assert remove(serving(one, two), "dates") == serving(one)
     assert remove(serving(one), "llama") == Serving()

@@ -1,4 +1,4 @@
-"""The reconciler's steps in states that a real vLLM does not get into at will; a small server stands in for it.
+"""The reconciler's steps, with a fake vLLM that can be put into any state.
 
 With a real one: tests/integration/test_serving.py and test_kills.py.
 """
@@ -49,28 +49,26 @@ def reconciler(stand: Stand, document: FileDocument, tmp_path: Path, released: l
     def nothing_to_recover(document: DesiredStore) -> bool:
         return False
 
-    return Reconciler(
-        document, stand, lambda one: tmp_path, released.append, nothing_to_recover, stand.names_file, lambda line: None
-    )
+    return Reconciler(document, stand, lambda one: tmp_path, released.append, nothing_to_recover, stand.names_file)
 
 
 def declare(document: FileDocument, state: Serving, trial: Trial | None = None) -> None:
-    there, revision = document.read()
-    document.write(Desired(generation=there.generation + 1, serving=state, trial=trial), revision)
+    before, revision = document.read()
+    document.write(Desired(generation=before.generation + 1, serving=state, trial=trial), revision)
 
 
-def leads(stand: Stand) -> dict:
+def names_of(stand: Stand) -> dict:
     return json.loads(stand.names_file.read_text())["names"]
 
 
-def test_base_adapter_and_name_in_one_step(reconciler: Reconciler, document: FileDocument, stand: Stand) -> None:
+def test_base_adapter_and_name_take_one_step(reconciler: Reconciler, document: FileDocument, stand: Stand) -> None:
     declare(document, serving(ONE, TWO))
     actual = reconciler.step()
     assert actual == Actual(generation=1, base=ONE.versioned, loaded=(TWO.versioned,), names={"dates": TWO.versioned})
     assert reconciler.step() == actual
 
 
-def test_a_name_stays_where_it_leads_until_the_new_version_is_there(
+def test_a_name_moves_only_once_the_new_version_is_loaded(
     reconciler: Reconciler, document: FileDocument, stand: Stand
 ) -> None:
     declare(document, serving(ONE, TWO))
@@ -78,26 +76,26 @@ def test_a_name_stays_where_it_leads_until_the_new_version_is_there(
     stand.refuses = {THREE.versioned}
     declare(document, serving(ONE, THREE))
     actual = reconciler.step()
-    assert actual.names == leads(stand) == {"dates": TWO.versioned}
+    assert actual.names == names_of(stand) == {"dates": TWO.versioned}
     assert actual.loaded == (TWO.versioned,)
     assert "no such rank" in actual.failed[THREE.versioned]
     assert "no such rank" in actual.waiting
 
 
-def test_what_failed_is_tried_again_after_a_while_and_when_it_is_asked_for_anew(
+def test_a_failed_load_is_retried_after_a_while(
     reconciler: Reconciler, document: FileDocument, stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand.refuses = {TWO.versioned}
     declare(document, serving(ONE, TWO))
     assert TWO.versioned in reconciler.step().failed
     stand.refuses = set()
-    assert TWO.versioned in reconciler.step().failed, "not at once"
-    reconciler.failures[TWO.versioned].again = 0.0
+    assert TWO.versioned in reconciler.step().failed, "not immediately"
+    reconciler.failures[TWO.versioned].retry_at = 0.0
     assert reconciler.step().failed == {}
     assert stand.adapters == [TWO.versioned]
 
 
-def test_an_old_version_is_unloaded_when_it_is_at_rest(
+def test_an_old_version_is_unloaded_once_it_has_no_requests_in_flight(
     reconciler: Reconciler, document: FileDocument, stand: Stand, released: list[Served]
 ) -> None:
     declare(document, serving(ONE, TWO))
@@ -106,13 +104,13 @@ def test_an_old_version_is_unloaded_when_it_is_at_rest(
     declare(document, serving(ONE, THREE))
     for _ in range(3):
         assert reconciler.step().loaded == (TWO.versioned, THREE.versioned)
-    assert leads(stand) == {"dates": THREE.versioned}
+    assert names_of(stand) == {"dates": THREE.versioned}
     stand.in_flight = {TWO.versioned: 0}
     assert reconciler.step().loaded == (THREE.versioned,)
     assert released == [TWO]
 
 
-def test_what_a_rollout_would_go_back_to_stays_loaded(
+def test_the_version_that_a_rollout_would_go_back_to_stays_loaded(
     reconciler: Reconciler, document: FileDocument, stand: Stand
 ) -> None:
     trial = Trial(id="t", name="dates", of=THREE, before=serving(ONE, TWO), champion="2", owner="me", process="h/1/1")
@@ -124,7 +122,7 @@ def test_what_a_rollout_would_go_back_to_stays_loaded(
     assert reconciler.step().loaded == (THREE.versioned,)
 
 
-def test_while_another_base_starts_names_lead_nowhere_and_then_not_before_they_should(
+def test_during_a_change_of_the_base_names_point_to_nothing_until_the_rollout_switches_them(
     reconciler: Reconciler, document: FileDocument, stand: Stand
 ) -> None:
     declare(document, serving(ONE))
@@ -133,68 +131,66 @@ def test_while_another_base_starts_names_lead_nowhere_and_then_not_before_they_s
     stand.waiting = "vLLM is starting"
     declare(document, Serving(base=TWO), trial)
     assert reconciler.step().waiting == "vLLM is starting"
-    assert leads(stand) == {"dates": None}
+    assert names_of(stand) == {"dates": None}
     stand.waiting = ""
     actual = reconciler.step()
-    assert (actual.base, actual.names, leads(stand)) == (TWO.versioned, {}, {"dates": None})
+    assert (actual.base, actual.names, names_of(stand)) == (TWO.versioned, {}, {"dates": None})
     declare(document, serving(TWO), trial)
-    assert reconciler.step().names == leads(stand) == {"dates": TWO.versioned}
+    assert reconciler.step().names == names_of(stand) == {"dates": TWO.versioned}
 
 
 @pytest.mark.parametrize("how", ["silent", "nonsense"])
-def test_one_look_without_an_answer_takes_no_name_down(
+def test_names_survive_a_moment_without_an_answer(
     reconciler: Reconciler, document: FileDocument, stand: Stand, how: str
 ) -> None:
     declare(document, serving(ONE, TWO))
     reconciler.step()
     setattr(stand, how, True)
     assert reconciler.step().waiting == "vLLM does not answer at the moment"
-    assert leads(stand) == {"dates": TWO.versioned}
+    assert names_of(stand) == {"dates": TWO.versioned}
 
 
-def test_a_base_that_cannot_be_served_is_told(reconciler: Reconciler, document: FileDocument, stand: Stand) -> None:
+def test_a_base_that_cannot_be_served_is_reported(reconciler: Reconciler, document: FileDocument, stand: Stand) -> None:
     stand.refuses = {ONE.versioned}
     declare(document, serving(ONE))
     actual = reconciler.step()
-    assert actual.failed == {ONE.versioned: "it ends at once"}
-    assert leads(stand) == {"dates": None}
+    assert actual.failed == {ONE.versioned: "it exits immediately"}
+    assert names_of(stand) == {"dates": None}
     reconciler.step()
-    assert len(stand.ensured) == 1, "it is not tried again at once"
+    assert len(stand.ensured) == 1, "it is not retried immediately"
 
 
-def test_what_serves_is_seen_to_while_a_broken_off_rollout_cannot_be_ended(
+def test_serving_continues_while_an_interrupted_rollout_cannot_be_ended(
     reconciler: Reconciler, document: FileDocument, stand: Stand
 ) -> None:
     calls = []
 
     def away(document: DesiredStore) -> bool:
         calls.append(1)
-        raise ForgeError("MLflow is away")
+        raise ForgeError("MLflow does not answer")
 
     reconciler.recover = away
     trial = Trial(id="t", name="dates", of=TWO, before=serving(ONE), champion="1", owner="me", process="h/1/1")
     declare(document, serving(ONE, TWO), trial)
     for _ in range(3):
         assert reconciler.step().names == {"dates": TWO.versioned}
-    assert len(calls) == 1, "it is tried again after a while"
+    assert len(calls) == 1, "it is retried after a while"
 
 
-def test_with_nothing_to_serve_all_is_stopped_and_it_ends(
+def test_with_nothing_to_serve_vllm_is_stopped_and_the_loop_ends(
     reconciler: Reconciler, document: FileDocument, stand: Stand
 ) -> None:
     declare(document, serving(ONE, TWO))
     reconciler.step()
     declare(document, Serving())
     run(reconciler, 0, lambda: False, lambda: None, forever=False)
-    assert (reconciler.actual.waiting, stand.base, leads(stand)) == (NOTHING, "", {})
+    assert (reconciler.actual.waiting, stand.base, names_of(stand)) == (NOTHING, "", {})
 
 
-def test_whatever_a_step_raises_is_told_once_and_tried_again(
-    reconciler: Reconciler, document: FileDocument, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_a_step_is_logged_once_and_the_step_repeated(
+    reconciler: Reconciler, document: FileDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    told: list[str] = []
-    reconciler.tell = told.append
     declare(document, Serving())
     broken = iter([True, True, False])
     step = reconciler.step
@@ -206,44 +202,44 @@ def test_whatever_a_step_raises_is_told_once_and_tried_again(
 
     monkeypatch.setattr(reconciler, "step", sometimes)
     run(reconciler, 0, lambda: False, lambda: None, forever=False)
-    assert told[0] == "will be tried again: RuntimeError: the disk is full"
-    assert told.count(told[0]) == 1
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["will be tried again: RuntimeError: the disk is full"]
 
 
-def test_it_says_what_it_fetches_and_afterwards_that_it_has(
-    reconciler: Reconciler, document: FileDocument, tmp_path: Path
+def test_the_start_and_the_end_of_a_fetch_are_logged(
+    reconciler: Reconciler, document: FileDocument, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines: list[str] = []
+    caplog.set_level("INFO")
 
     def fetch(one: Served) -> Path:
-        lines.append("the fetch itself")
+        assert caplog.messages == [f"fetching {one.uri}"]
         assert reconciler.actual.waiting == f"fetching {one.uri}"
         return tmp_path
 
-    reconciler.fetch, reconciler.tell = fetch, lines.append
+    reconciler.fetch = fetch
     declare(document, serving(ONE))
     reconciler.step()
-    assert lines[:3] == [f"fetching {ONE.uri}", "the fetch itself", f"{ONE.uri} is fetched and verified"]
+    assert caplog.messages[:2] == [f"fetching {ONE.uri}", f"{ONE.uri} is fetched and verified"]
 
 
-def test_its_state_is_told_over_http(
+def test_the_state_over_http(
     reconciler: Reconciler, document: FileDocument, stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     declare(document, serving(ONE, TWO))
     stand.in_flight = {TWO.versioned: 3}
     status = Status(reconciler, "127.0.0.1", 0)
-    place = Settings(serving_target="kubernetes", reconciler_url=f"http://127.0.0.1:{status.port}")
+    cluster = Settings(serving_target="kubernetes", reconciler_url=f"http://127.0.0.1:{status.port}")
 
     def get(path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{status.port}{path}") as answer:
             return answer.read().decode()
 
     try:
-        with pytest.raises(ForgeError, match="/desired: answers 503: the reconciler has yet to read what"):
-            read_serving(place)
+        with pytest.raises(ForgeError, match="/desired: answers 503: the reconciler hasn't read the desired state"):
+            read_serving(cluster)
         reconciler.step()
         assert Desired.model_validate_json(get("/desired")) == document.read()[0]
-        assert read_serving(place) == serving(ONE, TWO)
+        assert read_serving(cluster) == serving(ONE, TWO)
         assert get("/healthz") == "ok"
         assert Actual.model_validate_json(get("/status")) == reconciler.actual
         metrics = get("/metrics").splitlines()
@@ -260,12 +256,12 @@ def test_its_state_is_told_over_http(
         status.http.shutdown()
         status.http.server_close()
     with pytest.raises(ForgeError, match=r"/desired: no answer .*; start the reconciler, or fix FORGE_RECONCILER_URL"):
-        read_serving(place)
+        read_serving(cluster)
     with pytest.raises(ForgeError, match="set FORGE_RECONCILER_URL"):
         read_serving(Settings(serving_target="kubernetes"))
 
 
-def test_what_serves_is_what_served_before_a_rollout_that_is_under_way(document: FileDocument, tmp_path: Path) -> None:
+def test_a_rollout_in_progress_is_left_out_of_what_should_be_served(document: FileDocument, tmp_path: Path) -> None:
     trial = Trial(id="t", name="dates", of=TWO, before=serving(ONE), champion="1", owner="me", process="h/1/1")
     declare(document, serving(ONE, TWO), trial)
     assert read_serving(Settings(home=tmp_path)) == serving(ONE)
@@ -273,7 +269,7 @@ def test_what_serves_is_what_served_before_a_rollout_that_is_under_way(document:
     assert read_serving(Settings(home=tmp_path)) == serving(ONE, TWO)
 
 
-def test_a_document_that_has_changed_is_not_waited_for(tmp_path: Path) -> None:
+def test_waiting_ends_when_the_document_changes(tmp_path: Path) -> None:
     document, other = (FileDocument(Settings(home=tmp_path)) for _ in range(2))
     for generation in (1, 2):
         _, revision = document.read()
@@ -283,7 +279,7 @@ def test_a_document_that_has_changed_is_not_waited_for(tmp_path: Path) -> None:
         waiting.join(timeout=60)
         assert not waiting.is_alive()
     _, revision = document.read()
-    other.write(Desired(generation=3), revision)  # after it was read, and before it is waited for
+    other.write(Desired(generation=3), revision)  # between the read and the wait
     waiting = threading.Thread(target=document.wait, args=(3600,), daemon=True)
     waiting.start()
     waiting.join(timeout=60)

@@ -1,4 +1,4 @@
-"""What a rollout would refuse at its end, refused before anything is trained, in the same words."""
+"""The checks of a rollout, which preflight runs before training, with the same messages."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ OTHER = serving(version(1, "chat"))  # another base, under another public name
 
 
 def recipe(method: str = "lora", precision: str = "bf16", rank: int = 16, **more: Any) -> Recipe:
-    """Trains whole weights, or an adapter, under the name dates."""
+    """A recipe that trains a full model or an adapter, under the name dates."""
     training = {**SMALL["training"], "precision": precision, "method": method}
     if method != "full":
         training["lora"] = {"rank": rank}
@@ -42,76 +42,76 @@ def refusal(of: Recipe, now: Serving, base: Base = HUB, config: dict[str, Any] =
     return refused.value.message
 
 
-def beside(*adapters: Served, slots: int = 2) -> Serving:
+def with_8b(*adapters: Served, slots: int = 2) -> Serving:
     return serving(SERVED_8B, *adapters).model_copy(update={"engine": Engine(max_loras=slots, max_model_len=4096)})
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_an_adapter_goes_beside_its_base_or_brings_it(method: str) -> None:
-    for now in (beside(), beside(version(2)), Serving()):
+def test_an_adapter_is_loaded_on_the_current_base_or_brings_its_own(method: str) -> None:
+    for now in (with_8b(), with_8b(version(2)), Serving()):
         check_rollout(recipe(method), HUB, LLAMA_8B, now, CLUSTER)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_nobody_s_name_is_taken_away_unless_the_recipe_says_so(method: str) -> None:
-    said = refusal(recipe(method), OTHER)
-    assert "would take away chat. List these names in serving.replaces, or set serving.rollout: false" in said
-    assert "000000" not in said, "what is to be trained has no digest yet"
+def test_other_names_are_not_removed_unless_the_recipe_replaces_them(method: str) -> None:
+    message = refusal(recipe(method), OTHER)
+    assert "would remove chat; list these names in serving.replaces, set serving.rollout: false" in message
+    assert "000000" not in message, "the model has no digest before it is trained"
     check_rollout(recipe(method, replaces=["chat"]), HUB, LLAMA_8B, OTHER, CLUSTER)
 
 
-def test_a_third_adapter_is_refused_before_it_is_trained_where_there_are_two_slots() -> None:
-    two = beside(version(2, "times"), version(3, "places"))
-    assert "max_loras 2: 3 adapters are loaded at once" in refusal(recipe(), two)
+def test_a_third_adapter_does_not_fit_two_slots() -> None:
+    two = with_8b(version(2, "times"), version(3, "places"))
+    assert "max_loras 2: 3 adapters are loaded together" in refusal(recipe(), two)
     check_rollout(recipe(max_loras=3), HUB, LLAMA_8B, two, CLUSTER)
-    check_rollout(recipe(), HUB, LLAMA_8B, beside(*two.adapters, slots=3), CLUSTER)
+    check_rollout(recipe(), HUB, LLAMA_8B, with_8b(*two.adapters, slots=3), CLUSTER)
 
 
-def test_an_adapter_of_a_higher_rank_than_the_base_takes_is_refused() -> None:
-    assert "adapter of rank 64: the base is served with" in refusal(recipe(rank=64), beside())
-    check_rollout(recipe(rank=64, max_lora_rank=64), HUB, LLAMA_8B, beside(), CLUSTER)
+def test_an_adapter_of_a_higher_rank_than_vllm_was_started_with_is_refused() -> None:
+    assert "adapter of rank 64: the base is served with" in refusal(recipe(rank=64), with_8b())
+    check_rollout(recipe(rank=64, max_lora_rank=64), HUB, LLAMA_8B, with_8b(), CLUSTER)
 
 
-def test_what_does_not_fit_the_cluster_s_gpus_is_refused() -> None:
+def test_a_model_that_does_not_fit_the_gpus_of_the_cluster_is_refused() -> None:
     assert "each of 2 x A100-40GB needs" in refusal(recipe(), Serving(), config=LLAMA_70B)
     tied = {**LLAMA_8B, "num_hidden_layers": 64}
     check_rollout(recipe("full"), Base(), tied, Serving(), CLUSTER)
     assert "each of 2 x A100-40GB needs" in refusal(recipe("full", "fp32"), Serving(), Base(), tied)
 
 
-def test_all_that_would_be_refused_is_said_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(Problems) as refused:
         check_rollout(recipe(rank=64, max_model_len=200_000), HUB, LLAMA_8B, Serving(), CLUSTER)
     assert len(refused.value.problems) == 2
 
 
-def test_a_directory_of_this_machine_is_no_base_for_the_cluster(tmp_path: Path) -> None:
+def test_the_cluster_cannot_serve_a_directory_of_this_machine(tmp_path: Path) -> None:
     here = Base(location=tmp_path.as_uri(), revision="e" * 64)
-    said = refusal(recipe(), Serving(), here)
-    assert f"base model {tmp_path}: the cluster's vLLM has no such directory; train on a model of the hub" in said
+    message = refusal(recipe(), Serving(), here)
+    assert f"base model {tmp_path}: the cluster's vLLM cannot read a directory of this machine; train on" in message
     check_rollout(recipe(), here, LLAMA_8B, Serving(), Settings())
 
 
-def test_a_rollout_comes_to_what_was_foreseen() -> None:
-    """Of the real package, there is its digest, and the bytes of its base; the rest is the same code."""
+def test_a_rollout_and_preflight_agree() -> None:
+    """The rollout knows the real digest and the size of the base; the rest is the same code."""
     served, manifest = version(4), {**adapter_of(SERVED_8B), "rank": 64}
     plain, wide = ServingRecipe(max_model_len=4096), ServingRecipe(max_model_len=4096, max_lora_rank=64)
     with pytest.raises(ForgeError) as late:
-        state_after_rollout(beside(), served, manifest, plain, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
-    assert refusal(recipe(rank=64), beside()).endswith(late.value.message)
-    after, fit = state_after_rollout(beside(), served, manifest, wide, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+        state_after_rollout(with_8b(), served, manifest, plain, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
+    assert refusal(recipe(rank=64), with_8b()).endswith(late.value.message)
+    after, fit = state_after_rollout(with_8b(), served, manifest, wide, CLUSTER, lambda base: (LLAMA_8B, WEIGHTS_8B))
     assert (after.base, after.adapters, after.engine.tensor_parallel) == (SERVED_8B, (served,), 2)
-    assert fit.startswith("of each of 2 x A100-40GB vLLM takes")
+    assert "of each of 2 x A100-40GB" in fit
 
 
-def test_the_nightly_run_has_a_place_on_the_documented_cluster_the_first_night_and_the_second() -> None:
+def test_the_nightly_recipe_can_be_rolled_out_on_the_documented_cluster_twice() -> None:
     (shipped,) = yaml.safe_load_all((PROJECT / "infra/apps/ml-inference/vllm-base/desired.yaml").read_text())
     first = read_document(shipped["data"]["desired.json"], "desired.yaml").serving
     nightly = load_recipe("llama-3.1-8b-lora")
     base = Base(location=nightly.model.base or "", revision=nightly.model.revision or "")
     check_rollout(nightly, base, LLAMA_8B, first, CLUSTER)
     bare = nightly.serving.model_copy(update={"replaces": []})
-    assert "would take away meta-llama/Meta-Llama-3.1-70B-Instruct" in refusal(
+    assert "would remove meta-llama/Meta-Llama-3.1-70B-Instruct" in refusal(
         nightly.model_copy(update={"serving": bare, "name": "dates"}), first, base
     )
     manifest = {"kind": "adapter", "base": base.model_dump(), "rank": 16}

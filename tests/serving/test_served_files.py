@@ -1,4 +1,4 @@
-"""Where what is to be served is found."""
+"""The files of a model to serve."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,13 @@ from forge.storage import DirectoryStore
 from tests.serving.place import CONFIG, publish
 
 
-def test_a_directory_of_this_machine_is_served_as_long_as_it_is_what_it_was(
-    tmp_path: Path, store: DirectoryStore
-) -> None:
+def test_a_directory_is_served_while_it_is_unchanged(tmp_path: Path, store: DirectoryStore) -> None:
     directory = tmp_path / "a base"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
     (directory / "model.safetensors").write_bytes(b"1234")
     digest, _ = digest_directory(directory)
-    for uri in (directory.as_uri(), str(directory)):  # as documents say it, and said it
+    for uri in (directory.as_uri(), str(directory)):  # as now, and as in older documents
         base = Served(name="a base", version="", uri=uri, digest=digest)
         assert fetch_served(base, Settings(), store) == directory
         assert base_config_and_size(base, store) == (CONFIG, 4)
@@ -31,11 +29,11 @@ def test_a_directory_of_this_machine_is_served_as_long_as_it_is_what_it_was(
         fetch_served(base, Settings(), store)
     (directory / "config.json").unlink()
     for ask in (lambda: fetch_served(base, Settings(), store), lambda: base_config_and_size(base, store)):
-        with pytest.raises(ForgeError, match=r"there is no config\.json any more"):
+        with pytest.raises(ForgeError, match=r"its config\.json is missing"):
             ask()
 
 
-def test_a_package_is_verified_wherever_the_store_is(store: DirectoryStore) -> None:
+def test_a_package_is_verified(store: DirectoryStore) -> None:
     one = publish(store, "1")
     assert fetch_served(one, Settings(), store) == store.path(one.uri)
     assert base_config_and_size(one, store) == (CONFIG, 0)

@@ -1,4 +1,4 @@
-"""The local server's bookkeeping, without vLLM: a process that only sleeps stands where it would."""
+"""How the local server is started, recorded and stopped; a sleeping process takes the place of vLLM."""
 
 import contextlib
 import os
@@ -16,19 +16,13 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from forge.core.contracts import Engine, Version
+from forge.core.contracts import Engine
 from forge.core.errors import ForgeError
-from forge.core.recipe import ServingRecipe
 from forge.core.settings import Settings
-from forge.registry.mlflow_registry import open_registry
-from forge.registry.promotion import promote
+from forge.core.signals import signals_deferred
 from forge.serving.desired import Failed
 from forge.serving.engine import on_cpu
-from forge.serving.local_target import FileDocument
-from forge.serving.vllm_process import LocalServer, RunningServer, port_is_free, signals_deferred
-from forge.storage import DirectoryStore
-from tasks.rollout.rollout import roll_out
-from tests.conftest import Trained
+from forge.serving.vllm_process import LocalServer, RunningServer, port_is_free
 from tests.serving.states import version
 
 ENGINE = Engine()
@@ -36,7 +30,7 @@ ENGINE = Engine()
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """The directory of a model of which there is only the configuration."""
+    """The directory of a model, with its configuration only."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"dtype": "float32"}')
     return str(tmp_path / "base")
@@ -44,7 +38,7 @@ def base(tmp_path: Path) -> str:
 
 @pytest.fixture
 def server(tmp_path: Path) -> LocalServer:
-    """A server whose program starts a child and ignores SIGTERM."""
+    """A server whose program starts a child process and ignores SIGTERM."""
     program = tmp_path / "python"
     program.write_text(
         f"#!{sys.executable}\nimport signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -57,7 +51,7 @@ def server(tmp_path: Path) -> LocalServer:
 
 @pytest.fixture
 def running(server: LocalServer, base: str) -> Iterator[RunningServer]:
-    """The server, started; none of its processes is left afterwards."""
+    """The server, started. All its processes are stopped afterwards."""
     assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
     running = server.running()
     assert running is not None
@@ -79,7 +73,7 @@ def test_a_started_server_is_recorded_and_stopped_with_its_children(
     assert server.stop() is None
 
 
-def test_what_serves_is_left_alone_and_what_serves_something_else_is_replaced(
+def test_a_server_with_the_same_spec_is_left_alone_and_any_other_replaced(
     server: LocalServer, running: RunningServer, base: str
 ) -> None:
     assert server.ensure(version(1), base, ENGINE).startswith("vLLM is starting")
@@ -94,7 +88,7 @@ def test_what_serves_is_left_alone_and_what_serves_something_else_is_replaced(
     assert not running.alive()
 
 
-def test_how_it_is_started(server: LocalServer, running: RunningServer, base: str) -> None:
+def test_the_command_line(server: LocalServer, running: RunningServer, base: str) -> None:
     command = psutil.Process(running.pid).cmdline()
 
     def after(option: str) -> str:
@@ -113,7 +107,7 @@ def test_a_server_that_died_is_started_again_and_its_log_is_kept(
     (child,) = psutil.Process(running.pid).children()
     os.kill(running.pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(running.pid)], timeout=10)
-    again = LocalServer(server.settings)  # which does not know whether it had ever been ready
+    again = LocalServer(server.settings)  # it doesn't know whether the server was ever ready
     assert "is started again" in again.ensure(version(1), base, ENGINE)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     now = again.running()
@@ -122,14 +116,14 @@ def test_a_server_that_died_is_started_again_and_its_log_is_kept(
     assert Path(f"{running.log}.before").read_text() == "up\n"
 
 
-def test_weights_that_cannot_be_read_are_told_before_anything_is_started(server: LocalServer, base: str) -> None:
+def test_unreadable_weights_fail_before_anything_is_started(server: LocalServer, base: str) -> None:
     Path(base, "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(Failed, match="cannot be read"):
         server.ensure(version(1), base, ENGINE)
     assert server.running() is None
 
 
-def test_adapters_change_the_linear_layers_of_blocks_alone(tmp_path: Path) -> None:
+def test_on_a_cpu_only_the_linear_layers_of_blocks_get_adapters(tmp_path: Path) -> None:
     weights = {
         "model.embed_tokens.weight": (4, 2), "model.layers.0.self_attn.q_proj.weight": (2, 2),
         "model.layers.0.self_attn.q_proj.bias": (2,), "model.layers.0.input_layernorm.weight": (2,),
@@ -140,16 +134,16 @@ def test_adapters_change_the_linear_layers_of_blocks_alone(tmp_path: Path) -> No
     assert on_cpu(str(tmp_path), Engine(max_loras=0)) == ["--enforce-eager"]
 
 
-def test_one_whose_engine_has_ended_serves_nothing(server: LocalServer, running: RunningServer, base: str) -> None:
+def test_a_server_whose_engine_has_died_does_not_serve(server: LocalServer, running: RunningServer, base: str) -> None:
     adopted = LocalServer(server.settings)
-    assert adopted.ensure(version(1), base, ENGINE) == "", "busy, for all that is known"
+    assert adopted.ensure(version(1), base, ENGINE) == "", "it may be busy"
     with answering(server.settings.serving_port, status=503):
-        assert adopted.ensure(version(1), base, ENGINE) == f"vLLM's engine has ended; its log is {running.log}"
+        assert adopted.ensure(version(1), base, ENGINE) == f"vLLM's engine has died; its log is {running.log}"
 
 
 @contextlib.contextmanager
 def answering(port: int, status: int) -> Iterator[None]:
-    """A server that answers everything so."""
+    """A server that answers every request with this status."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -167,7 +161,7 @@ def answering(port: int, status: int) -> Iterator[None]:
         thread.join()
 
 
-def test_one_whose_starter_was_killed_before_it_was_recorded_is_found(
+def test_a_server_that_was_not_recorded_before_a_kill_is_found(
     server: LocalServer, running: RunningServer, base: str
 ) -> None:
     server.record.unlink()
@@ -175,19 +169,19 @@ def test_one_whose_starter_was_killed_before_it_was_recorded_is_found(
     assert not running.alive()
 
 
-def test_a_broken_record_is_named(server: LocalServer) -> None:
+def test_the_error_for_a_broken_record_names_the_file(server: LocalServer) -> None:
     server.record.parent.mkdir(parents=True)
     server.record.write_text('{"spec": {}}')
-    with pytest.raises(ForgeError, match=r"server\.json is broken"):
+    with pytest.raises(ForgeError, match=r"server\.json: not a valid record of a vLLM server"):
         server.running()
 
 
-def test_another_process_of_the_same_number_is_not_ours(server: LocalServer, running: RunningServer) -> None:
+def test_another_process_with_the_same_pid_is_not_the_server(server: LocalServer, running: RunningServer) -> None:
     server.record.write_text(server.record.read_text().replace(str(running.ticks), str(running.ticks - 60)))
     assert server.running() is None
 
 
-def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalServer, base: str) -> None:
+def test_a_server_that_exits_during_startup_fails_with_its_log(server: LocalServer, base: str) -> None:
     server.settings.serving_python.write_text(f"#!{sys.executable}\nprint('no such model')\n")
     server.ensure(version(1), base, ENGINE)
     started = server.recorded()
@@ -196,10 +190,10 @@ def test_a_server_that_ends_while_it_starts_is_told_with_its_log(server: LocalSe
         psutil.Process(started.pid).wait(60)
     with pytest.raises(Failed, match="no such model"):
         server.ensure(version(1), base, ENGINE)
-    assert server.recorded() is None, "and is tried anew the next time"
+    assert server.recorded() is None, "it is started again the next time"
 
 
-def test_a_port_of_somebody_else_is_told(server: LocalServer, base: str) -> None:
+def test_a_port_in_use_is_reported(server: LocalServer, base: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -210,42 +204,10 @@ def test_a_port_of_somebody_else_is_told(server: LocalServer, base: str) -> None
     assert port_is_free(settings.serving_port)
 
 
-def test_a_signal_waits_for_the_moment_to_pass() -> None:
+def test_signals_can_be_deferred() -> None:
     done = False
     with pytest.raises(KeyboardInterrupt), signals_deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
         done = True
     assert done
-
-
-@pytest.mark.parametrize(
-    ("compared", "champion", "says"),
-    [
-        ("", "2", "compared with no champion, but the champion is version 2 now; run again"),
-        ("1", "2", "compared with version 1, but the champion is version 2 now"),
-        ("1", None, "compared with version 1, but the champion is gone now"),
-    ],
-)
-def test_a_verdict_on_a_champion_of_yesterday_rolls_nothing_out(
-    trained: Trained, tmp_path: Path, compared: str, champion: str | None, says: str
-) -> None:
-    settings = Settings(home=tmp_path)
-    client = open_registry(settings)
-    client.create_registered_model("dates")
-    for _ in range(3):
-        client.create_model_version("dates", source=trained.model.uri)
-    if champion:
-        promote(client, DirectoryStore(tmp_path / "store"), "dates", champion, "", "a test")
-    with trained.store.stage() as staged:
-        (staged / "config.json").write_text("{}")
-        uri = trained.store.publish(staged, "models/dates", facts={"name": "dates"})
-    digest = uri.rpartition("sha256-")[2]
-    version = Version(uri=uri, digest=digest, store=trained.store.identity, name="dates", version="3", run_id="")
-    evaluation = trained.evaluation.model_copy(update={"champion": compared})
-    with pytest.raises(ForgeError, match=says):
-        roll_out(version, evaluation, ServingRecipe(), settings, trained.store)
-    assert LocalServer(settings).running() is None
-    document, _ = FileDocument(settings).read()
-    assert (document.trial, document.serving.base) == (None, None)
-    assert says.split(",")[0] in client.get_model_version("dates", "3").tags["rollout_failed"]

@@ -1,11 +1,14 @@
-"""S3 servers of different make, on loopback: one with conditional writes, and one without."""
+"""S3 servers of two kinds on loopback: moto, which honours conditional writes, and rclone, which ignores them."""
 
+import atexit
 import contextlib
+import functools
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from pydantic import SecretStr
 
 from forge.core.settings import Settings
 
-# Another server that the same tests run against, such as a MinIO; they make buckets there, and leave them.
+# The URL of another server to test against, such as MinIO. The tests create buckets there and don't delete them.
 GIVEN = os.environ.get("FORGE_TEST_S3_ENDPOINT", "")
 KEY = os.environ.get("FORGE_TEST_S3_ACCESS_KEY", "someone")
 SECRET = os.environ.get("FORGE_TEST_S3_SECRET_KEY", "secret-of-someone")
@@ -25,25 +28,31 @@ RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or ""
 
 
 def settings_of(endpoint: str, **more: object) -> Settings:
-    """Settings of someone who uses a server."""
+    """Settings of a user of a server."""
     return Settings(s3_endpoint=endpoint, s3_access_key=SecretStr(KEY), s3_secret_key=SecretStr(SECRET), **more)
 
 
 def client_of(endpoint: str) -> Minio:
-    """The plain client of a server."""
+    """A plain minio client of a server."""
     return Minio(endpoint.removeprefix("http://"), KEY, SECRET, secure=False)
 
 
-def server_of(make: str, directory: Path) -> contextlib.AbstractContextManager[str]:
-    """URL of a server of some make, which may keep things in a directory."""
-    if make == "rclone":
-        return rclone(directory)
-    return moto() if make == "moto" else contextlib.nullcontext(GIVEN)
+@functools.cache
+def shared_server(make: str) -> str:
+    """The URL of a server of this kind, started once per test run. Each test creates buckets of its own on it."""
+    if make == "given":
+        return GIVEN
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    if make == "moto":
+        return running.enter_context(moto())
+    directory = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="forge-rclone-")))
+    return running.enter_context(rclone(directory))
 
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """URL of moto, in this process: it knows If-None-Match."""
+    """URL of moto, in this process. All moto servers of a process have the same buckets."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     yield "http://{}:{}".format(*server.get_host_and_port())
@@ -57,9 +66,9 @@ def rclone(
     users: dict[str, str] | None = None,
     read_only: bool = False,
 ) -> Iterator[str]:
-    """URL of rclone, which serves a directory and ignores If-None-Match; by TLS with a certificate and its key.
+    """URL of rclone, which serves a directory; over TLS if a certificate and its key are given.
 
-    `users` are secret keys by access key.
+    `users` maps access keys to secret keys.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,7 +82,7 @@ def rclone(
     environment = os.environ | {"RCLONE_CONFIG": "/dev/null"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()

@@ -1,4 +1,4 @@
-"""What was done is found again, and nothing else is."""
+"""Results of stages are found again by their inputs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from forge.storage import DirectoryStore, Store, open_store
 from forge.storage.completed import find_completed, record_completed
 from tests.register.packages import machine
 
-ASKED = ["rows", {"epochs": 1}]
+INPUTS = ["rows", {"epochs": 1}]
 
 
 @pytest.fixture(params=["directory", "moto"])
@@ -26,34 +26,34 @@ def publish(store: Store) -> Artifact:
         return Artifact(uri=store.publish(staged, "things"), digest="d", store=store.identity, seconds=3.0)
 
 
-def test_a_result_is_found_by_what_was_asked(store: Store) -> None:
+def test_a_result_is_found_by_its_inputs(store: Store) -> None:
     result = publish(store)
-    assert find_completed(store, "finetune", ASKED, Artifact) is None
-    record_completed(store, "finetune", ASKED, result)
-    assert find_completed(store, "finetune", ASKED, Artifact) == result
-    assert find_completed(store, "evaluate", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", INPUTS, Artifact) is None
+    record_completed(store, "finetune", INPUTS, result)
+    assert find_completed(store, "finetune", INPUTS, Artifact) == result
+    assert find_completed(store, "evaluate", INPUTS, Artifact) is None
     assert find_completed(store, "finetune", ["rows", {"epochs": 2}], Artifact) is None
 
 
-def test_other_code_does_it_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    record_completed(store, "finetune", ASKED, publish(store))
+def test_other_code_has_no_result_yet(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_completed(store, "finetune", INPUTS, publish(store))
     monkeypatch.setattr("forge.storage.completed.code_version", lambda stage: "another")
-    assert find_completed(store, "finetune", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", INPUTS, Artifact) is None
 
 
 def test_a_record_without_its_artifact_does_not_count(store: Store) -> None:
     result = publish(store)
-    record_completed(store, "finetune", ASKED, result)
-    assert find_completed(store, "finetune", ASKED, Model) is None, "not what was asked for"
-    record_completed(store, "finetune", ASKED, result.model_copy(update={"store": "another"}))
-    assert find_completed(store, "finetune", ASKED, Artifact) is None
-    record_completed(store, "finetune", ASKED, result)
+    record_completed(store, "finetune", INPUTS, result)
+    assert find_completed(store, "finetune", INPUTS, Model) is None, "another class"
+    record_completed(store, "finetune", INPUTS, result.model_copy(update={"store": "another"}))
+    assert find_completed(store, "finetune", INPUTS, Artifact) is None
+    record_completed(store, "finetune", INPUTS, result)
     store.remove(result.uri)
-    assert find_completed(store, "finetune", ASKED, Artifact) is None
+    assert find_completed(store, "finetune", INPUTS, Artifact) is None
 
 
 def test_a_record_of_another_place_does_not_count(tmp_path: Path) -> None:
     store, other = DirectoryStore(tmp_path / "a"), DirectoryStore(tmp_path / "b")
     result = publish(other).model_copy(update={"store": store.identity})
-    record_completed(store, "finetune", ASKED, result)
-    assert find_completed(store, "finetune", ASKED, Artifact) is None
+    record_completed(store, "finetune", INPUTS, result)
+    assert find_completed(store, "finetune", INPUTS, Artifact) is None

@@ -16,13 +16,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from minio import Minio
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.server import ThreadedMotoServer
-from pydantic import SecretStr
 from werkzeug.serving import make_server
 
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.storage.remote_files import download_files, identify, is_remote
+from tests.storage.servers import SECRET, client_of, settings_of, shared_server
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 NOWHERE = "http://127.0.0.1:9"
@@ -31,21 +30,18 @@ NOWHERE = "http://127.0.0.1:9"
 # --- S3
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """URL of an S3 server."""
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    yield "http://{}:{}".format(*moto.get_host_and_port())
-    moto.stop()
+@pytest.fixture
+def server() -> str:
+    """URL of an S3 server in this process."""
+    return shared_server("moto")
 
 
 class Bucket:
-    """A bucket, and the settings to read it with."""
+    """A bucket, and settings to read it."""
 
     def __init__(self, server: str) -> None:
-        self.client = Minio(server.removeprefix("http://"), "someone", "secret-of-someone", secure=False)
-        self.settings = settings(server)
+        self.client: Minio = client_of(server)
+        self.settings = settings_of(server)
         self.client.make_bucket("rows")
 
     def put(self, key: str, text: str | bytes, **headers: str) -> None:
@@ -53,14 +49,9 @@ class Bucket:
         self.client.put_object("rows", key, io.BytesIO(data), len(data), metadata=headers, part_size=5 << 20)
 
 
-def settings(endpoint: str) -> Settings:
-    secret = SecretStr("secret-of-someone")
-    return Settings(s3_endpoint=endpoint, s3_access_key=SecretStr("someone"), s3_secret_key=secret)
-
-
 @pytest.fixture
 def bucket(server: str) -> Bucket:
-    """An empty bucket, s3://rows."""
+    """The empty bucket s3://rows. All other buckets are deleted."""
     send("POST", f"{server}/moto-api/reset")
     return Bucket(server)
 
@@ -71,16 +62,16 @@ def send(method: str, url: str, data: bytes = b"") -> None:
 
 
 def texts(fetched: list[tuple[str, Path]]) -> dict[str, str]:
-    """Contents by the name shown."""
+    """Contents by URI."""
     return {name: path.read_text() for name, path in fetched}
 
 
-Answer = Callable[[str, Callable[[], bytes]], Iterable[bytes]]  # of a path, and of what gives its whole body
+Answer = Callable[[str, Callable[[], bytes]], Iterable[bytes]]  # from a path and a function that returns the whole body
 
 
 @contextlib.contextmanager
 def tampering(answer: Answer) -> Iterator[str]:
-    """URL of another server of the same buckets, whose bodies go through a function."""
+    """URL of another server with the same buckets, whose responses a function changes."""
     moto = DomainDispatcherApplication(create_backend_app)
 
     def app(environ: dict, start_response: Callable) -> Iterable[bytes]:
@@ -101,10 +92,10 @@ def tampering(answer: Answer) -> Iterator[str]:
 def tampered(bucket: Bucket) -> Iterator[Callable[[Answer], Settings]]:
     """Starts such a server; returns settings for it."""
     with contextlib.ExitStack() as servers:
-        yield lambda answer: settings(servers.enter_context(tampering(answer)))
+        yield lambda answer: settings_of(servers.enter_context(tampering(answer)))
 
 
-def test_what_is_remote() -> None:
+def test_remote_sources_have_an_s3_or_hf_uri() -> None:
     assert is_remote("s3://rows/a")
     assert is_remote("hf://datasets/someone/rows")
     assert not is_remote("rows/s3")
@@ -131,7 +122,7 @@ def test_s3_one_object(bucket: Bucket, tmp_path: Path) -> None:
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "one"}
 
 
-def test_s3_other_suffixes_and_neighbours_of_a_prefix_are_left(bucket: Bucket, tmp_path: Path) -> None:
+def test_s3_other_suffixes_and_similar_prefixes_are_skipped(bucket: Bucket, tmp_path: Path) -> None:
     for key in ("raw/a.jsonl", "raw/README.md", "raw/_SUCCESS", "raw-old/a.jsonl", "raw.jsonl"):
         bucket.put(key, key)
     fetched = download_files("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
@@ -141,7 +132,7 @@ def test_s3_other_suffixes_and_neighbours_of_a_prefix_are_left(bucket: Bucket, t
     assert identify("s3://rows/raw", bucket.settings, SUFFIXES)[1] == digest
 
 
-def test_s3_compressed_names_keep_their_ending_and_bytes(bucket: Bucket, tmp_path: Path) -> None:
+def test_s3_compressed_files_keep_their_ending_and_bytes(bucket: Bucket, tmp_path: Path) -> None:
     data = gzip.compress(b"rows\n", mtime=0)
     bucket.put("raw/a.jsonl.gz", data)
     bucket.put("raw/B.JSONL.GZ", data, **{"Content-Encoding": "gzip"})
@@ -161,7 +152,7 @@ def test_s3_multipart_objects_are_downloaded(bucket: Bucket, tmp_path: Path) -> 
     assert path.read_bytes() == data
 
 
-def test_s3_digest_is_of_the_contents(bucket: Bucket) -> None:
+def test_s3_digest_covers_the_contents(bucket: Bucket) -> None:
     for prefix in ("one", "two/deeper"):
         bucket.put(f"{prefix}/a.jsonl", "a")
         bucket.put(f"{prefix}/b.jsonl", "b")
@@ -172,24 +163,24 @@ def test_s3_digest_is_of_the_contents(bucket: Bucket) -> None:
     assert identify("s3://rows/one", bucket.settings, SUFFIXES)[1] != digest
 
 
-def test_s3_keys_that_lead_elsewhere_are_refused_or_stay_inside(bucket: Bucket, tmp_path: Path) -> None:
+def test_s3_keys_never_lead_outside_the_directory(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("raw//a.jsonl", "absolute")
     bucket.put(f"raw/{'a' * 300}.jsonl", "long")
     fetched = download_files("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
     assert sorted(texts(fetched).values()) == ["absolute", "long"]
     assert {path.parent for _, path in fetched} == {tmp_path / "rows"}
     send("PUT", f"{bucket.settings.s3_endpoint}/rows/raw/../../a.jsonl", b"escaped")
-    with pytest.raises(ForgeError, match=r"'\.\.' path segment is not supported; mend the name"):
+    with pytest.raises(ForgeError, match=r"'\.\.' path segment is not supported; correct the name"):
         download_files("s3://rows/raw", tmp_path / "rows", bucket.settings, SUFFIXES)
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
 @pytest.mark.parametrize("source", ["s3://rows", "s3://rows/raw", "s3://rows/raw/a.jsonl", "s3://rows/raw/notes.txt"])
-def test_s3_nothing_there(bucket: Bucket, source: str, tmp_path: Path) -> None:
+def test_s3_without_data_files_is_an_error(bucket: Bucket, source: str, tmp_path: Path) -> None:
     bucket.put("raw/notes.txt", "not data")
-    with pytest.raises(ForgeError, match=rf"data {source}: holds no data file \(known are \.jsonl, "):
+    with pytest.raises(ForgeError, match=rf"data {source}: contains no data file \(known are \.jsonl, "):
         identify(source, bucket.settings, SUFFIXES)
-    with pytest.raises(ForgeError, match="holds no data file"):
+    with pytest.raises(ForgeError, match="contains no data file"):
         download_files(source, tmp_path, bucket.settings, SUFFIXES)
 
 
@@ -201,7 +192,7 @@ def test_s3_nothing_there(bucket: Bucket, source: str, tmp_path: Path) -> None:
         ("s3://No Bucket/raw", "invalid bucket name No Bucket"),
     ],
 )
-def test_s3_no_such_bucket(bucket: Bucket, source: str, message: str) -> None:
+def test_s3_missing_bucket_is_an_error(bucket: Bucket, source: str, message: str) -> None:
     with pytest.raises(ForgeError, match=f"data {source}: .*{message}"):
         identify(source, bucket.settings, SUFFIXES)
 
@@ -212,30 +203,30 @@ def test_s3_missing_settings_are_named() -> None:
     assert "set FORGE_S3_ACCESS_KEY, FORGE_S3_SECRET_KEY (or" in caught.value.message
 
 
-def test_s3_refused_credentials_are_told_and_not_shown(bucket: Bucket, server: str) -> None:
+def test_s3_refused_credentials_are_not_shown(bucket: Bucket, server: str) -> None:
     send("POST", f"{server}/moto-api/reset-auth", b"0")
     try:
         with pytest.raises(ForgeError, match=r"InvalidAccessKeyId .*check FORGE_S3_ACCESS_KEY") as caught:
             identify("s3://rows/raw", bucket.settings, SUFFIXES)
     finally:
         send("POST", f"{server}/moto-api/reset-auth", b"inf")
-    assert "secret-of-someone" not in caught.value.message
+    assert SECRET not in caught.value.message
 
 
-def test_s3_a_server_that_cannot_be_reached() -> None:
+def test_s3_unreachable_server_is_an_error() -> None:
     with pytest.raises(ForgeError, match=f"{NOWHERE} cannot be read .*refused.*; check FORGE_S3_ENDPOINT"):
-        identify("s3://rows/raw", settings(NOWHERE), SUFFIXES)
+        identify("s3://rows/raw", settings_of(NOWHERE), SUFFIXES)
 
 
-def test_s3_a_server_of_something_else(hub: "Hub") -> None:
+def test_s3_server_of_another_kind_is_an_error(hub: "Hub") -> None:
     hub.answers["/rows"] = b"<html><p>a console</html>"
-    with pytest.raises(ForgeError, match="does not answer as S3 does; give FORGE_S3_ENDPOINT"):
-        identify("s3://rows/raw", settings(hub.url), SUFFIXES)
-    with pytest.raises(ForgeError, match="does not answer as S3 does; give FORGE_S3_ENDPOINT"):
-        identify("s3://unknown/raw", settings(hub.url), SUFFIXES)
+    with pytest.raises(ForgeError, match="does not answer like an S3 server; set FORGE_S3_ENDPOINT"):
+        identify("s3://rows/raw", settings_of(hub.url), SUFFIXES)
+    with pytest.raises(ForgeError, match="does not answer like an S3 server; set FORGE_S3_ENDPOINT"):
+        identify("s3://unknown/raw", settings_of(hub.url), SUFFIXES)
 
 
-def test_s3_a_download_that_breaks_off_is_begun_again(bucket: Bucket, tampered: Callable, tmp_path: Path) -> None:
+def test_s3_an_interrupted_download_starts_again(bucket: Bucket, tampered: Callable, tmp_path: Path) -> None:
     bucket.put("raw/a.jsonl", "whole")
     cuts = iter([1])
 
@@ -249,7 +240,7 @@ def test_s3_a_download_that_breaks_off_is_begun_again(bucket: Bucket, tampered: 
 
 
 @pytest.mark.parametrize("harm", [lambda body: body[:-1], lambda body: body[:-1] + b"?"])
-def test_s3_what_keeps_arriving_damaged_is_never_taken_for_whole(
+def test_s3_a_file_that_always_arrives_damaged_is_an_error(
     bucket: Bucket, tampered: Callable, tmp_path: Path, harm: Callable[[bytes], bytes]
 ) -> None:
     bucket.put("raw/a.jsonl", "good")
@@ -260,7 +251,7 @@ def test_s3_what_keeps_arriving_damaged_is_never_taken_for_whole(
     assert {path.read_text() for path in tmp_path.glob("*.jsonl")} <= {"good"}
 
 
-def test_s3_an_object_that_changes_meanwhile_is_told(bucket: Bucket, tampered: Callable, tmp_path: Path) -> None:
+def test_s3_an_object_that_changes_meanwhile_is_an_error(bucket: Bucket, tampered: Callable, tmp_path: Path) -> None:
     bucket.put("raw/a.jsonl", "before")
 
     def change(path: str, serve: Callable[[], bytes]) -> Iterable[bytes]:
@@ -268,24 +259,22 @@ def test_s3_an_object_that_changes_meanwhile_is_told(bucket: Bucket, tampered: C
             bucket.put("raw/a.jsonl", "after!")
         return [serve()]
 
-    with pytest.raises(ForgeError, match=r"s3://rows/raw/a\.jsonl: changed while it was being read; run again"):
+    with pytest.raises(ForgeError, match=r"s3://rows/raw/a\.jsonl: changed during the download; run again"):
         download_files("s3://rows/raw", tmp_path, tampered(change), SUFFIXES)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_s3_after_one_failure_the_other_downloads_are_broken_off(
-    bucket: Bucket, tampered: Callable, tmp_path: Path
-) -> None:
+def test_s3_a_failure_cancels_the_other_downloads(bucket: Bucket, tampered: Callable, tmp_path: Path) -> None:
     size = 64 << 20
     bucket.put("raw/a.jsonl", "a")
     bucket.put("raw/b.jsonl", bytes(size))
-    begun = threading.Event()
+    started = threading.Event()
     sent = []
 
     def answer(path: str, serve: Callable[[], bytes]) -> Iterable[bytes]:
         body = serve()
         if path.endswith("a.jsonl"):
-            assert begun.wait(60)
+            assert started.wait(60)
             return [b"?"]
         return drip(body) if path.endswith("b.jsonl") else [body]
 
@@ -293,7 +282,7 @@ def test_s3_after_one_failure_the_other_downloads_are_broken_off(
         for start in range(0, size, 1 << 20):
             sent.append(start)
             yield body[start : start + (1 << 20)]
-            begun.set()
+            started.set()
             threading.Event().wait(0.2)
 
     with pytest.raises(ForgeError, match="damaged"):
@@ -306,7 +295,7 @@ def test_s3_after_one_failure_the_other_downloads_are_broken_off(
 
 
 class Hub(ThreadingHTTPServer):
-    """What the client asks the Hub about a data set: its commit, its tree, and its files."""
+    """The Hub's API for data sets: their commits, trees and files."""
 
     daemon_threads = False
 
@@ -316,7 +305,7 @@ class Hub(ThreadingHTTPServer):
         self.answers: dict[str, bytes] = {}
         self.denied: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.errors = "RepoNotFound"
 
     def commit(self, repository: str, files: dict[str, str], *branches: str) -> str:
@@ -342,7 +331,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(path)
+        self.server.requests.append(path)
         body = self.server.answers.get(path)
         if body is None:
             known = any(path.startswith(f"{name}/revision/") for name in self.server.answers)
@@ -388,11 +377,11 @@ FILES = {
 }
 
 
-def test_hub_is_pinned_to_a_commit(hub: Hub) -> None:
+def test_hub_source_is_pinned_to_a_commit(hub: Hub) -> None:
     first = hub.commit("someone/rows", FILES, "main", "v1", "refs/pr/1", "odd/name")
     pinned, digest = identify("hf://datasets/someone/rows", Settings(), SUFFIXES)
     assert pinned == f"hf://datasets/someone/rows@{first}"
-    assert not any("/resolve/" in path for path in hub.asked)
+    assert not any("/resolve/" in path for path in hub.requests)
     second = hub.commit("someone/rows", {**FILES, "data/a.jsonl": "rows A"}, "main")
     later, other = identify("hf://datasets/someone/rows", Settings(), SUFFIXES)
     assert (later, other != digest) == (f"hf://datasets/someone/rows@{second}", True)
@@ -417,12 +406,12 @@ def test_hub_files_of_a_path_are_downloaded(hub: Hub, tmp_path: Path, path: str,
     fetched = download_files(pinned, tmp_path, Settings(), SUFFIXES)
     shown = f"hf://datasets/someone/rows@{commit}/"
     assert list(texts(fetched).items()) == [(f"{shown}{name}", FILES[name]) for name in names]
-    assert {path for path in hub.asked if "/resolve/" in path} == {
+    assert {path for path in hub.requests if "/resolve/" in path} == {
         f"/datasets/someone/rows/resolve/{commit}/{name}" for name in names
     }
 
 
-def test_hub_digest_is_of_the_commit_and_the_path(hub: Hub) -> None:
+def test_hub_digest_covers_commit_and_path(hub: Hub) -> None:
     hub.commit("someone/rows", FILES, "main")
     sources = (
         "hf://datasets/someone/rows",
@@ -436,15 +425,15 @@ def test_hub_digest_is_of_the_commit_and_the_path(hub: Hub) -> None:
     ("source", "message"),
     [
         ("hf://datasets/someone/else", "no such data set, or a private one; check its name, or set HF_TOKEN"),
-        ("hf://datasets/someone/gated", "its owner grants access to it; .* set HF_TOKEN"),
+        ("hf://datasets/someone/gated", "its owner restricts access; .* set HF_TOKEN"),
         ("hf://datasets/someone/rows@v9", "no such revision"),
-        ("hf://datasets/someone/rows/nowhere", "holds no data file"),
-        ("hf://datasets/someone/rows/README.md", "holds no data file"),
+        ("hf://datasets/someone/rows/nowhere", "contains no data file"),
+        ("hf://datasets/someone/rows/README.md", "contains no data file"),
         ("hf://datasets/rows", "write it as hf://datasets/OWNER/NAME"),
         ("hf://someone/rows", "write it as hf://datasets/OWNER/NAME"),
     ],
 )
-def test_hub_what_is_not_there_is_told(hub: Hub, tmp_path: Path, source: str, message: str) -> None:
+def test_hub_missing_sources_are_errors(hub: Hub, tmp_path: Path, source: str, message: str) -> None:
     hub.commit("someone/rows", FILES, "main")
     hub.denied["/api/datasets/someone/gated"] = "GatedRepo"
     with pytest.raises(ForgeError, match=f"data {source}: .*{message}"):
@@ -453,28 +442,28 @@ def test_hub_what_is_not_there_is_told(hub: Hub, tmp_path: Path, source: str, me
         download_files(source, tmp_path, Settings(), SUFFIXES)
 
 
-def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_unreachable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     with pytest.raises(ForgeError, match=r"cannot be read .*refused.*; check the network, HF_ENDPOINT"):
         identify("hf://datasets/someone/rows", Settings(), SUFFIXES)
 
 
-def test_hub_file_of_another_size_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_hub_file_of_another_size_is_an_error(hub: Hub, tmp_path: Path) -> None:
     hub.sizes["a.jsonl"] = 5
     hub.commit("someone/rows", {"a.jsonl": "rows"}, "main")
     with pytest.raises(ForgeError, match=r"a\.jsonl arrived with 4 bytes instead of 5; run again"):
         download_files("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
 
 
-def test_too_small_a_disk_is_told_before_the_download(hub: Hub, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_before_the_download(hub: Hub, tmp_path: Path) -> None:
     hub.sizes["a.jsonl"] = 1 << 60
     hub.commit("someone/rows", {"a.jsonl": "rows"}, "main")
-    with pytest.raises(ForgeError, match=r"1,152,921,504,606,846,976 bytes, but .* has room for"):
+    with pytest.raises(ForgeError, match=r"1,152,921,504,606,846,976 bytes, but .* has only"):
         download_files("hf://datasets/someone/rows", tmp_path, Settings(), SUFFIXES)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hub_paths_that_lead_elsewhere_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_hub_paths_never_lead_outside_the_directory(hub: Hub, tmp_path: Path) -> None:
     hub.commit("someone/rows", {"../a.jsonl": "escaped"}, "main")
     with pytest.raises(ForgeError, match="cannot contain"):
         download_files("hf://datasets/someone/rows", tmp_path / "rows", Settings(), SUFFIXES)

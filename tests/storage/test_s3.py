@@ -1,4 +1,4 @@
-"""The connection to an S3 server: whose keys it uses, whom it trusts, and what its errors do not tell."""
+"""The connection to an S3 server: which keys it uses, which certificates it trusts, and what its errors hide."""
 
 import datetime
 import ipaddress
@@ -15,20 +15,20 @@ from pydantic import SecretStr
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.storage import s3
-from tests.storage.servers import KEY, SECRET, client_of, rclone, settings_of
+from tests.storage.servers import KEY, SECRET, client_of, rclone, settings_of, shared_server
 
-BUCKET, NAME = "rows", "raw/ü ~.txt"
+BUCKET, NAME = "bucket-of-keys", "raw/ü ~.txt"
 WRONG = {"AWS_ACCESS_KEY_ID": "someone-else", "AWS_SECRET_ACCESS_KEY": "secret-of-someone-else"}
 RIGHT = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-MISSING = "about: S3 needs a server and credentials; set {} (or AWS's variables for the keys)"
+MISSING = "about: S3 needs a server and credentials; set {} (or the AWS variables for the keys)"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server that knows one key, with a bucket."""
-    with rclone(tmp_path_factory.mktemp("rclone")) as url:
-        client_of(url).make_bucket(BUCKET)
-        yield url
+def server() -> str:
+    """URL of a server that knows one pair of keys, with a bucket."""
+    url = shared_server("rclone")
+    client_of(url).make_bucket(BUCKET)
+    return url
 
 
 def use(settings: Settings) -> None:
@@ -41,7 +41,7 @@ def use(settings: Settings) -> None:
 
 
 def refused(settings: Settings) -> str:
-    """The error of whoever may not use a server."""
+    """The error if the server refuses the keys."""
     with pytest.raises(ForgeError) as caught:
         use(settings)
     message = caught.value.format_message()
@@ -49,7 +49,7 @@ def refused(settings: Settings) -> str:
     return message
 
 
-def give(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -65,18 +65,18 @@ def profiles(path: Path, **secrets: str) -> Path:
 
 
 def test_keys_of_the_settings_come_first(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    give(monkeypatch, WRONG)
+    set_variables(monkeypatch, WRONG)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles(tmp_path / "file", default="wrong")))
     use(settings_of(server))
-    give(monkeypatch, RIGHT)
+    set_variables(monkeypatch, RIGHT)
     refused(Settings(s3_endpoint=server, s3_access_key=SecretStr(KEY), s3_secret_key=SecretStr("wrong")))
 
 
 def test_aws_variables_come_before_a_profile(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    give(monkeypatch, RIGHT)
+    set_variables(monkeypatch, RIGHT)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles(tmp_path / "file", default="wrong")))
     use(Settings(s3_endpoint=server))
-    give(monkeypatch, WRONG)
+    set_variables(monkeypatch, WRONG)
     profiles(tmp_path / "file", default=SECRET)
     refused(Settings(s3_endpoint=server))
 
@@ -95,7 +95,7 @@ def test_a_profile_of_the_credentials_file(server: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("source", ["variables", "profile"])
 def test_a_session_token_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str) -> None:
     if source == "variables":
-        give(monkeypatch, {**RIGHT, "AWS_SESSION_TOKEN": "for-an-hour"})
+        set_variables(monkeypatch, {**RIGHT, "AWS_SESSION_TOKEN": "for-an-hour"})
     else:
         with profiles(tmp_path / "file", default=SECRET).open("a") as file:
             file.write("aws_session_token = for-an-hour\n")
@@ -104,7 +104,7 @@ def test_a_session_token_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert "X-Amz-Security-Token=for-an-hour&" in client.presigned_get_object(BUCKET, NAME)
 
 
-def test_keys_of_the_settings_go_without_another_s_session_token(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_the_settings_are_used_without_a_session_token(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "for-an-hour")
     with s3.connect("about", settings_of(server)) as client:
         assert "for-an-hour" not in client.presigned_get_object(BUCKET, NAME)
@@ -118,10 +118,10 @@ def test_keys_of_the_settings_go_without_another_s_session_token(server: str, mo
         ({"s3_secret_key": SecretStr(SECRET)}, "FORGE_S3_ACCESS_KEY"),
     ],
 )
-def test_one_key_alone_is_not_filled_up(
+def test_a_single_key_is_not_completed_from_elsewhere(
     server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict, missing: str
 ) -> None:
-    give(monkeypatch, RIGHT)
+    set_variables(monkeypatch, RIGHT)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles(tmp_path / "file", default=SECRET)))
     with pytest.raises(ForgeError) as caught:
         use(Settings(s3_endpoint=server, **given))
@@ -129,8 +129,8 @@ def test_one_key_alone_is_not_filled_up(
 
 
 @pytest.mark.parametrize("name", sorted(RIGHT))
-def test_one_aws_variable_alone_is_not_filled_up(server: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    give(monkeypatch, {name: RIGHT[name]})
+def test_a_single_aws_variable_is_not_completed(server: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    set_variables(monkeypatch, {name: RIGHT[name]})
     with pytest.raises(ForgeError) as caught:
         use(Settings(s3_endpoint=server))
     assert caught.value.message == MISSING.format("FORGE_S3_ACCESS_KEY, FORGE_S3_SECRET_KEY")
@@ -148,14 +148,14 @@ def test_a_credentials_file_without_the_profile(
 
 
 @pytest.mark.parametrize("source", ["settings", "variables", "profile"])
-def test_a_secret_that_is_refused_is_not_shown(
+def test_a_refused_secret_is_not_shown(
     server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
 ) -> None:
     wrong, settings = "no-secret-of-anyone", Settings(s3_endpoint=server)
     if source == "settings":
         settings = settings_of(server).model_copy(update={"s3_secret_key": SecretStr(wrong)})
     elif source == "variables":
-        give(monkeypatch, {**RIGHT, "AWS_SECRET_ACCESS_KEY": wrong})
+        set_variables(monkeypatch, {**RIGHT, "AWS_SECRET_ACCESS_KEY": wrong})
     else:
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles(tmp_path / "file", default=wrong)))
     message = refused(settings)
@@ -169,7 +169,7 @@ def test_a_secret_that_is_refused_is_not_shown(
 
 
 def certify(directory: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a server of tests")])
     now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
@@ -207,14 +207,14 @@ def test_a_certificate_is_trusted_by_ssl_cert_file(
     use(settings_of(secure))
 
 
-def test_a_certificate_that_nobody_vouches_for_is_told(secure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untrusted_certificate_is_an_error(secure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(ForgeError, match=rf"^about: {secure} cannot be read .*SSL_CERT_FILE") as caught:
         use(settings_of(secure))
     assert SECRET not in caught.value.message
 
 
-def test_another_certificate_or_name_is_refused(
+def test_another_certificate_or_host_name_is_an_error(
     secure: str, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(s3, "RETRIES", 0)
@@ -229,7 +229,7 @@ def test_another_certificate_or_name_is_refused(
         use(settings_of(endpoint))
 
 
-def test_a_server_without_tls_is_told(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_tls_is_an_error(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "RETRIES", 0)
     endpoint = server.replace("http://", "https://")
     with pytest.raises(ForgeError, match=f"^about: {endpoint} cannot be read .*SSL"):
@@ -240,7 +240,7 @@ def test_a_server_without_tls_is_told(server: str, monkeypatch: pytest.MonkeyPat
     "text",
     ["[default]\naws_secret_access_key {}\n", "aws_access_key_id = {}\n", "[default]\naws_secret_access_key = %{}\n"],
 )
-def test_a_credentials_file_that_cannot_be_read_is_told_without_its_lines(
+def test_an_unreadable_credentials_file_is_an_error_without_its_lines(
     server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "credentials").write_text(text.format(SECRET))
@@ -251,9 +251,9 @@ def test_a_credentials_file_that_cannot_be_read_is_told_without_its_lines(
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
-def test_a_key_with_a_line_s_end_is_told_and_not_shown(server: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    give(monkeypatch, {**RIGHT, name: "half\nother-half"})
-    with pytest.raises(ForgeError, match="a key of S3 holds a space, a line's end") as caught:
+def test_a_key_with_a_line_break_is_not_shown(server: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    set_variables(monkeypatch, {**RIGHT, name: "half\nother-half"})
+    with pytest.raises(ForgeError, match="an S3 key contains a space, a line break") as caught:
         use(Settings(s3_endpoint=server))
     assert "half" not in caught.value.message
 

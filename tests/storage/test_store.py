@@ -1,4 +1,4 @@
-"""The store: complete or absent, and the same content is the same digest."""
+"""The store in a directory: artifacts are complete or absent, and equal contents have equal digests."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ from forge.core.processes import this_process
 from forge.storage import DirectoryStore
 
 
-def test_identity_is_kept_and_is_the_store_s_own(tmp_path: Path) -> None:
+def test_each_store_keeps_its_own_identity(tmp_path: Path) -> None:
     first = DirectoryStore(tmp_path / "a")
     assert DirectoryStore(tmp_path / "a").identity == first.identity
     assert DirectoryStore(tmp_path / "b").identity != first.identity
 
 
-def test_publish_moves_a_directory_whole(store: DirectoryStore) -> None:
+def test_publish_moves_a_complete_directory(store: DirectoryStore) -> None:
     with store.stage() as staged:
         (staged / "sub").mkdir()
         (staged / "sub" / "file").write_text("content")
@@ -31,7 +31,7 @@ def test_publish_moves_a_directory_whole(store: DirectoryStore) -> None:
     assert list((store.root / ".staging").iterdir()) == []
 
 
-def test_what_was_published_first_stays(store: DirectoryStore) -> None:
+def test_the_first_published_artifact_stays(store: DirectoryStore) -> None:
     for text in ("first", "second"):
         with store.stage() as staged:
             (staged / "file").write_text(text)
@@ -47,7 +47,7 @@ def test_an_error_while_staging_leaves_nothing(store: DirectoryStore) -> None:
     assert list((store.root / ".staging").iterdir()) == []
 
 
-def test_what_a_killed_process_left_in_staging_is_swept(store: DirectoryStore) -> None:
+def test_the_staging_of_a_killed_process_is_deleted(store: DirectoryStore) -> None:
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom forge.storage import DirectoryStore\n"
         "with DirectoryStore(Path(sys.argv[1])).stage() as staged:\n"
@@ -61,8 +61,8 @@ def test_what_a_killed_process_left_in_staging_is_swept(store: DirectoryStore) -
         assert left.name.startswith(this_process())
 
 
-def test_what_another_container_stages_stays_while_it_may_live(store: DirectoryStore) -> None:
-    """Its processes have numbers of their own, which say nothing here."""
+def test_the_staging_of_another_container_stays_for_days(store: DirectoryStore) -> None:
+    """Its process IDs mean nothing here."""
     with store.stage():
         staging = store.root / ".staging"
     theirs = [staging / f"another-boot.4026531836.{os.getpid()}.1-{name}" for name in ("new", "old")]
@@ -81,10 +81,10 @@ def test_reading_writes_nothing(store: DirectoryStore) -> None:
     with pytest.raises(ForgeError, match="is gone"):
         opened.path(opened.uri("models/x"))
     assert not store.root.exists()
-    assert opened.identity == DirectoryStore(store.root).identity, "made when somebody asks for it"
+    assert opened.identity == DirectoryStore(store.root).identity, "created when first asked for"
 
 
-def test_of_many_who_put_if_absent_one_wins(store: DirectoryStore) -> None:
+def test_of_many_threads_that_put_if_absent_one_wins(store: DirectoryStore) -> None:
     won = []
     barrier = threading.Barrier(16)
 
@@ -102,18 +102,18 @@ def test_of_many_who_put_if_absent_one_wins(store: DirectoryStore) -> None:
     assert (store.root / "key").read_text() == str(won[0])
 
 
-def test_what_is_gone_is_named(store: DirectoryStore) -> None:
+def test_a_missing_artifact_is_an_error(store: DirectoryStore) -> None:
     with pytest.raises(ForgeError, match="nothing-here is gone"):
         store.path(store.uri("nothing-here"))
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ForgeError, match="cannot be written"):
         _ = DirectoryStore(tmp_path / "file" / "store").identity
 
 
-def test_digest_of_a_directory_depends_on_names_and_contents_alone(tmp_path: Path) -> None:
+def test_the_digest_of_a_directory_depends_only_on_names_and_contents(tmp_path: Path) -> None:
     def make(name: str, files: dict[str, str]) -> str:
         for path, text in files.items():
             target = tmp_path / name / path
@@ -129,5 +129,5 @@ def test_digest_of_a_directory_depends_on_names_and_contents_alone(tmp_path: Pat
 
 
 @given(st.dictionaries(st.text(), st.integers()))
-def test_digest_of_a_value_does_not_depend_on_its_order(value: dict) -> None:
+def test_the_digest_of_a_value_does_not_depend_on_its_order(value: dict) -> None:
     assert digest_json(dict(reversed(value.items()))) == digest_json(value)

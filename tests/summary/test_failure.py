@@ -1,4 +1,4 @@
-"""What is said when the pipeline has failed."""
+"""The messages of a failed pipeline."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import yaml
 from flytekit.types.error.error import FlyteError
 
 from forge.core.settings import load_settings
-from tasks.summary.task import tell_failure
+from tasks.summary.task import report_failure
 from tests.conftest import SMALL
 
 
@@ -27,25 +27,25 @@ def recipe_file(tmp_path: Path) -> str:
 
 
 def fail(recipe: str, stage: str = "train", message: str = "rows are wrong: rows.jsonl:7") -> None:
-    """What Flyte does at the end of a failed execution."""
-    tell_failure(data_path="s3://datasets/x", recipe=recipe, err=FlyteError(message=message, failed_node_id=stage))
+    """Run the failure task, as Flyte does at the end of a failed execution."""
+    report_failure(data_path="s3://datasets/x", recipe=recipe, err=FlyteError(message=message, failed_node_id=stage))
 
 
 @pytest.mark.usefixtures("execution")
-def test_on_the_cluster_it_says_where_why_and_how_to_go_on(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
+def test_on_a_cluster_it_reports_stage_error_and_next_step(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
     fail(recipe_file)
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for part in (
-        f"failed in train, given data_path 's3://datasets/x', recipe '{recipe_file}':\n  rows are wrong: rows.jsonl:7",
+        f"failed in train, with data_path 's3://datasets/x', recipe '{recipe_file}':\n  rows are wrong: rows.jsonl:7",
         "kubectl -n homelab-production logs -l execution-id=f0123",
         f"checkpoints: {load_settings().checkpoints}",
         "flytectl create execution -p homelab -d production --recover f0123",
     ):
-        assert part in said
+        assert part in printed
 
 
 @pytest.mark.usefixtures("execution")
-def test_the_stack_trace_is_left_to_the_log(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
+def test_the_stack_trace_is_left_out(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
     trace = "Trace:\n\n    Traceback (most recent call last):\n      File x\n\n"
     trace += "Message:\n\n    ForgeError: rows are wrong\n    a.jsonl:7"
     fail(recipe_file, message=trace)
@@ -55,14 +55,14 @@ def test_the_stack_trace_is_left_to_the_log(recipe_file: str, capfd: pytest.Capt
 @pytest.mark.usefixtures("execution")
 def test_a_recipe_given_as_yaml_is_not_repeated(capfd: pytest.CaptureFixture) -> None:
     fail("name: dates\ndata: {}\n", stage="preflight", message="data.max_seq_len is missing; add it")
-    assert "failed in preflight, given data_path 's3://datasets/x', recipe as YAML:" in capfd.readouterr().out
+    assert "failed in preflight, with data_path 's3://datasets/x', recipe as YAML:" in capfd.readouterr().out
 
 
-def test_here_it_says_what_can_be_gone_on_from(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
+def test_on_this_machine_it_names_the_checkpoints(recipe_file: str, capfd: pytest.CaptureFixture) -> None:
     fail(recipe_file)
     assert capfd.readouterr().out == ""
     checkpoints = load_settings().checkpoints
     (checkpoints / "0123").mkdir(parents=True)
     fail(recipe_file)
     command = f"--data_path s3://datasets/x --recipe {recipe_file}"
-    assert capfd.readouterr().out == f"The same command ({command}) goes on from the checkpoints in {checkpoints}\n"
+    assert capfd.readouterr().out == f"The same command ({command}) resumes from the checkpoints in {checkpoints}\n"

@@ -1,4 +1,4 @@
-"""The summary says what was run and what came from the cache."""
+"""The summary of a run: its facts, and what the terminal shows."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from forge.core.contracts import Dataset, Deployment, Evaluation, Result, Versio
 from forge.core.settings import Settings
 from tasks.summary.summary import (
     Place,
+    deployment_facts,
     facts_of,
-    registered,
-    released,
     show,
     show_challenger,
-    show_refused,
+    show_rejected,
+    version_facts,
     write_facts,
 )
 
@@ -55,7 +55,7 @@ DEPLOYMENT = Deployment(
 )
 STAGES: dict[str, Result] = {"train_model": Result(started=50, seconds=70.04), "roll_out": DEPLOYMENT}
 VERSION = Version(uri="file:///v", digest="abc", store="s", name="dates", version="3", run_id="r7")
-FACTS = facts_of(DATASET, EVALUATION, STAGES, started=100) | released(DEPLOYMENT, VERSION)
+FACTS = facts_of(DATASET, EVALUATION, STAGES, started=100) | deployment_facts(DEPLOYMENT, VERSION)
 HERE = Place(Settings(), cluster=False)
 CLUSTER = Place(Settings(mlflow_uri="http://mlflow.ml-platform:5000"), cluster=True)
 
@@ -71,7 +71,7 @@ def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
     assert (facts["seconds_train_model"], facts["seconds_roll_out"], facts["cached"]) == (0.0, 30.0, "train_model")
 
 
-def test_the_terminal_shows_them() -> None:
+def test_the_terminal_shows_the_facts() -> None:
     output = io.StringIO()
     show(FACTS, STAGES, 100, HERE, Console(file=output, width=40))
     text = output.getvalue()
@@ -87,18 +87,25 @@ def test_the_terminal_shows_them() -> None:
         assert part in text
 
 
-def test_the_terminal_shows_why_a_model_was_refused() -> None:
+def test_the_terminal_shows_why_a_model_was_rejected() -> None:
     output = io.StringIO()
-    refused = EVALUATION.model_copy(update={"verdict": "refuse", "reason": "refused by slice [/b]: 3.0%", "nll": None})
-    facts = facts_of(DATASET, refused, STAGES, started=100)
-    show_refused(facts, STAGES, 100, HERE, Console(file=output, width=40))
+    rejected = EVALUATION.model_copy(
+        update={"verdict": "refuse", "reason": "rejected by slice [/b]: 3.0%", "nll": None}
+    )
+    facts = facts_of(DATASET, rejected, STAGES, started=100)
+    show_rejected(facts, STAGES, 100, HERE, Console(file=output, width=40))
     text = output.getvalue()
-    for part in ("refused by slice [/b]: 3.0%", "version 2 stays the champion", "/somewhere/report.html", "5.5000 → –"):
+    for part in (
+        "rejected by slice [/b]: 3.0%",
+        "version 2 stays the champion",
+        "/somewhere/report.html",
+        "5.5000 → –",
+    ):
         assert part in text
     assert "serves at" not in text
 
 
-def test_on_a_cluster_it_names_what_can_be_reached_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cluster_it_names_services_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, value in {"ID": "f0123", "PROJECT": "homelab", "DOMAIN": "production"}.items():
         monkeypatch.setenv(f"FLYTE_INTERNAL_EXECUTION_{part}", value)
     facts = FACTS | {"endpoint": "http://vllm.ml-inference:8000/v1", "report": "s3://models/forge/e/report.html"}
@@ -115,9 +122,9 @@ def test_on_a_cluster_it_names_what_can_be_reached_from_there(monkeypatch: pytes
     assert "make " not in text
 
 
-def test_what_is_only_registered_is_a_challenger() -> None:
+def test_a_model_that_is_only_registered_is_a_challenger() -> None:
     output = io.StringIO()
-    facts = facts_of(DATASET, EVALUATION, STAGES, started=100) | registered(VERSION)
+    facts = facts_of(DATASET, EVALUATION, STAGES, started=100) | version_facts(VERSION)
     show_challenger(facts, STAGES, 100, CLUSTER, Console(file=output, width=400))
     text = output.getvalue()
     assert "dates version 3, challenger, sha256 abc" in text

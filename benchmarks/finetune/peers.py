@@ -1,4 +1,4 @@
-"""What TRL's side and Hugging Face's share: the same training as Forge's, and a clock that disturbs neither."""
+"""What the sides of TRL and Hugging Face share: the settings of Forge's training, and the timing of steps."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from benchmarks.finetune.shapes import BETAS, CLIP, SEED, WARMUP, WEIGHT_DECAY, 
 
 
 def training_arguments(shape: Shape, precision: str, steps: int, batch: int, per_step: int) -> dict[str, Any]:
-    """Arguments of TrainingArguments for steps of `per_step` rows or documents, `batch` at a time."""
+    """Arguments of TrainingArguments for steps of `per_step` rows or documents in micro batches of `batch`."""
     cuda = torch.cuda.is_available()
     return {
         "max_steps": steps,
@@ -40,24 +40,23 @@ def training_arguments(shape: Shape, precision: str, steps: int, batch: int, per
 
 
 def attention() -> str:
-    """The fastest attention there is: FlashAttention 2 on a GPU that has it installed."""
+    """The fastest available attention: FlashAttention 2 if it is installed and there is a GPU."""
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def weights_dtype(shape: Shape) -> torch.dtype:
-    """What the weights are held in: a frozen base in bf16, trained ones in fp32 under autocast."""
+    """The dtype of the weights: bf16 for a frozen base, fp32 (under autocast) for trained weights."""
     return torch.bfloat16 if shape.lora else torch.float32
 
 
-def train_watched(trainer: Trainer, steps: int, started: float) -> dict[str, Any]:
-    """Train, and tell when each step ended (seconds since the first began) and how many tokens there were by then.
+def train_timed(trainer: Trainer, steps: int, started: float) -> dict[str, Any]:
+    """Train; returns, for each step, the seconds since the start of the first and the tokens up to its end.
 
-    `started` is when the loading of the model began (Unix time), from which the first step is counted, as Forge does.
-
-    Tokens are what the collator is given, before any padding: that costs no look at the tensors. The schedule is
-    Forge's, a step ahead of the trainers' own, which would spend the first step at a learning rate of zero.
+    `started` is the Unix time at which loading the model began; the time to the first step counts from there, as in
+    Forge. Tokens are counted before the collator pads them, so that no tensor has to be read. The schedule is Forge's:
+    the trainers' own lags by a step and would spend the first step at a learning rate of zero.
     """
     counts: deque[int] = deque()  # of batches collated and not yet trained on
     collate: Any = trainer.data_collator
@@ -85,36 +84,36 @@ def train_watched(trainer: Trainer, steps: int, started: float) -> dict[str, Any
 
 
 class Clock(TrainerCallback):
-    """Notes the end of each step."""
+    """Records the end of each step."""
 
     def __init__(self) -> None:
         self.started, self.tokens = 0.0, 0
         self.ends: list[tuple[int, int, float]] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The first step is about to begin."""
+        """Start the clock."""
         self.started = time.time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step has ended, once the GPU has done it."""
+        """Record a step once the GPU has finished it."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append((state.global_step, self.tokens, time.time()))
 
 
 def warmup_cosine(steps: int) -> Callable[[int], float]:
-    """Share of the learning rate at a step, counted from 0, as Forge has it."""
+    """Forge's factor of the learning rate, by step from 0."""
     warmup = max(1, round(steps * WARMUP))
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    return share
+    return factor
 
 
 def save_model(trainer: Trainer, out: str) -> None:
-    """Save what was trained, weights or adapters, as safetensors."""
+    """Save the trained weights or adapter as safetensors."""
     Path(out).mkdir(parents=True)
     trainer.save_model(out)

@@ -1,4 +1,4 @@
-"""Rows of all shapes and formats come to the same conversations."""
+"""All row formats and file formats give the same conversations."""
 
 import csv
 import gzip
@@ -14,35 +14,43 @@ import pytest
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
 from forge.storage import DirectoryStore
-from tasks.preprocess.formats import RawFile, read_blocks
+from tasks.preprocess.file_formats import RawFile, read_blocks
+from tasks.preprocess.row_formats import ROW_FORMATS, detect_row_format, row_format_named, to_row
 from tasks.preprocess.rows import Invalid, digests
-from tasks.preprocess.shapes import SHAPES, detect, shape_named, to_row
 from tasks.preprocess.sources import find_files
 from tasks.preprocess.worker import heldout_row, split_row
 from tests.conftest import chat, write_jsonl
-from tests.preprocess.test_zoo import prepare_file
+from tests.preprocess.datasets import prepare_file
 
 RECIPE = DataRecipe(max_seq_len=128)
-ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 @pytest.mark.parametrize(
-    ("value", "shape", "messages"),
+    ("value", "row_format", "messages"),
     [
-        ({"messages": ASKED}, "chat", ASKED),
-        ({"messages": json.dumps(ASKED)}, "chat", ASKED),  # as CSV has it
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ASKED[1]]}, "chat", ASKED),
-        ({"prompt": "a", "completion": "b"}, "prompt", ASKED),
-        ({"prompt": "a", "completion": "b", "system": "s"}, "prompt", [{"role": "system", "content": "s"}, *ASKED]),
-        ({"prompt": ASKED[:1], "completion": ASKED[1:]}, "prompt", ASKED),
-        ({"instruction": "a", "input": "", "output": "b"}, "alpaca", ASKED),
+        ({"messages": CHAT}, "chat", CHAT),
+        ({"messages": json.dumps(CHAT)}, "chat", CHAT),  # as in CSV
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, CHAT[1]]},
+            "chat",
+            CHAT,
+        ),
+        ({"prompt": "a", "completion": "b"}, "prompt", CHAT),
+        (
+            {"prompt": "a", "completion": "b", "system": "s"},
+            "prompt",
+            [{"role": "system", "content": "s"}, *CHAT],
+        ),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt", CHAT),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca", CHAT),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
             "alpaca",
             [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}],
         ),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt", ASKED),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt", CHAT),
         (
             {
                 "conversations": [
@@ -56,55 +64,55 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             "sharegpt",
             [
                 {"role": "system", "content": "s"},
-                ASKED[0],
+                CHAT[0],
                 {"role": "assistant", "content": "", "tool_calls": [CALL]},
                 {"role": "tool", "content": "1"},
-                ASKED[1],
+                CHAT[1],
             ],
         ),
         (
             {
                 "messages": [
-                    ASKED[0],
+                    CHAT[0],
                     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
                 ]
             },
             "chat",
-            [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
     ],
 )
-def test_shapes_are_detected_and_converted(value: dict, shape: str, messages: list) -> None:
-    found = detect(value)
-    assert found is not None
-    assert found.name == shape
-    assert to_row(value, found, RECIPE, Counter()).messages == messages
+def test_row_formats_are_detected_and_converted(value: dict, row_format: str, messages: list) -> None:
+    detected = detect_row_format(value)
+    assert detected is not None
+    assert detected.name == row_format
+    assert to_row(value, detected, RECIPE, Counter()).messages == messages
 
 
-def test_plain_texts() -> None:
-    row = to_row({"text": "Once upon a time."}, shape_named("text"), RECIPE, Counter())
+def test_plain_text_row() -> None:
+    row = to_row({"text": "Once upon a time."}, row_format_named("text"), RECIPE, Counter())
     assert (row.text, row.messages) == ("Once upon a time.", [])
 
 
-def test_columns_are_optional_and_those_not_used_are_counted() -> None:
+def test_group_and_slice_have_defaults_and_unused_columns_are_counted() -> None:
     ignored: Counter[str] = Counter()
-    asked = [{"role": "user", "content": "One  TWO"}, {"role": "assistant", "content": "x"}]
-    first = to_row({"messages": [*asked, *ASKED], "id": 7}, shape_named("chat"), RECIPE, ignored)
-    second = to_row({"messages": ASKED, "group": 7, "slice": "s"}, shape_named("chat"), RECIPE, ignored)
+    first_turn = [{"role": "user", "content": "One  TWO"}, {"role": "assistant", "content": "x"}]
+    first = to_row({"messages": [*first_turn, *CHAT], "id": 7}, row_format_named("chat"), RECIPE, ignored)
+    second = to_row({"messages": CHAT, "group": 7, "slice": "s"}, row_format_named("chat"), RECIPE, ignored)
     assert (first.group, first.slice) == ("one two", "all")
     assert (second.group, second.slice) == ("7", "s")
     assert ignored == {"id": 1}
 
 
-def test_keys_of_messages_that_are_not_used_are_counted() -> None:
+def test_unused_keys_of_messages_are_counted() -> None:
     ignored: Counter[str] = Counter()
-    to_row({"messages": [{**ASKED[0], "time": "10:42"}, ASKED[1]]}, shape_named("chat"), RECIPE, ignored)
+    to_row({"messages": [{**CHAT[0], "time": "10:42"}, CHAT[1]]}, row_format_named("chat"), RECIPE, ignored)
     assert ignored == {"messages.time": 1}
 
 
-def test_a_shape_that_the_recipe_names_is_not_guessed() -> None:
+def test_row_format_of_the_recipe_is_not_detected() -> None:
     with pytest.raises(Invalid, match="must have instruction and output"):
-        to_row({"messages": ASKED}, shape_named("alpaca"), RECIPE, Counter())
+        to_row({"messages": CHAT}, row_format_named("alpaca"), RECIPE, Counter())
 
 
 ROWS = [{"prompt": f'question {n}, "quoted"\nwith a line', "completion": f"answer {n} é"} for n in range(40)]
@@ -128,14 +136,14 @@ def write_as(path: Path, kind: str) -> Path:
     return path
 
 
-def test_all_formats_give_the_same_data_set(store: DirectoryStore, tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_data_set(store: DirectoryStore, tmp_path: Path) -> None:
     kinds = ("jsonl", "jsonl.gz", "jsonl.zst", "json", "parquet", "csv", "tsv")
     digests = {kind: prepare_file(write_as(tmp_path, kind), store).digest for kind in kinds}
     assert len(set(digests.values())) == 1, digests
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv"])
-def test_small_blocks_give_the_same_rows_and_numbers(
+def test_block_size_does_not_change_rows_and_line_numbers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_as(tmp_path, kind)
@@ -145,13 +153,13 @@ def test_small_blocks_give_the_same_rows_and_numbers(
 
     whole = read()
     assert [value for _, value in whole] == ROWS
-    monkeypatch.setattr("tasks.preprocess.formats.BLOCK", 100)
+    monkeypatch.setattr("tasks.preprocess.file_formats.BLOCK", 100)
     assert read() == whole
     if kind == "jsonl":
         assert [number for number, _ in whole] == list(range(1, 41))
 
 
-def test_json_and_csv_rows_are_known_by_the_line_they_begin_in(tmp_path: Path) -> None:
+def test_json_and_csv_rows_have_the_number_of_their_first_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[\n {"text":\n  "a"},\n {"text": "b"}]\n')
     assert [number for block in read_blocks([RawFile("x", path)]) for number, _ in block.values()] == [2, 4]
@@ -160,9 +168,9 @@ def test_json_and_csv_rows_are_known_by_the_line_they_begin_in(tmp_path: Path) -
     assert [number for block in read_blocks([RawFile("x", path)]) for number, _ in block.values()] == [2, 4]
 
 
-def test_a_line_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.preprocess.formats.BLOCK", 100)
-    monkeypatch.setattr("tasks.preprocess.formats.LONGEST", 1000)
+def test_endless_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.preprocess.file_formats.BLOCK", 100)
+    monkeypatch.setattr("tasks.preprocess.file_formats.MAX_ROW", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"x" * 5000)
     with pytest.raises(ForgeError, match=r"rows\.jsonl:1: a line of more than"):
@@ -182,60 +190,61 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     assert names(f"file://{tmp_path}/**/*.[cp]*") == ["a.csv", "deep/c.parquet"]
 
 
-def test_files_of_unknown_kinds_are_told(store: DirectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_skipped_files_are_reported(store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(tmp_path / "rows" / "a.jsonl", ROWS)
     (tmp_path / "rows" / "b.jsonl.bz2").write_text("x")
     prepare_file(tmp_path / "rows", store)
-    assert "1 files in" in (told := capsys.readouterr().out)
-    assert "b.jsonl.bz2" in told
+    assert "skipped 1 files of unknown type" in caplog.text
+    assert "b.jsonl.bz2" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["missing", "nothing", "*.jsonl"])
-def test_a_source_that_holds_nothing(what: str, tmp_path: Path) -> None:
+def test_source_without_files(what: str, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ForgeError) as caught:
         find_files(str(tmp_path / what))
     assert str(tmp_path / what) in caught.value.message
 
 
-def test_the_shape_and_why_are_told(store: DirectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_row_format_and_ignored_columns_are_logged(
+    store: DirectoryStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"{n}", "output": "b", "id": n} for n in range(40)])
     prepare_file(path, store)
-    told = capsys.readouterr().out
-    assert f"shape alpaca: {path}:1 is alpaca (it has instruction and output)" in told
-    assert "columns not used: id" in told
+    assert f"row format alpaca: {path}:1 is alpaca (it has instruction and output)" in caplog.text
+    assert "columns ignored: id" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("column", "kept"),
+    ("column", "check"),
     [
         ("json", '{"kind":"json"}'),
         ({"kind": "number", "tolerance": 0.01}, '{"kind":"number","tolerance":0.01}'),
         ('{"kind": "regex", "pattern": "a+"}', '{"kind":"regex","pattern":"a+"}'),
     ],
 )
-def test_a_row_may_say_how_its_answer_is_judged(column: object, kept: str) -> None:
-    row = to_row({**chat("q", "a"), "check": column}, SHAPES[0], RECIPE, Counter())
-    assert row.check == kept
-    assert digests(row) != digests(to_row(chat("q", "a"), SHAPES[0], RECIPE, Counter()))
-    assert heldout_row(row)["check"] == json.loads(kept)
+def test_row_can_say_how_its_answer_is_scored(column: object, check: str) -> None:
+    row = to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter())
+    assert row.check == check
+    assert digests(row) != digests(to_row(chat("q", "a"), ROW_FORMATS[0], RECIPE, Counter()))
+    assert heldout_row(row)["check"] == json.loads(check)
 
 
 @pytest.mark.parametrize(
-    ("column", "says"),
+    ("column", "message"),
     [
         ("fuzzy", "check.kind: Input should be"),
         ({"kind": "regex"}, "a check of kind regex needs a pattern"),
-        ({"kind": "regex", "pattern": "("}, "pattern is no regular expression"),
+        ({"kind": "regex", "pattern": "("}, "pattern is not a regular expression"),
         (3, "check: Input should be"),
     ],
 )
-def test_a_check_that_is_none_is_refused(column: object, says: str) -> None:
-    with pytest.raises(Invalid, match=re.escape(says)):
-        to_row({**chat("q", "a"), "check": column}, SHAPES[0], RECIPE, Counter())
+def test_invalid_check_is_rejected(column: object, message: str) -> None:
+    with pytest.raises(Invalid, match=re.escape(message)):
+        to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter())
 
 
-def test_of_a_split_row_the_last_part_keeps_the_check() -> None:
+def test_last_part_of_a_split_row_keeps_the_check() -> None:
     row = to_row({"messages": [*chat("q", "a")["messages"], *chat("r", "b")["messages"]], "check": "json"},
-                 SHAPES[0], RECIPE, Counter())  # fmt: skip
+                 ROW_FORMATS[0], RECIPE, Counter())  # fmt: skip
     assert [part.check for part in split_row(row)] == ["", '{"kind":"json"}']

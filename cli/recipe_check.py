@@ -1,0 +1,155 @@
+"""`forge check-recipe`: validate a recipe without running it, and show what it resolves to."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from forge.core.errors import ForgeError
+
+if TYPE_CHECKING:
+    from forge.cluster.gpus import GPU
+    from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
+
+
+@click.command("check-recipe")
+@click.argument("recipe")
+def check_recipe(recipe: str) -> None:
+    """Validate a recipe and show what it resolves to.
+
+    RECIPE is a shipped recipe's name, a path, an s3:// URI, or the YAML itself. All problems are reported together,
+    each with its file and line. Nothing is started or downloaded: `forge run` also checks the rows and the base model.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from forge.cluster.nodes import find_shape
+    from forge.core.settings import load_settings
+    from forge.storage.recipes import load_recipe, read_recipe
+
+    settings = load_settings()
+    loaded = load_recipe(recipe)
+    find_shape(loaded.training.nodes, loaded.training.nproc_per_node)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in {
+        "recipe": f"{read_recipe(recipe)[0]} is valid",
+        "model": f"{loaded.name}{settings.name_suffix}",
+        **resolved(loaded),
+        "rollout": "no, ends at a registered challenger" if loaded.serving.rollout is False else "yes, if it passes",
+    }.items():
+        table.add_row(name, Text(value))
+    Console().print(table)
+
+
+def resolved(recipe: "Recipe") -> dict[str, str]:
+    """What a run with this recipe would train, and how, by topic. ForgeError if no adapter fits the base model."""
+    training, data = recipe.training, recipe.data
+    facts = {
+        "rows": data.source or "given with --data-path",
+        "base model": recipe.model.base or "none, trained from scratch",
+        "method": training.method,
+        "batch": batch(training),
+        "context": f"{data.max_seq_len} tokens, {training.precision}",
+    }
+    config = known_config(recipe)
+    if config is None:
+        return facts | {"parallelism": f"{training.parallelism}, on {processes(training)}", "memory": unknown(recipe)}
+    from forge.capacity.model_size import measure_model
+
+    size = measure_model(config)
+    facts["base model"] += f" ({size.parameters / 1e6:,.1f} M parameters)"
+    return facts | fits(size, recipe)
+
+
+def batch(training: "TrainingRecipe") -> str:
+    """The global batch as a product: processes, rows of a micro batch, and gradient accumulation."""
+    share = training.global_batch_size // (training.nodes * training.nproc_per_node)
+    micro = training.micro_batch_size or share
+    product = f"{processes(training)} x micro batch {micro} x accumulation {share // micro}"
+    return f"{training.global_batch_size} rows = {product}"
+
+
+def processes(training: "TrainingRecipe") -> str:
+    """The shape of training in words."""
+    nodes, each = training.nodes, training.nproc_per_node
+    return f"{nodes} node{'s' * (nodes > 1)} x {each} process{'es' * (each > 1)}"
+
+
+def fits(size: Any, recipe: "Recipe") -> dict[str, str]:
+    """The parallelism, and the memory of one process with whether it fits, here and on the cluster's nodes."""
+    import psutil
+
+    from forge.capacity.training_memory import estimate_memory, resolve_parallelism
+    from forge.cluster.gpus import GIB, find_gpus, gpus_of
+    from forge.cluster.nodes import TRAINING
+
+    training, context = recipe.training, recipe.data.max_seq_len
+    world = training.nodes * training.nproc_per_node
+    facts = {}
+    for place, gpus in {"here": find_gpus(), "on the cluster": gpus_of(TRAINING)}.items():
+        gpu = min(gpus, key=memory_of, default=None)
+        parallelism = resolve_parallelism(size, training, context, gpu)
+        memory = estimate_memory(size, training, context, parallelism)
+        limit = gpu.usable if gpu else psutil.virtual_memory().total // world
+        verdict = "fits" if memory.total <= limit else "does not fit"
+        facts[f"parallelism {place}"] = f"{parallelism}, on {processes(training)}"
+        needs = str(memory) if memory.total > GIB else f"{memory.total / GIB:.1f} GiB"
+        where = gpu.name if gpu else "this machine's memory"
+        facts[f"memory {place}"] = f"{needs} a process: {verdict} in {limit / GIB:.1f} GiB of {where}"
+    return facts
+
+
+def memory_of(gpu: "GPU") -> int:
+    """The memory of a GPU, in bytes."""
+    return gpu.memory
+
+
+def known_config(recipe: "Recipe") -> dict[str, Any] | None:
+    """The config.json of the model that is trained, if this machine has it; None if it must be downloaded first."""
+    from forge.capacity.model_size import architecture_config
+
+    if recipe.model.architecture:
+        return architecture_config(recipe.model.architecture, recipe.data.max_seq_len)
+    path = local_config(recipe.model)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ForgeError(f"cannot be read ({error})", where=path, fix="save the base model again") from None
+    if not isinstance(config, dict):
+        raise ForgeError("is no JSON object", where=path, fix="save the base model with save_pretrained")
+    return config
+
+
+def local_config(model: "ModelRecipe") -> str | None:
+    """The path of the base model's config.json: in its directory, or in the local cache of the Hugging Face Hub."""
+    from forge.core.settings import path_of
+    from forge.registry.packages import is_registered
+
+    base = model.base or ""
+    if is_registered(base):
+        return None
+    directory = path_of(base).expanduser().absolute()
+    if directory.is_dir():
+        return str(directory / "config.json")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(base, "config.json", revision=model.revision)
+    except HFValidationError:
+        where = "model.base"
+        raise ForgeError(
+            f"{base} is neither a directory here nor a model id of the Hub", where=where, fix="correct it"
+        ) from None
+    return cached if isinstance(cached, str) else None
+
+
+def unknown(recipe: "Recipe") -> str:
+    """Why there is no estimate."""
+    return f"not estimated: the config.json of {recipe.model.base} is not on this machine"
