@@ -146,7 +146,7 @@ def _comparison_rules(
     if recipe.metric == "nll" and _token_counts(candidate) != _token_counts(reference.judged):
         return [_no_comparison(reference, 0, "the models' tokenizers differ, so nats per token cannot be compared; set "
                                "gate.metric to score")]  # fmt: skip
-    if pairs < min(recipe.min_items, len(paired)):  # too few items in total is the business of the rule items
+    if pairs < min(recipe.min_items, len(paired)):  # too few items in total fail the rule items
         detail = f"{pairs} items have values from both models; gate.min_items is {recipe.min_items}"
         return [_no_comparison(reference, pairs, detail)]
     superiority = reference.name == "base" or recipe.require_improvement

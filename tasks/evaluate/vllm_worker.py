@@ -18,36 +18,36 @@ from typing import Any
 BATCHED_TOKENS = 2048  # per step; the likelihood needs a row of fp32 logits for each
 
 
-def main(request: Path, answers: Path) -> None:
-    """Answer the items of `request` batch by batch, and append one line per item to `answers`."""
-    asked = json.loads(request.read_text())
-    model = load(asked)
-    items = asked["items"]
+def main(request_file: Path, answers: Path) -> None:
+    """Answer the items of a request batch by batch, and append one line per item to `answers`."""
+    request = json.loads(request_file.read_text())
+    model = load(request)
+    items = request["items"]
     with answers.open("a") as lines:
-        for batch in asked["batches"]:
-            answered = answer(model, asked, [(at, items[at]) for at in batch])
+        for batch in request["batches"]:
+            answered = answer(model, request, [(at, items[at]) for at in batch])
             lines.write("".join(json.dumps(one) + "\n" for one in answered))
             lines.flush()
 
 
-def load(asked: dict[str, Any]) -> Any:
+def load(request: dict[str, Any]) -> Any:
     """The model on as many GPUs as divide its attention heads, or on the CPU, with the server's options."""
     from vllm import LLM  # type: ignore[import-not-found]
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
     gpus = 0 if current_platform.is_cpu() else current_platform.device_count()
     return LLM(
-        asked["model"],
-        dtype=asked["dtype"],
-        seed=asked["seed"],
-        tensor_parallel_size=math.gcd(gpus, asked["heads"]) if gpus else 1,
+        request["model"],
+        dtype=request["dtype"],
+        seed=request["seed"],
+        tensor_parallel_size=math.gcd(gpus, request["heads"]) if gpus else 1,
         max_num_batched_tokens=BATCHED_TOKENS,
         enforce_eager=not gpus,
         trust_remote_code=False,
     )
 
 
-def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def answer(model: Any, request: dict[str, Any], batch: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """The answers to a batch of items; `at` is an item's index.
 
     End-of-turn tokens and penalties come from the model's generation_config.json, as in the server. An item that is
@@ -55,12 +55,12 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
     """
     context = model.model_config.max_model_len
     started = time.monotonic()
-    greedy = generate(model, asked, batch, {"temperature": 0.0})
+    greedy = generate(model, request, batch, {"temperature": 0.0})
     seconds = time.monotonic() - started
-    count, drawn = asked["samples"], {}
+    count, drawn = request["samples"], {}
     if count:
         # Samples use the engine's seed: with a seed per request, vLLM fails on a CPU if a prompt takes two steps.
-        drawn = generate(model, asked, batch, {"temperature": asked["temperature"], "n": count})
+        drawn = generate(model, request, batch, {"temperature": request["temperature"], "n": count})
     likely = run(model, [(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= context])
     for at, item in batch:
         first = greedy[at].outputs[0] if at in greedy else None
@@ -75,7 +75,7 @@ def answer(model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, A
 
 
 def generate(
-    model: Any, asked: dict[str, Any], batch: list[tuple[int, dict[str, Any]]], options: dict[str, Any]
+    model: Any, request: dict[str, Any], batch: list[tuple[int, dict[str, Any]]], options: dict[str, Any]
 ) -> dict[int, Any]:
     """vLLM's outputs for the prompts that fit the context, by index."""
     from vllm import SamplingParams
@@ -84,7 +84,7 @@ def generate(
     options = model.model_config.get_diff_sampling_param() | {"top_p": 1.0, "top_k": 0, "detokenize": False} | options
 
     def sampling(prompt: list[int]) -> Any:
-        return SamplingParams(**options | {"max_tokens": min(asked["max_new_tokens"], context - len(prompt))})
+        return SamplingParams(**options | {"max_tokens": min(request["max_new_tokens"], context - len(prompt))})
 
     prompts = [(at, item["prompt"]) for at, item in batch if 0 < len(item["prompt"]) < context]
     return run(model, [(at, prompt, sampling(prompt)) for at, prompt in prompts])

@@ -25,7 +25,7 @@ def table(deployment: Deployment) -> Table:
     shown.add_row("answers as in evaluation", "", deployment.agreement or "not compared")
     shown.add_row("switch", "", f"{deployment.swap_seconds:.2f} s; {HOW[deployment.how]}")
     if before and before != deployment.version:
-        command = f"pyflyte run workflows/rollback.py rollback --name {deployment.name} --to {before}"
+        command = f"forge rollback {deployment.name} --to {before}"
         shown.add_row("undo it", "", command)
     return shown
 

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ from forge.core.recipe import Check, EvaluationRecipe
 from forge.core.settings import Settings
 from forge.models.chat import ChatTokenizer, load_tokenizer
 from forge.registry.packages import LocalBase
-from tasks.evaluate import answer, vllm_engine
+from tasks.evaluate import answer, vllm_engine, vllm_worker
 from tasks.evaluate.ask import Asked, ask, ask_all
 from tasks.evaluate.items import Item, read_items
 from tests.conftest import Trained
@@ -188,3 +190,46 @@ def test_the_worker_exits_with_its_parent(tmp_path: Path) -> None:
     worker.stdin.close()
     assert worker.wait(30) == -signal.SIGKILL
     worker.stdout.close()
+
+
+class FakeLLM:
+    """Answers every prompt with its length and an end-of-turn token, within a context of 8 tokens."""
+
+    def __init__(self) -> None:
+        self.model_config = SimpleNamespace(
+            max_model_len=8, get_diff_sampling_param=lambda: {"max_tokens": 99, "repetition_penalty": 1.1}
+        )
+        self.sampling: list[dict[str, Any]] = []
+
+    def generate(self, prompts: list[dict], sampling: list[dict], use_tqdm: bool) -> list[SimpleNamespace]:
+        self.sampling += sampling
+        return [self.output(prompt["prompt_token_ids"], one) for prompt, one in zip(prompts, sampling, strict=True)]
+
+    def output(self, tokens: list[int], sampling: dict[str, Any]) -> SimpleNamespace:
+        """A token's log-probability is minus its value."""
+        generated = SimpleNamespace(
+            token_ids=[len(tokens), 0],
+            finish_reason="stop" if sampling["max_tokens"] > 1 else "length",
+            logprobs=[{token: SimpleNamespace(logprob=-token) for token in sampling.get("logprob_token_ids", [])}],
+        )
+        prompt = [{token: SimpleNamespace(logprob=-token)} for token in tokens]
+        return SimpleNamespace(outputs=[generated] * sampling.get("n", 1), prompt_logprobs=prompt)
+
+
+def test_the_worker_answers_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    model, request = FakeLLM(), {"max_new_tokens": 4, "samples": 2, "temperature": 0.5}
+    fitting = {"prompt": [1, 2, 3], "whole": [1, 2, 3, 4, 5], "scored": [3, 4]}
+    full = {"prompt": [1] * 7, "whole": [1] * 8, "scored": [7]}
+    over = {"prompt": [1] * 8, "whole": [1] * 9, "scored": [8]}
+    rejected: dict[str, list[int]] = {"prompt": [], "whole": [], "scored": []}
+    answers = list(vllm_worker.answer(model, request, list(enumerate([fitting, full, over, rejected]))))
+    assert [one["at"] for one in answers] == [0, 1, 2, 3]
+    assert [one["tokens"] for one in answers] == [[3, 0], [7, 0], [], []]
+    assert [one["ended"] for one in answers] == [True, False, False, False]
+    assert [one["samples"] for one in answers] == [[[3, 0]] * 2, [[7, 0]] * 2, [[], []], [[], []]]
+    assert [one["nll"] for one in answers[:2]] == [9, 1]
+    assert all(math.isnan(one["nll"]) for one in answers[2:])
+    greedy, _, drawn, *_ = model.sampling
+    assert (greedy["max_tokens"], greedy["temperature"], greedy["repetition_penalty"]) == (4, 0.0, 1.1)
+    assert (drawn["max_tokens"], drawn["temperature"], drawn["n"]) == (4, 0.5, 2)

@@ -25,7 +25,7 @@ from forge.cluster.nodes import (
     all_nodes,
     nodes_of,
 )
-from forge.storage.recipes import RECIPES
+from forge.storage.recipes import RECIPES, load_recipe
 from tasks.finetune.task import ENVIRONMENT
 from tests.flyte.package import Package, pod_of, quantity, short
 
@@ -295,3 +295,13 @@ def test_executions_bind_to_what_is_packaged(package: Package) -> None:
         assert set(inputs) - fixed - defaults <= set(execution["inputs"]), path
         for name, value in execution["inputs"].items():
             assert type(value) is kinds[inputs[name]["type"]["simple"]], f"{path}: {name}"
+
+
+def test_recipes_in_executions_are_valid() -> None:
+    recipes = {
+        path.stem: execution["inputs"]["recipe"]
+        for path in (PROJECT / "executions").glob("*.yaml")
+        if "recipe" in (execution := yaml.safe_load(path.read_text()))["inputs"]
+    }
+    loaded = {name: load_recipe(recipe) for name, recipe in recipes.items() if not recipe.startswith("s3://")}
+    assert loaded["own_recipe"].name == "first-run"

@@ -35,8 +35,8 @@ def machine(kind: str, directory: Path, **more: Any) -> Iterator[Settings]:
 @pytest.fixture(params=KINDS)
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a machine with a store of each kind."""
-    with machine(request.param, tmp_path) as made:
-        yield made
+    with machine(request.param, tmp_path) as machine_settings:
+        yield machine_settings
 
 
 def facts_of(name: str = "dates", **more: Any) -> dict[str, Any]:

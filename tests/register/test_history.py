@@ -32,11 +32,11 @@ def text_of(shown: object) -> str:
 
 def versions(settings: Settings, recipe: Recipe, tmp_path: Path, count: int) -> list[Inputs]:
     """Register different models; returns their inputs."""
-    made = []
+    registered = []
     for number in range(1, count + 1):
-        made.append(inputs(tmp_path, settings, recipe, seed=bytes([number])))
-        made[-1].register(settings)
-    return made
+        registered.append(inputs(tmp_path, settings, recipe, seed=bytes([number])))
+        registered[-1].register(settings)
+    return registered
 
 
 def test_history_has_the_facts_of_each_version_and_when_it_served(tmp_path: Path, recipe: Recipe) -> None:
@@ -151,7 +151,7 @@ def test_packages_without_a_version_are_pruned_and_an_interrupted_pruning_is_com
     settings: Settings, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, client = open_store(settings), open_registry(settings)
-    made = versions(settings, recipe, tmp_path, 2)
+    registered = versions(settings, recipe, tmp_path, 2)
     age(settings, monkeypatch, 31)
 
     def cut(uri: str) -> None:
@@ -164,7 +164,7 @@ def test_packages_without_a_version_are_pruned_and_an_interrupted_pruning_is_com
     (removal,) = prune("dates", 1, 30, True, settings, store)
     assert (removal.versions, removal.why) == ((), "no version refers to it")
     assert len(store.artifacts("models")) == 1
-    assert made[0].register(settings).version == "3", "a pruned model can be registered again"
+    assert registered[0].register(settings).version == "3", "a pruned model can be registered again"
     client.delete_registered_model("dates")
     with monkeypatch.context() as patched:
         patched.setattr(pruning, "promotions", lambda store, name: ["recorded"])

@@ -26,20 +26,24 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setting
     if request.param == "postgres":
         if not POSTGRES:
             pytest.skip("needs Postgres: apt-get install postgresql")
-        with postgres() as database, mlflow_server(database, tmp_path) as url, machine("rclone", tmp_path) as made:
-            yield made.model_copy(update={"mlflow_uri": url})
+        with (
+            postgres() as database,
+            mlflow_server(database, tmp_path) as url,
+            machine("rclone", tmp_path) as machine_settings,
+        ):
+            yield machine_settings.model_copy(update={"mlflow_uri": url})
     else:
         database = f"sqlite:///{tmp_path / 'mlflow.db'}"
-        with mlflow_server(database, tmp_path) as url, machine("rclone", tmp_path) as made:
-            yield made.model_copy(update={"mlflow_uri": url})
+        with mlflow_server(database, tmp_path) as url, machine("rclone", tmp_path) as machine_settings:
+            yield machine_settings.model_copy(update={"mlflow_uri": url})
 
 
 def test_a_server_works_like_the_embedded_registry(settings: Settings, recipe: Recipe, tmp_path: Path) -> None:
     store, client = open_store(settings), open_registry(settings)
-    made = [inputs(tmp_path, settings, recipe, seed=bytes([number])) for number in range(3)]
-    first, second, third = (one.register(settings) for one in made)
+    given = [inputs(tmp_path, settings, recipe, seed=bytes([number])) for number in range(3)]
+    first, second, third = (one.register(settings) for one in given)
     assert [version.version for version in (first, second, third)] == ["1", "2", "3"]
-    assert made[0].register(settings).version == "1", "the same version if repeated"
+    assert given[0].register(settings).version == "1", "the same version if repeated"
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["score"] == 0.75
@@ -67,8 +71,8 @@ def test_a_server_works_like_the_embedded_registry(settings: Settings, recipe: R
 def test_an_unreachable_server_is_one_message_and_the_next_attempt_succeeds(
     settings: Settings, recipe: Recipe, tmp_path: Path
 ) -> None:
-    made = inputs(tmp_path, settings, recipe)
+    given = inputs(tmp_path, settings, recipe)
     unreachable = settings.model_copy(update={"mlflow_uri": "http://127.0.0.1:9"})
     with pytest.raises(ForgeError, match=r"MLflow http://127\.0\.0\.1:9: cannot be used"):
-        made.register(unreachable)
-    assert made.register(settings).version == "1"
+        given.register(unreachable)
+    assert given.register(settings).version == "1"

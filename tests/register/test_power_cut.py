@@ -31,9 +31,9 @@ CONTEXT.set_forkserver_preload([__name__, "mlflow", "minio", "huggingface_hub", 
 @pytest.fixture(params=KINDS)
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a machine with a store of each kind and an existing registry."""
-    with machine(request.param, tmp_path) as made:
-        open_registry(made)
-        yield made
+    with machine(request.param, tmp_path) as machine_settings:
+        open_registry(machine_settings)
+        yield machine_settings
 
 
 def _register(settings: Settings, given: Inputs) -> str:

@@ -30,7 +30,7 @@ def test_the_table_shows_both_versions_and_how_to_undo_the_rollout() -> None:
         "0.31 s",
     ):
         assert part in text
-    assert "pyflyte run workflows/rollback.py rollback --name dates --to 2" in text
+    assert "forge rollback dates --to 2" in text
     first = deployment.model_copy(update={"previous": "", "latency_before": None, "how": "weights"})
     assert "rollback" not in shown(first)
     assert "none" in shown(first)

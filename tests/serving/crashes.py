@@ -14,7 +14,7 @@ from forge.registry.mlflow_registry import open_registry
 from forge.registry.promotion import promote
 from forge.serving import trial
 from forge.serving.desired import RolloutState, Served
-from forge.serving.local_target import FileDocument
+from forge.serving.local_target import FileDocument, LocalTarget
 from forge.serving.trial import Recovery, active_rollout
 from forge.storage import DirectoryStore
 from tasks.rollout import rollout
@@ -56,6 +56,7 @@ def change_document(home: Path, when: str) -> None:
 
 def roll_out(settings: Settings, served: Served, when: str) -> None:
     """Roll a version out, and die "before the promotion" or "after the promotion"."""
+    LocalTarget.ensure = lambda self: None  # the test's own process is the reconciler, and must not be replaced
     if when == "before the promotion":
         rollout.promote = die
     else:

@@ -50,6 +50,10 @@ class Reader(DirectoryStore):
     def put_if_absent(self, key: str, data: bytes) -> bool:
         raise AssertionError(f"the reconciler writes {key}")
 
+    def put_if_unchanged(self, key: str, data: bytes, version: str) -> bool:
+        assert key.startswith("leases/"), f"the reconciler writes {key}"
+        return super().put_if_unchanged(key, data, version)
+
 
 @dataclass
 class Place:
