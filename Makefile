@@ -14,6 +14,9 @@ DOMAIN ?= development
 PACKAGE ?= .forge/package.tgz
 IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(REGISTRY)/forge-trainer:$(TAG)
 # The folders that `make test-unit` runs.
+# Test files run in parallel; the tests of one file in order, since they share what the file has set up.
+PARALLEL ?= -n 3 --dist loadfile
+PARALLEL_LONG ?= -n 2 --dist loadfile
 UNIT ?= tests/test_house.py tests/capacity tests/cluster tests/core tests/images tests/summary
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Give the images' registry: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -x $(BIN)/forge ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
@@ -90,13 +93,13 @@ infra-check: .venv ## Check the cluster's manifests without a cluster (`make tes
 	@$(BIN)/pytest -q tests/infra
 
 test: setup ## Run the tests, but for the long ones
-	$(BIN)/pytest -m "not long" $(ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "not long" $(ARGS)
 
 test-unit: .venv ## Run the fast tests, in under a minute
-	$(BIN)/pytest -m "not long" $(ARGS) $(UNIT)
+	$(BIN)/pytest $(PARALLEL) -m "not long" $(ARGS) $(UNIT)
 
 test-long: setup .venv-harness ## Run the long tests: real servers, and interruptions at every stage
-	$(BIN)/pytest -m long $(ARGS)
+	$(BIN)/pytest $(PARALLEL_LONG) -m long $(ARGS)
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""The cluster as code. Python is only in check/."""
+"""The cluster as code. Only check/ contains Python."""

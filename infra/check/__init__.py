@@ -1,1 +1,1 @@
-"""What can be known of the manifests without a cluster: `python -m infra.check`, or `make infra-check`."""
+"""Checks of the manifests that need no cluster: `python -m infra.check`, or `make infra-check`."""

@@ -1,4 +1,4 @@
-"""`python -m infra.check`: say what is wrong with the manifests, a line each; exits with 1 where anything is."""
+"""`python -m infra.check`: report each problem in the manifests on a line; exits with 1 if there are any."""
 
 import argparse
 import shutil
@@ -19,26 +19,26 @@ CHECKS = (check_schemas, check_references, check_network, check_hygiene, check_p
 
 
 def findings(tree: Tree) -> Iterator[str]:
-    """All that is wrong."""
+    """All problems."""
     yield from tree.problems
     for check in CHECKS:
         try:
             yield from check(tree)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # of an object that is broken: said above
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # from an invalid object, reported above
             if not tree.problems and check is not check_schemas and not any(check_schemas(tree)):
                 raise
-            yield f"{check.__name__} stopped at what is broken: {type(error).__name__} {error}"
+            yield f"{check.__name__} stopped at an invalid object: {type(error).__name__} {error}"
 
 
 def main() -> int:
-    """Print what is wrong, and how much was looked at."""
-    parser = argparse.ArgumentParser(prog="python -m infra.check", description="Say what is wrong with the manifests.")
+    """Print the problems, and how much was checked."""
+    parser = argparse.ArgumentParser(prog="python -m infra.check", description="Check the manifests.")
     parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent, help="a copy of infra/")
     root = parser.parse_args().root
     if not (root / "nodes.yaml").is_file():
-        parser.error(f"{root} is no copy of infra/: there is no nodes.yaml")
+        parser.error(f"{root} is not a copy of infra/: it has no nodes.yaml")
     if shutil.which("kubectl") is None:
-        print(f"Skipped, all but the nodes: kubectl, which builds every Kustomization, is missing. {KUBECTL}")
+        print(f"Checked only the nodes: kubectl, which builds the Kustomizations, is missing. {KUBECTL}")
         found = sorted(check_nodes(Tree(root, lists=read_lists(root, []))))
         print(*found, sep="\n", end="\n" if found else "")
         return 1 if found else 0
@@ -46,7 +46,7 @@ def main() -> int:
     found = sorted(set(findings(tree)))
     print(*found, sep="\n", end="\n" if found else "")
     print(
-        f"{len(tree.objects) + len(tree.studio)} objects of {len(tree.apps)} apps, {len(tree.pods)} kinds of pods on "
+        f"{len(tree.objects) + len(tree.studio)} objects of {len(tree.apps)} apps, {len(tree.pods)} kinds of pods, "
         f"{len(tree.lists['nodes'])} nodes: {len(found) or 'nothing'} wrong"
     )
     return 1 if found else 0

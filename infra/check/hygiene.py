@@ -1,4 +1,4 @@
-"""What every pod has (limits, probes, a security context), and what nobody has (:latest, a password in git)."""
+"""Required in every pod: limits, probes, a security context. Forbidden: :latest, passwords in git."""
 
 import re
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any
 from infra.check.tree import Object, Pod, Tree, at, name_of
 
 GPU = "nvidia.com/gpu"
-SERVICES = ("Deployment", "StatefulSet", "DaemonSet")  # that run for ever
+SERVICES = ("Deployment", "StatefulSet", "DaemonSet")  # long-running
 PASSWORDS = re.compile(r"minioadmin|changeme|admin[:/]admin|postgres[:/]postgres|password[:=]\s*\w+123", re.I)
 SECRET = re.compile(r"(password|passwd|secret_?key|access_?key|api_?key|token|credential)s?$", re.I)
 REFERENCE = re.compile(r"(existing|name|ref|file|path|mount|from|keyof|password_length)", re.I)
 
 
 def check_hygiene(tree: Tree) -> Iterator[str]:
-    """What is missing, or should not be there, but for what infra/exceptions.yaml excepts, with its reason."""
+    """What is missing or forbidden, except for what infra/exceptions.yaml allows."""
     used = set()
     for where, rule, what in _findings(tree):
         excepted = [
@@ -36,7 +36,7 @@ def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
     }
     for name, level in levels.items():
         if level not in ("restricted", "baseline", "privileged"):
-            yield f"Namespace {name}", "level", f"has no level of Pod Security ({enforce})"
+            yield f"Namespace {name}", "level", f"has no Pod Security level ({enforce})"
     for pod in tree.pods:
         yield from _pod(pod)
         host = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(name)]
@@ -45,7 +45,7 @@ def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
             yield (
                 pod.where,
                 "level",
-                f"{host[0]} is refused in {pod.namespace}, whose level is {levels.get(pod.namespace)}",
+                f"{host[0]} is not allowed in {pod.namespace}, whose level is {levels.get(pod.namespace)}",
             )
     for where, one in tree.objects:
         named = name_of(where, one)
@@ -53,7 +53,7 @@ def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
             yield (
                 named,
                 "secret",
-                "a Secret in git; encrypt it with SOPS under infra/secrets, and name it in external.yaml",
+                "is a Secret in git; encrypt it with SOPS in infra/secrets and list it in external.yaml",
             )
         for path, value in _leaves(one):
             if PASSWORDS.search(value):
@@ -62,7 +62,7 @@ def _findings(tree: Tree) -> Iterator[tuple[str, str, str]]:
             for path, value in _leaves(one["spec"].get("values") or {}):
                 last = path.rpartition(".")[2]
                 if SECRET.search(last) and not REFERENCE.search(last) and value not in ("", "None", "True", "False"):
-                    yield named, "password", f"values.{path} is a credential in git; name a Secret"
+                    yield named, "password", f"values.{path} is a credential in git; refer to a Secret"
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -95,9 +95,9 @@ def _pod(pod: Pod) -> Iterator[tuple[str, str, str]]:
             if probe not in container:
                 yield f"{where} {container['name']}", "probes", f"has no {probe}"
     if spec.get("enableServiceLinks") is not False:
-        yield where, "links", "enableServiceLinks is not false: Services put variables such as VLLM_PORT into pods"
+        yield where, "links", "enableServiceLinks is not false: Services set variables such as VLLM_PORT in pods"
     if spec.get("automountServiceAccountToken") is not False and "serviceAccountName" not in spec:
-        yield where, "account", "automountServiceAccountToken is not false, and no account is named that would be used"
+        yield where, "account", "automountServiceAccountToken is not false, but no serviceAccountName is set"
     if at(spec, "securityContext.seccompProfile.type") != "RuntimeDefault":
         yield where, "security", "securityContext.seccompProfile is not RuntimeDefault"
     yield from _gpus(pod)
@@ -107,7 +107,7 @@ def _container(pod: Pod, container: Object, named: str) -> Iterator[tuple[str, s
     image = container.get("image", "")
     tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
     if not tag or tag in ("latest", "main", "master", "nightly"):
-        yield named, "image", f"image {image} names no version"
+        yield named, "image", f"image {image} has no version tag"
     secure = container.get("securityContext") or {}
     if secure.get("allowPrivilegeEscalation") is not False:
         yield named, "security", "securityContext.allowPrivilegeEscalation is not false"
@@ -119,27 +119,27 @@ def _container(pod: Pod, container: Object, named: str) -> Iterator[tuple[str, s
     for variable in container.get("env") or []:
         name, value = variable["name"], variable.get("value")
         if name == "CUDA_VISIBLE_DEVICES":
-            yield named, "gpu", "sets CUDA_VISIBLE_DEVICES, which is the device plugin's"
+            yield named, "gpu", "sets CUDA_VISIBLE_DEVICES, which the device plugin sets"
         if value and SECRET.search(name) and not REFERENCE.search(name):
             yield named, "password", f"{name} is a credential in git; take it from a Secret"
 
 
 def _gpus(pod: Pod) -> Iterator[tuple[str, str, str]]:
-    """What a pod with GPUs needs, and what one without them must not ask for."""
+    """What a pod with GPUs needs."""
     where, spec = pod.where, pod.spec
     counts = [int((at(one, "resources.limits") or {}).get(GPU, 0)) for one in pod.containers]
     if not any(counts):
         return
     for one, count in zip(pod.containers, counts, strict=True):
-        asked = (one["resources"].get("requests") or {}).get(GPU)
-        if count and asked is not None and int(asked) != count:
-            yield where, "gpu", f"requests {asked} GPUs and is limited to {count}: the two must be the same"
+        requested = (one["resources"].get("requests") or {}).get(GPU)
+        if count and requested is not None and int(requested) != count:
+            yield where, "gpu", f"requests {requested} GPUs but is limited to {count}; the two must be equal"
     if spec.get("runtimeClassName") != "nvidia":
-        yield where, "gpu", "has GPUs, and runtimeClassName is not nvidia"
+        yield where, "gpu", "has GPUs, but runtimeClassName is not nvidia"
     if not str(spec.get("priorityClassName", "")).startswith("forge-"):
-        yield where, "gpu", "has GPUs, and no priorityClassName of forge"
+        yield where, "gpu", "has GPUs, but no forge- priorityClassName"
     if (spec.get("nodeSelector") or {}).get("gpu-type") != "nvidia":
-        yield where, "gpu", "has GPUs, and does not select nodes with them (gpu-type: nvidia)"
+        yield where, "gpu", "has GPUs, but does not select GPU nodes (gpu-type: nvidia)"
     memory = any(at(one, "emptyDir.medium") == "Memory" for one in spec.get("volumes") or [])
     if max(counts) > 1 and not memory:
-        yield where, "gpu", "has several GPUs, whose processes need /dev/shm: an emptyDir in Memory"
+        yield where, "gpu", "has several GPUs, whose processes need /dev/shm: add an emptyDir with medium Memory"

@@ -1,4 +1,4 @@
-"""Who may connect to whom: NetworkPolicies let through what infra/connections.yaml lists, scrapes and the mesh."""
+"""NetworkPolicies deny by default, and allow what infra/connections.yaml lists, scrapes and the mesh."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,14 @@ from infra.check.references import scraped
 from infra.check.tree import Object, Pod, Tree, at, matches
 
 EXPORTED = "mirror.linkerd.io/exported"
-DOCUMENTED = "multicluster.linkerd.io/export"  # the annotation that the cluster's description gives
+DOCUMENTED = "multicluster.linkerd.io/export"  # the annotation in the cluster's description
 INJECT = "linkerd.io/inject"
-PROXY = 4143  # where the mesh's proxy takes what comes by the mesh
+PROXY = 4143  # the inbound port of Linkerd's proxy
 GATEWAY = "linkerd-multicluster"
 
 
 def check_network(tree: Tree) -> Iterator[str]:
-    """What is not let through, or not closed."""
+    """Connections that are blocked but needed, and namespaces that do not deny by default."""
     yield from _closed(tree)
     yield from _policies(tree)
     yield from _connections(tree)
@@ -39,19 +39,19 @@ def _closed(tree: Tree) -> Iterator[str]:
 
 
 def _policies(tree: Tree) -> Iterator[str]:
-    """Policies are of pods that there are, and name ports that these have."""
+    """Policies select existing pods, and allow ports on which they listen."""
     for where, one in tree.of("NetworkPolicy"):
         spec, namespace = one["spec"], one["metadata"]["namespace"]
         pods = tree.selected(namespace, spec.get("podSelector"))
         if spec.get("podSelector") and not pods:
             if not any(entry["where"] in where for entry in tree.lists["exceptions"] if entry["rule"] == "policy"):
-                yield f"{where}: its selector finds no pods"
+                yield f"{where}: its selector matches no pods"
             continue
         for rule in spec.get("ingress") or []:
             for port in rule.get("ports") or []:
                 number = port.get("port")
                 if spec.get("podSelector") and not any(_listens(pod, number) for pod in pods) and "endPort" not in port:
-                    yield f"{where}: lets in port {number}, on which {pods[0].where} does not listen"
+                    yield f"{where}: allows port {number}, on which {pods[0].where} does not listen"
 
 
 def _listens(pod: Pod, port: int | str | None) -> bool:
@@ -83,7 +83,7 @@ def _labels(tree: Tree, namespace: str) -> dict[str, str]:
 
 
 def _passes(tree: Tree, way: str, pod: Pod, other: Pod, port: int, to: Pod) -> bool:
-    """Whether the policies of `pod` let it talk to `other` this way; `port` is one of `to`, which is one of the two."""
+    """Whether the policies of `pod` allow traffic with `other` in direction `way`; `port` is on `to`, one of them."""
     mine = [
         policy for _, policy in tree.of("NetworkPolicy")
         if policy["metadata"]["namespace"] == pod.namespace
@@ -100,19 +100,19 @@ def _passes(tree: Tree, way: str, pod: Pod, other: Pod, port: int, to: Pod) -> b
 
 
 def _covers(entry: Object, port: int, to: Pod) -> bool:
-    wanted = entry.get("port")
-    if wanted is None:
+    first = entry.get("port")
+    if first is None:
         return True
-    number = to.port(wanted) if isinstance(wanted, str) else int(wanted)
+    number = to.port(first) if isinstance(first, str) else int(first)
     return number is not None and number <= port <= int(entry.get("endPort", number))
 
 
 def connects(tree: Tree, source: Pod, to: Pod, port: int) -> str:
-    """Why one pod cannot connect to another's port; "" where it can."""
+    """Why one pod cannot connect to another's port; "" if it can."""
     if not _passes(tree, "Egress", source, to, port, to):
-        return f"{source.where} may not go out to {to.where} on port {port}"
+        return f"the policies of {source.where} do not allow egress to {to.where} on port {port}"
     if not _passes(tree, "Ingress", to, source, port, to):
-        return f"{to.where} does not let in {source.where} on port {port}"
+        return f"the policies of {to.where} do not allow ingress from {source.where} on port {port}"
     return ""
 
 
@@ -129,16 +129,16 @@ def _connections(tree: Tree) -> Iterator[str]:
         )  # fmt: skip
         ports = [port for port in service["spec"]["ports"] if str(port["port"]) == number] if service else []
         if not service or not ports:
-            yield f"infra/connections.yaml: there is no Service {one['to']}"
+            yield f"infra/connections.yaml: Service {one['to']} does not exist"
             continue
         for source in one["from"]:
             pods = _sources(tree, source)
             if not pods:
-                yield f"infra/connections.yaml: {one['to']}: there are no pods {source}"
+                yield f"infra/connections.yaml: {one['to']}: no pods match {source}"
             for pod in pods:
                 for to in tree.selected(namespace, service["spec"]["selector"]):
                     target = to.port(ports[0].get("targetPort", ports[0]["port"]))
-                    if _meshed(pod) and _meshed(to):  # then the one's proxy asks the other's
+                    if _meshed(pod) and _meshed(to):  # traffic goes from proxy to proxy
                         target = PROXY
                     if target is not None and (why := connects(tree, pod, to, target)):
                         yield f"infra/connections.yaml: {one['to']}: {why}"
@@ -162,23 +162,23 @@ def _sources(tree: Tree, named: str) -> list[Pod]:
 
 
 def _exports(tree: Tree) -> Iterator[str]:
-    """Exported Services have both marks, meshed pods that let the gateway in, and a name on studio."""
+    """Exported Services have both markers, meshed pods that accept Linkerd's gateway, and a name in studio."""
     namespaces = {one["metadata"]["name"] for one in tree.studio if one["kind"] == "Namespace"}
     rewrites = " ".join(str(one.get("data")) for one in tree.studio if one["kind"] == "ConfigMap")
     for where, one in tree.services:
         metadata, namespace = one["metadata"], one["metadata"]["namespace"]
         exported = (metadata.get("labels") or {}).get(EXPORTED) == "true"
         if exported != ((metadata.get("annotations") or {}).get(DOCUMENTED) == "true"):
-            yield f"{where}: has one of the two marks of an exported Service, {EXPORTED} and {DOCUMENTED}"
+            yield f"{where}: has only one of the two markers of an exported Service, {EXPORTED} and {DOCUMENTED}"
         if not exported:
             continue
         if namespace not in namespaces:
-            yield f"{where}: is exported, and infra/studio has no namespace {namespace} to mirror it to"
+            yield f"{where}: is exported, but infra/studio has no namespace {namespace} to mirror it into"
         if "svc\\.forge\\.remote" not in rewrites.replace("\\\\", "\\"):
-            yield f"{where}: is exported, and infra/studio does not rewrite its name"
+            yield f"{where}: is exported, but infra/studio does not rewrite its name"
         for pod in tree.selected(namespace, one["spec"]["selector"]):
             if not _meshed(pod):
-                yield f"{where}: is exported, and {pod.where} is not meshed ({INJECT}: enabled)"
-            gateway = Pod("the gateway of the mesh", GATEWAY, {"app": "linkerd-gateway"}, {}, {}, "Pod")
+                yield f"{where}: is exported, but {pod.where} is not meshed ({INJECT}: enabled)"
+            gateway = Pod("Linkerd's gateway", GATEWAY, {"app": "linkerd-gateway"}, {}, {}, "Pod")
             if why := connects(tree, gateway, pod, PROXY):
                 yield f"{where}: {why}"

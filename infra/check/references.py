@@ -1,4 +1,4 @@
-"""What one object says of another is true: names, ports, labels, keys, versions, and who may connect to whom."""
+"""References between objects resolve: names, ports, labels, keys and versions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from forge.serving.kubernetes_target import CALLS
 from infra.check.tree import BUILTIN, WORKLOADS, Object, Pod, Tree, at, key, matches, name_of
 
-LOCAL_STORAGE = {"local-path"}  # that k3s brings
+LOCAL_STORAGE = {"local-path"}  # built into k3s
 
 
 def check_references(tree: Tree) -> Iterator[str]:
-    """What leads nowhere."""
+    """References that do not resolve."""
     yield from _namespaces(tree)
     yield from _workloads(tree)
     yield from _services(tree)
@@ -23,44 +23,44 @@ def check_references(tree: Tree) -> Iterator[str]:
 
 
 def _namespaces(tree: Tree) -> Iterator[str]:
-    there = {one["metadata"]["name"] for _, one in tree.of("Namespace")} | BUILTIN
+    namespaces = {one["metadata"]["name"] for _, one in tree.of("Namespace")} | BUILTIN
     for where, one in tree.objects:
         namespace = one["metadata"].get("namespace")
-        if namespace is not None and namespace not in there:
+        if namespace is not None and namespace not in namespaces:
             yield f"{name_of(where, one)}: there is no namespace {namespace} in infra/apps"
     seen: dict[tuple[str, str, str], str] = {}
     for where, one in tree.objects:
         named = (str(one.get("apiVersion")), str(one.get("kind")), key(one))
         if named in seen and seen[named] != where:
-            yield f"{name_of(where, one)}: is in {seen[named]} too; each object has one place"
+            yield f"{name_of(where, one)}: is also in {seen[named]}; define each object once"
         seen[named] = where
 
 
 def _workloads(tree: Tree) -> Iterator[str]:
     classes = {one["metadata"]["name"] for _, one in tree.of("PriorityClass")}
     classes |= {"system-cluster-critical", "system-node-critical"}
-    runtimes = {name.partition("/")[2] for name in _made(tree) if name.startswith("RuntimeClass/")}
+    runtimes = {name.partition("/")[2] for name in _created(tree) if name.startswith("RuntimeClass/")}
     for where, one in tree.of("Deployment", "StatefulSet", "DaemonSet"):
         selector = one["spec"].get("selector") or {}
         labels = at(one, "spec.template.metadata.labels") or {}
         if not selector or not matches(selector, labels):
-            yield f"{where}: its selector does not find its own pods"
+            yield f"{where}: its selector does not match its own pods"
         others = [pod for pod in tree.selected(one["metadata"].get("namespace", ""), selector) if pod.where != where]
         if others:
-            yield f"{where}: its selector finds the pods of {others[0].where} too"
+            yield f"{where}: its selector also matches the pods of {others[0].where}"
     for pod in tree.pods:
         if (name := pod.spec.get("priorityClassName")) and name not in classes:
             yield f"{pod.where}: there is no PriorityClass {name}"
         if (name := pod.spec.get("runtimeClassName")) and name not in runtimes:
-            yield f"{pod.where}: nothing makes the RuntimeClass {name}"
+            yield f"{pod.where}: nothing creates the RuntimeClass {name}"
         for container in pod.containers:
             for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                wanted = at(container, f"{probe}.httpGet.port") or at(container, f"{probe}.tcpSocket.port")
-                if wanted is not None and pod.port(wanted) is None:
-                    yield f"{pod.where}: the {probe} of {container['name']} asks port {wanted}, which it does not have"
+                port = at(container, f"{probe}.httpGet.port") or at(container, f"{probe}.tcpSocket.port")
+                if port is not None and pod.port(port) is None:
+                    yield f"{pod.where}: the {probe} of {container['name']} uses port {port}, which it does not have"
     for where, one in tree.of("PodDisruptionBudget"):
         if not tree.selected(one["metadata"]["namespace"], one["spec"].get("selector")):
-            yield f"{where}: its selector finds no pods"
+            yield f"{where}: its selector matches no pods"
 
 
 def _services(tree: Tree) -> Iterator[str]:
@@ -70,17 +70,17 @@ def _services(tree: Tree) -> Iterator[str]:
             continue
         found = tree.selected(one["metadata"]["namespace"], spec["selector"])
         if not found:
-            yield f"{where}: its selector finds no pods"
+            yield f"{where}: its selector matches no pods"
         for port in spec.get("ports", []):
             target = port.get("targetPort", port["port"])
             for pod in found:
                 if pod.port(target) is None:
-                    yield f"{where}: port {port['port']} leads to {target}, which {pod.where} does not have"
+                    yield f"{where}: port {port['port']} targets {target}, which {pod.where} does not have"
 
 
 def _accounts(tree: Tree) -> Iterator[str]:
     accounts = {key(one) for _, one in tree.of("ServiceAccount")}
-    accounts |= {name.partition("/")[2] for name in _made(tree) if name.startswith("ServiceAccount/")}
+    accounts |= {name.partition("/")[2] for name in _created(tree) if name.startswith("ServiceAccount/")}
     accounts |= {f"{one['metadata']['name']}/default" for _, one in tree.of("Namespace")} | {"default/default"}
     roles = {f"{one['kind']}/{key(one)}" for _, one in tree.of("Role", "ClusterRole")}
     roles |= {f"ClusterRole//{name}" for name in ("view", "edit", "admin", "cluster-admin")}
@@ -105,15 +105,15 @@ def _accounts(tree: Tree) -> Iterator[str]:
         yield f"infra/apps/ml-inference/vllm: no Role grants {verb} {resource} (forge/serving/kubernetes_target.py)"
 
 
-def _made(tree: Tree) -> set[str]:
-    """What charts, controllers and k3s make that manifests speak of: `Kind/namespace/name`, or `Kind/name`."""
+def _created(tree: Tree) -> set[str]:
+    """Objects of charts, controllers and k3s that manifests refer to: `Kind/namespace/name`, or `Kind/name`."""
     return {
         name for chart in tree.lists["charts"] if chart["release"] in tree.releases for name in chart.get("makes", [])
     }
 
 
 def _keys(tree: Tree) -> dict[str, set[str] | None]:
-    """The keys of each ConfigMap and Secret, as `Kind/namespace/name`; None where they are not known."""
+    """The keys of each ConfigMap and Secret, as `Kind/namespace/name`; None if they are unknown."""
     found: dict[str, set[str] | None] = {
         f"{one['kind']}/{key(one)}": {*(one.get("data") or {}), *(one.get("binaryData") or {})}
         for _, one in tree.of("ConfigMap", "Secret")
@@ -123,11 +123,11 @@ def _keys(tree: Tree) -> dict[str, set[str] | None]:
         f"Secret/{one['metadata']['namespace']}/{one['spec']['secretName']}": {"tls.crt", "tls.key", "ca.crt"}
         for _, one in tree.of("Certificate")
     }
-    return found | {name: None for name in _made(tree) if name.startswith(("ConfigMap/", "Secret/"))}
+    return found | {name: None for name in _created(tree) if name.startswith(("ConfigMap/", "Secret/"))}
 
 
-def wanted_of(spec: Object) -> Iterator[tuple[str, str, str | None, bool]]:
-    """The ConfigMaps and Secrets that a pod wants: kind, name, key (None for all), and whether it can do without."""
+def sources_of(spec: Object) -> Iterator[tuple[str, str, str | None, bool]]:
+    """The ConfigMaps and Secrets that a pod uses: kind, name, key (None for all), and whether it is optional."""
     for container in [*spec.get("initContainers", []), *spec.get("containers", [])]:
         for source in container.get("envFrom") or []:
             for field, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
@@ -152,20 +152,20 @@ def _volumes_and_variables(tree: Tree) -> Iterator[str]:
     claims = {key(one) for _, one in tree.of("PersistentVolumeClaim")}
     storage = {one["metadata"]["name"] for _, one in tree.of("StorageClass")} | LOCAL_STORAGE
     for pod in tree.pods:
-        for kind, name, wanted, optional in wanted_of(pod.spec):
+        for kind, name, item, optional in sources_of(pod.spec):
             named = f"{kind}/{pod.namespace}/{name}"
             used.add(named)
             if named not in keys:
                 if not optional:
                     yield f"{pod.where}: there is no {kind} {name} in {pod.namespace}, nor in infra/external.yaml"
-            elif wanted is not None and not optional and keys[named] is not None and wanted not in (keys[named] or ()):
-                yield f"{pod.where}: {kind} {name} has no key {wanted}"
+            elif item is not None and not optional and keys[named] is not None and item not in (keys[named] or ()):
+                yield f"{pod.where}: {kind} {name} has no key {item}"
         mounts = {one["name"] for one in pod.spec.get("volumes") or []}
         mounts |= {one for one, kind in _templates_of(tree, pod)}
         for container in [*pod.spec.get("initContainers", []), *pod.containers]:
             for mount in container.get("volumeMounts") or []:
                 if mount["name"] not in mounts:
-                    yield f"{pod.where}: {container['name']} mounts {mount['name']}, which is no volume of the pod"
+                    yield f"{pod.where}: {container['name']} mounts {mount['name']}, which is not a volume of the pod"
         for volume in pod.spec.get("volumes") or []:
             if (claim := at(volume, "persistentVolumeClaim.claimName")) and f"{pod.namespace}/{claim}" not in claims:
                 yield f"{pod.where}: there is no PersistentVolumeClaim {claim} in {pod.namespace}"
@@ -180,11 +180,11 @@ def _volumes_and_variables(tree: Tree) -> Iterator[str]:
     for one in tree.lists["external"]:
         named = f"{one['kind']}/{one['namespace']}/{one['name']}"
         if named not in used and one["name"] not in text and not one.get("by"):
-            yield f"infra/external.yaml: nothing wants {named}"
+            yield f"infra/external.yaml: nothing uses {named}"
 
 
 def _templates_of(tree: Tree, pod: Pod) -> list[tuple[str, str]]:
-    """The volumes that a StatefulSet makes of its claim templates."""
+    """The volumes of a StatefulSet's claim templates."""
     return [
         (claim["metadata"]["name"], one["kind"])
         for where, one in tree.of("StatefulSet") if where == pod.where
@@ -193,10 +193,7 @@ def _templates_of(tree: Tree, pod: Pod) -> list[tuple[str, str]]:
 
 
 def scraped(tree: Tree) -> Iterator[tuple[str, str, list[Pod], int | str]]:
-    """Each endpoint that Prometheus scrapes: where it is said, the namespace, its pods, and their port.
-
-    No pods where nothing is found.
-    """
+    """Each endpoint that Prometheus scrapes: its monitor, the namespace, the pods (maybe none) and their port."""
     for where, one in tree.of("ServiceMonitor", "PodMonitor"):
         spec, home = one["spec"], one["metadata"]["namespace"]
         every = at(spec, "namespaceSelector.any")
@@ -228,7 +225,7 @@ def scraped(tree: Tree) -> Iterator[tuple[str, str, list[Pod], int | str]]:
 def _scrapes(tree: Tree) -> Iterator[str]:
     for where, namespace, pods, port in scraped(tree):
         if not pods and not any(one["where"] in where for one in tree.lists["exceptions"] if one["rule"] == "scraped"):
-            yield f"{where}: finds nothing to scrape in {namespace} (labels of the Service, or its port's name)"
+            yield f"{where}: matches nothing to scrape in {namespace}; check the Service's labels and port names"
         for pod in pods:
             if pod.port(port) is None:
                 yield f"{where}: {pod.where} has no port {port}"
@@ -255,15 +252,15 @@ def _flux(tree: Tree) -> Iterator[str]:
     for name, one in kustomizations.items():
         for other in one["spec"].get("dependsOn") or []:
             if other["name"] not in kustomizations:
-                yield f"infra/flux: Kustomization {name}: depends on {other['name']}, which is none"
+                yield f"infra/flux: Kustomization {name}: depends on {other['name']}, which does not exist"
         if name in _before(kustomizations, name):
-            yield f"infra/flux: Kustomization {name}: waits for itself"
+            yield f"infra/flux: Kustomization {name}: depends on itself"
         app = one["spec"]["path"].removeprefix("./infra/apps/")
         namespace = app.partition("/")[0]
         if f"{namespace}/namespace" in tree.apps and not app.endswith("/namespace"):
             home = paths.get(f"infra/apps/{namespace}/namespace")
             if home not in _before(kustomizations, name):
-                yield f"infra/flux: Kustomization {name}: does not wait for its namespace ({home})"
+                yield f"infra/flux: Kustomization {name}: does not depend on its namespace ({home})"
     sources = {(one["kind"], one["metadata"]["name"]) for _, one in tree.objects if one["kind"].endswith("Repository")}
     for name, release in tree.releases.items():
         source = at(release, "spec.chart.spec.sourceRef") or at(release, "spec.chartRef") or {}
@@ -272,7 +269,7 @@ def _flux(tree: Tree) -> Iterator[str]:
 
 
 def _before(kustomizations: dict[str, Object], name: str) -> set[str]:
-    """All that a Kustomization waits for."""
+    """Everything that a Kustomization depends on, directly or not."""
     found: set[str] = set()
     ahead = [one["name"] for one in kustomizations[name]["spec"].get("dependsOn") or []]
     while ahead:
@@ -284,14 +281,14 @@ def _before(kustomizations: dict[str, Object], name: str) -> set[str]:
 
 
 def _versions(tree: Tree) -> Iterator[str]:
-    """Charts and images are those of the table, and the table has no others."""
+    """Charts and images are exactly those of infra/versions.yaml."""
     table: list[Any] = tree.lists["versions"]
     charts = {one["release"]: str(one["version"]) for one in table if "release" in one}
     tags = {(one["metadata"]["name"]): str(at(one, "spec.ref.tag")) for _, one in tree.of("OCIRepository")}
     for name, release in tree.releases.items():
         version = at(release, "spec.chart.spec.version") or tags.get(at(release, "spec.chartRef.name") or "")
         if charts.get(name) != version:
-            yield f"HelmRelease {name}: version {version}, and infra/versions.yaml has {charts.get(name)}"
+            yield f"HelmRelease {name}: version {version}, but infra/versions.yaml has {charts.get(name)}"
     for name in sorted(charts.keys() - tree.releases.keys()):
         yield f"infra/versions.yaml: there is no HelmRelease {name}"
     for one in table:

@@ -1,7 +1,7 @@
-"""`python -m infra.check.render FOLDER`: what charts really make, by Helm, held against infra/charts.yaml.
+"""`python -m infra.check.render FOLDER`: render the charts with Helm, and compare them with infra/charts.yaml.
 
-For when a chart's version is raised. FOLDER holds clones of the repositories, as infra/check/vendor.py wants them. What
-operators make of custom resources, and the mesh puts into pods (`made_by` in the list), no chart shows.
+Run it after upgrading a chart. FOLDER holds clones of the repositories, as for infra/check/vendor.py. Pods that
+operators create from custom resources, and what Linkerd injects (`made_by` in the list), are not in any chart.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from typing import Any
 
 import yaml
 
-from infra.check.schemas import KUBERNETES, SCHEMAS, invalid
+from infra.check.schemas import KUBERNETES, NO_SCHEMA, SCHEMAS, invalid
 from infra.check.tree import WORKLOADS, Object, Tree, at, load, name_of, read_tree
 from infra.check.vendor import clone_of
 
 LEVEL = "pod-security.kubernetes.io/enforce"
-PARTIALS = "charts/partials"  # a chart of Linkerd's that its others are made with
+PARTIALS = "charts/partials"  # Linkerd's library chart, used by its other charts
 
 
 def main() -> int:
-    """Say where the two differ, a line each."""
+    """Print each difference on a line."""
     parser = argparse.ArgumentParser(prog="python -m infra.check.render", description=__doc__)
     parser.add_argument("folder", type=Path, help="clones, as OWNER+NAME")
     clones = parser.parse_args().folder
@@ -44,15 +44,15 @@ def main() -> int:
 
 
 def render(tree: Tree, chart: Object, clones: Path, folder: Path) -> list[Object]:
-    """The objects that a release's chart makes of its values; subcharts that are not vendored are left out."""
+    """The objects that a release's chart renders from its values; subcharts that are not vendored are left out."""
     sources = {one["file"]: one for one in yaml.safe_load((SCHEMAS / "sources.yaml").read_text())["sources"]}
     source = sources[f"charts/{chart['schema']}.yaml"]
     place = check_out(source, str(Path(source["path"]).parent), clones, folder)
     about = yaml.safe_load((place / "Chart.yaml").read_text())
-    wanted = {one["name"] for one in about.pop("dependencies", [])}
+    dependencies = {one["name"] for one in about.pop("dependencies", [])}
     if (place / "requirements.yaml").is_file():
-        wanted |= {one["name"] for one in load((place / "requirements.yaml").read_text())[0]["dependencies"]}
-    for name in wanted & {*(chart.get("subcharts") or {}), "partials"}:
+        dependencies |= {one["name"] for one in load((place / "requirements.yaml").read_text())[0]["dependencies"]}
+    for name in dependencies & {*(chart.get("subcharts") or {}), "partials"}:
         of = sources[f"charts/{chart['subcharts'][name]}.yaml"] if name in (chart.get("subcharts") or {}) else source
         path = PARTIALS if name == "partials" else str(Path(of["path"]).parent)
         shutil.copytree(check_out(of, path, clones, folder / name), place / "charts" / name, dirs_exist_ok=True)
@@ -65,12 +65,12 @@ def render(tree: Tree, chart: Object, clones: Path, folder: Path) -> list[Object
     command += ["--kube-version", f"{KUBERNETES}.0", "--api-versions", "monitoring.coreos.com/v1", "--skip-crds"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{chart['release']}: Helm refuses it: {done.stderr.strip()}")
+        raise SystemExit(f"{chart['release']}: Helm rejects it: {done.stderr.strip()}")
     return [one for one in load(done.stdout) if one]
 
 
 def check_out(source: dict[str, Any], path: str, clones: Path, folder: Path) -> Path:
-    """A folder of a repository at a source's ref."""
+    """Extract a folder of a repository at a source's ref."""
     folder.mkdir(parents=True)
     archive = ["git", "-C", str(clone_of(source, clones)), "archive", source["ref"], path]
     files = subprocess.run(archive, capture_output=True, check=True).stdout
@@ -79,7 +79,7 @@ def check_out(source: dict[str, Any], path: str, clones: Path, folder: Path) -> 
 
 
 def cut(place: Path) -> None:
-    """A chart without dependencies to fetch, and with a version that Helm takes: some get theirs at their release."""
+    """Remove a chart's dependencies, and give it a valid version: some charts only get theirs when released."""
     about = yaml.safe_load((place / "Chart.yaml").read_text())
     about |= {"version": "0.0.0", "dependencies": []}
     (place / "Chart.yaml").write_text(yaml.safe_dump(about))
@@ -88,10 +88,10 @@ def cut(place: Path) -> None:
 
 
 def differences(tree: Tree, release: str, objects: list[Object]) -> Iterator[str]:
-    """What an API server would not take, and what infra/charts.yaml says otherwise."""
+    """What an API server would reject, and what differs from infra/charts.yaml."""
     for one in objects:
         for finding in invalid(json.dumps(one, sort_keys=True, default=str)):
-            if not finding.startswith("nothing is known of"):
+            if not finding.startswith(NO_SCHEMA):
                 yield f"{name_of(release, one)}: {finding}"
     templates = {}
     for one in objects:
@@ -103,13 +103,13 @@ def differences(tree: Tree, release: str, objects: list[Object]) -> Iterator[str
     for name, template in templates.items():
         if levels.get(namespace) == "restricted":
             yield from (f"{name}: {finding}" for finding in refused(template["spec"]))
-    said: Object = next((chart for chart in tree.lists["charts"] if chart["release"] == release), {})
-    for pod in said.get("pods", []):
+    listed: Object = next((chart for chart in tree.lists["charts"] if chart["release"] == release), {})
+    for pod in listed.get("pods", []):
         if "made_by" in pod:
             continue
         hits = [one for one in templates.values() if pod["labels"].items() <= one["metadata"].get("labels", {}).items()]
         if not hits:
-            yield f"{pod['name']}: no pods have the labels {pod['labels']}"
+            yield f"{pod['name']}: no pod template has the labels {pod['labels']}"
         for one in hits:
             ports = [port for container in one["spec"]["containers"] for port in container.get("ports", [])]
             has = {port.get("name", str(port["containerPort"])): port["containerPort"] for port in ports}
@@ -118,18 +118,18 @@ def differences(tree: Tree, release: str, objects: list[Object]) -> Iterator[str
 
 
 def refused(spec: Object) -> Iterator[str]:
-    """Why the level `restricted` of Pod Security does not admit a pod."""
+    """Why Pod Security's level `restricted` rejects a pod."""
     above = spec.get("securityContext") or {}
     for one in [*spec.get("initContainers", []), *spec["containers"]]:
         own = one.get("securityContext") or {}
         if own.get("allowPrivilegeEscalation") is not False:
             yield f"{one['name']}: allowPrivilegeEscalation is not false"
         if at(own, "capabilities.drop") != ["ALL"]:
-            yield f"{one['name']}: capabilities does not drop ALL"
+            yield f"{one['name']}: capabilities do not drop ALL"
         if not own.get("runAsNonRoot", above.get("runAsNonRoot")):
             yield f"{one['name']}: runAsNonRoot is not true"
         if not (own.get("seccompProfile") or above.get("seccompProfile")):
-            yield f"{one['name']}: there is no seccompProfile"
+            yield f"{one['name']}: seccompProfile is not set"
 
 
 if __name__ == "__main__":

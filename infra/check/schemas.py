@@ -1,4 +1,4 @@
-"""Every object is one that its API would take: Kubernetes' own schemas, those of custom resources, charts' values."""
+"""Every object is valid by its schema: Kubernetes' own, those of custom resources, and charts' values."""
 
 import functools
 import json
@@ -11,11 +11,12 @@ import kubernetes_validate
 
 from infra.check.tree import Object, Tree, key, load, name_of
 
-KUBERNETES = "1.34"  # that k3s runs
+KUBERNETES = "1.34"  # the version of k3s
+NO_SCHEMA = "there is no schema for"
 SCHEMAS = Path(__file__).parent.parent / "schemas"
-CORE = ("", ".k8s.io")  # ends of the API groups that are Kubernetes' own, but for those of projects beside it
+CORE = ("", ".k8s.io")  # suffixes of Kubernetes' own API groups, except for CUSTOM
 CUSTOM = ("gateway.networking.k8s.io", "x-k8s.io")
-# Mappings whose keys are the user's own, wherever they are among a chart's values.
+# Mappings in charts' values whose keys the user chooses.
 FREE = {
     "annotations", "labels", "nodeSelector", "podAnnotations", "podLabels", "matchLabels", "extraFiles", "config",
     "inline", "data", "env", "extraEnv", "extraConfig", "resources", "limits", "requests", "securityContext",
@@ -25,7 +26,7 @@ FREE = {
 
 
 def check_schemas(tree: Tree) -> Iterator[str]:
-    """What is not valid, of the forge cluster and of studio."""
+    """What is invalid in the forge cluster's and studio's objects."""
     for where, one in [*tree.objects, *(("infra/studio", one) for one in tree.studio)]:
         for finding in invalid(json.dumps(one, sort_keys=True, default=str)):
             yield f"{name_of(where, one)}: {finding}"
@@ -36,7 +37,7 @@ def check_schemas(tree: Tree) -> Iterator[str]:
 
 @functools.cache
 def invalid(text: str) -> tuple[str, ...]:
-    """What is wrong with an object, by its JSON."""
+    """What is wrong with an object, given as JSON."""
     one = json.loads(text)
     version, kind = str(one.get("apiVersion")), str(one.get("kind"))
     group = version.rpartition("/")[0]
@@ -50,8 +51,8 @@ def invalid(text: str) -> tuple[str, ...]:
         kubernetes_validate.validate(one, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
         return (f"{_path(error)}: {error.message}",)
-    except Exception as error:  # whatever it raises where it has no schema
-        return (f"nothing is known of {version} {kind} ({error}); put its schema into infra/schemas/crds",)
+    except Exception as error:  # it raises various errors if it has no schema
+        return (f"{NO_SCHEMA} {version} {kind} ({error}); add it to infra/schemas/crds",)
     return ()
 
 
@@ -62,13 +63,13 @@ def _path(error: Any) -> str:
 @functools.cache
 def _schema(file: Path) -> jsonschema.Draft202012Validator:
     schema = json.loads(file.read_text())
-    whole: Object = {name: {} for name in ("apiVersion", "kind", "metadata")}  # some leave out what every object has
+    whole: Object = {name: {} for name in ("apiVersion", "kind", "metadata")}  # some schemas leave these out
     schema["properties"] = {**whole, **schema["properties"]}
     return jsonschema.Draft202012Validator(_strict(schema))
 
 
 def _strict(schema: Any) -> Any:
-    """An OpenAPI schema as JSON Schema has it, that refuses fields which an API server would drop without a word."""
+    """Convert an OpenAPI schema to JSON Schema that rejects the fields which an API server would silently drop."""
     if isinstance(schema, list):
         return [_strict(one) for one in schema]
     if not isinstance(schema, dict):
@@ -96,14 +97,14 @@ def _templates(one: Object) -> Iterator[str]:
 
 
 def _values(tree: Tree, release: Object) -> Iterator[str]:
-    """What of a release's values its chart does not know."""
+    """Values of a release that its chart does not have."""
     chart = next((one for one in tree.lists["versions"] if one.get("release") == key(release)), None)
     if chart is None:
-        return  # said by references.py
+        return  # reported by references.py
     values = release["spec"].get("values") or {}
     file = SCHEMAS / "charts" / f"{chart['schema']}.yaml"
     if not file.is_file():
-        yield f"infra/schemas/charts/{chart['schema']}.yaml is missing: the chart's own values"
+        yield f"infra/schemas/charts/{chart['schema']}.yaml is missing: the chart's default values"
         return
     defaults = load(file.read_text())[0]
     for part, subchart in (chart.get("subcharts") or {}).items():
@@ -119,16 +120,16 @@ def _values(tree: Tree, release: Object) -> Iterator[str]:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """Values as Helm merges them: mappings key by key, all else replaced."""
+    """Merge values as Helm does: mappings key by key, everything else replaced."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return {**below, **{name: merge(below.get(name), value) for name, value in above.items()}}
 
 
 def _unknown(values: Object, defaults: Object, path: str, also: set[str]) -> Iterator[str]:
-    """Keys that a chart's own values do not have, and values of another kind than theirs.
+    """Keys that a chart's default values do not have, and values of another type than the default.
 
-    `also` are paths that its templates read, though its values do not have them.
+    `also` lists paths that its templates read although the defaults lack them.
     """
     for name, value in values.items():
         here = f"{path}.{name}" if path else name

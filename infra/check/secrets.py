@@ -1,6 +1,6 @@
-"""`python -m infra.check.secrets`: the Secrets of infra/external.yaml, to be encrypted (infra/secrets/README.md).
+"""`python -m infra.check.secrets`: print the Secrets of infra/external.yaml, to be encrypted (infra/secrets/README.md).
 
-Random values are new each time. What only a person can know says GIVE, and what.
+Random values are new each time. Values that you must supply read "GIVE: description".
 """
 
 import re
@@ -19,7 +19,7 @@ SAME = "same as "
 
 
 def make_secrets(external: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Secret objects; those that are made by something else (`by`) are left out."""
+    """Secret objects, except for those that are created in another way (`by`)."""
     listed = [one for one in external if one["kind"] == "Secret" and "by" not in one]
     values = {
         f"{one['namespace']}/{one['name']}/{key}": value_of(str(rule))
@@ -47,7 +47,7 @@ def make_secrets(external: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def value_of(rule: str) -> str:
-    """The value of a key by its rule, but for others' values within it."""
+    """The value that a key's rule gives, before references to other values are replaced."""
     if rule == "random":
         return "".join(secrets.choice(LETTERS) for _ in range(32))
     for word in ("is ", "text "):

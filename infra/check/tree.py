@@ -1,4 +1,4 @@
-"""The manifests, built as Flux builds them, and the pods and Services that they make, charts included."""
+"""The manifests, built as Flux builds them, and the pods and Services that they create, including those of charts."""
 
 import functools
 import math
@@ -12,13 +12,13 @@ import yaml
 
 Object = dict[str, Any]
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob")
-BUILTIN = {"default", "kube-system", "kube-public", "flux-system"}  # namespaces that are there before Flux
+BUILTIN = {"default", "kube-system", "kube-public", "flux-system"}  # namespaces that exist before Flux applies anything
 LISTS = ("nodes", "charts", "external", "versions", "exceptions", "connections")
 
 
 @dataclass(frozen=True)
 class Pod:
-    """Pods of one workload: `replicas` of them at most, and `surge` more while they are replaced."""
+    """Pods of one workload: at most `replicas`, and `surge` more during an update."""
 
     where: str
     namespace: str
@@ -28,31 +28,31 @@ class Pod:
     kind: str
     replicas: int = 1
     surge: int = 0
-    chart: bool = False  # made by a chart: of its spec only what its values say is known
+    chart: bool = False  # created by a chart: only what its values set is known of the spec
 
     @property
     def containers(self) -> list[Object]:
-        """Those that run at once."""
+        """The containers that run together."""
         return list(self.spec.get("containers", []))
 
     @property
     def ports(self) -> dict[str, int]:
-        """Its containers' ports by name; one without a name by its number."""
+        """The containers' ports by name, or by number if unnamed."""
         found = [port for one in self.containers for port in one.get("ports", [])]
         return {str(port.get("name", port["containerPort"])): port["containerPort"] for port in found}
 
-    def port(self, wanted: int | str) -> int | None:
-        """The number of one of its ports, by name or number; None where it has none such."""
-        if isinstance(wanted, int):
-            return wanted if wanted in self.ports.values() else None
-        return self.ports.get(wanted)
+    def port(self, name: int | str) -> int | None:
+        """The number of the port with this name or number; None if the pod has none."""
+        if isinstance(name, int):
+            return name if name in self.ports.values() else None
+        return self.ports.get(name)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """All of infra/: the objects of each app (`namespace/app`), of Flux and of studio, and the lists beside them.
+    """All of infra/: the objects of each app (`namespace/app`), of Flux and of studio, and the lists next to them.
 
-    `problems` says what could not be read.
+    `problems` lists what could not be read.
     """
 
     root: Path
@@ -64,12 +64,12 @@ class Tree:
 
     @functools.cached_property
     def objects(self) -> list[tuple[str, Object]]:
-        """Each object of the forge cluster, with where it is."""
+        """Each object of the forge cluster, with its folder."""
         apps = [(f"infra/apps/{app}", one) for app, objects in self.apps.items() for one in objects]
         return [*apps, *(("infra/flux", one) for one in self.flux)]
 
     def of(self, *kinds: str) -> Iterator[tuple[str, Object]]:
-        """The objects of some kinds, each with where it is in words."""
+        """The objects of these kinds, each with its folder, kind and name as text."""
         return ((name_of(where, one), one) for where, one in self.objects if one.get("kind") in kinds)
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Tree:
 
     @functools.cached_property
     def pods(self) -> list[Pod]:
-        """All pods: of plain manifests, and of charts as lists of infra/charts.yaml say."""
+        """All pods: those of plain manifests, and those of charts by infra/charts.yaml."""
         plain = [pod for where, one in self.of(*WORKLOADS, "PyTorchJob") for pod in _pods(where, one)]
         return [*plain, *(pod for pod in self._of_charts())]
 
@@ -110,7 +110,7 @@ class Tree:
 
     @functools.cached_property
     def services(self) -> list[tuple[str, Object]]:
-        """All Services: plain ones, and those of charts."""
+        """All Services, including those of charts."""
         made = [
             (
                 f"infra/charts.yaml: {chart['release']}: Service {one['name']}",
@@ -135,24 +135,24 @@ class Tree:
         return [*self.of("Service"), *made]
 
     def selected(self, namespace: str, selector: Object | None) -> list[Pod]:
-        """The pods of a namespace that a selector finds; an empty one finds all of them."""
+        """The pods in a namespace that a selector matches; an empty selector matches all."""
         return [pod for pod in self.pods if pod.namespace == namespace and matches(selector or {}, pod.labels)]
 
 
 def read_lists(root: Path, problems: list[str]) -> dict[str, Any]:
-    """The lists beside the manifests; one that cannot be read is empty, and said among the problems."""
+    """The lists next to the manifests; one that cannot be read is empty, and is added to the problems."""
     found: dict[str, Any] = {}
     for name in LISTS:
         try:
             found[name] = load((root / f"{name}.yaml").read_text())[0][name]
         except (OSError, yaml.YAMLError, IndexError, KeyError, TypeError) as error:
             found[name] = []
-            problems.append(f"infra/{name}.yaml: not a list under `{name}` ({_line(error)})")
+            problems.append(f"infra/{name}.yaml: has no list `{name}` ({_line(error)})")
     return found
 
 
 def read_tree(root: Path) -> Tree:
-    """Build everything under a directory that is laid out as infra/ is."""
+    """Build everything in a directory with the layout of infra/."""
     tree = Tree(root)
     tree.lists.update(read_lists(root, tree.problems))
     for folder in sorted(path.parent for path in root.glob("apps/*/*/kustomization.yaml")):
@@ -168,7 +168,7 @@ def _read(folder: Path, root: Path, problems: list[str]) -> list[Object]:
         files = {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
         named = str(load(files["kustomization.yaml"]))
         problems.extend(
-            f"{where}: {file} is not in kustomization.yaml; name it there, or remove it"
+            f"{where}: {file} is not in kustomization.yaml; list or remove it"
             for file in files
             if file.endswith((".yaml", ".json")) and file != "kustomization.yaml" and file not in named
         )
@@ -179,11 +179,11 @@ def _read(folder: Path, root: Path, problems: list[str]) -> list[Object]:
     return [one for one in objects if one]
 
 
-_built: dict[tuple[tuple[str, str], ...], str] = {}  # by the files of a folder: what was not changed is built once
+_built: dict[tuple[tuple[str, str], ...], str] = {}  # by a folder's files: unchanged folders are built once
 
 
 def _build(folder: Path, files: dict[str, str]) -> str:
-    """What kubectl makes of a folder; RuntimeError where it cannot."""
+    """Build a folder with kubectl; raises RuntimeError if it fails."""
     contents = tuple(files.items())
     if contents not in _built:
         done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
@@ -210,7 +210,7 @@ def _pods(where: str, one: Object) -> Iterator[Pod]:
     if kind in ("Deployment", "StatefulSet"):
         replicas = spec.get("replicas", 1)
     if kind == "Deployment" and (spec.get("strategy") or {}).get("type") != "Recreate":
-        surge = math.ceil(replicas / 4)  # maxSurge is 25 % unless it is said
+        surge = math.ceil(replicas / 4)  # maxSurge is 25 % by default
     yield _pod(where, one, spec.get("template") or {}, kind, replicas, surge)
 
 
@@ -222,7 +222,7 @@ def _pod(where: str, one: Object, template: Object, kind: str, replicas: int, su
 
 
 def resources_of(found: Object | None) -> Object:
-    """A container's resources, also where a chart has them as Linkerd's do: cpu.request, memory.limit."""
+    """A container's resources; also converts the form of Linkerd's charts: cpu.request, memory.limit."""
     if not found or not isinstance(found.get("cpu", found.get("memory")), dict):
         return found or {}
     return {
@@ -232,12 +232,12 @@ def resources_of(found: Object | None) -> Object:
 
 
 def load(text: str) -> list[Any]:
-    """The documents of a YAML text, by the fast parser."""
+    """The documents of a YAML text, read with libyaml."""
     return list(yaml.load_all(text, yaml.CSafeLoader))
 
 
 def name_of(where: str, one: Object) -> str:
-    """An object in words: the folder, its kind and its name."""
+    """An object as text: its folder, kind and name."""
     return f"{where}: {one.get('kind')} {(one.get('metadata') or {}).get('name')}"
 
 
@@ -247,7 +247,7 @@ def key(one: Object) -> str:
 
 
 def at(values: Any, path: str) -> Any:
-    """What is at a path with dots in nested mappings; a part of digits is an index; None where there is nothing."""
+    """The value at a dotted path in nested mappings; digits are a list index. None if it does not exist."""
     for part in path.split(".") if path else []:
         if isinstance(values, list) and part.isdecimal() and int(part) < len(values):
             values = values[int(part)]
@@ -259,11 +259,11 @@ def at(values: Any, path: str) -> Any:
 
 
 def matches(selector: Object, labels: dict[str, str]) -> bool:
-    """Whether a label selector (matchLabels and matchExpressions, or labels alone) finds these labels."""
+    """Whether a label selector (matchLabels and matchExpressions, or plain labels) matches these labels."""
     if not selector.keys() <= {"matchLabels", "matchExpressions"}:
         return selector.items() <= labels.items()
-    wanted = selector.get("matchLabels") or {}
-    return wanted.items() <= labels.items() and all(
+    exact = selector.get("matchLabels") or {}
+    return exact.items() <= labels.items() and all(
         {
             "In": labels.get(one["key"]) in (one.get("values") or []),
             "NotIn": labels.get(one["key"]) not in (one.get("values") or []),

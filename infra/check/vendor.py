@@ -1,7 +1,7 @@
-"""Fetch the schemas again that infra/schemas/sources.yaml lists: `python -m infra.check.vendor FOLDER`.
+"""Update the schemas that infra/schemas/sources.yaml lists: `python -m infra.check.vendor FOLDER`.
 
-FOLDER holds clones of the repositories, as OWNER+NAME or OWNER+NAME/repo. Descriptions are left out: they are most of a
-schema, and nothing is checked by them.
+FOLDER holds clones of the repositories, as OWNER+NAME or OWNER+NAME/repo. Descriptions are left out: they
+make up most of a schema, and no check uses them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from infra.check.schemas import SCHEMAS
 
 
 def main() -> None:
-    """Write each file of the list anew."""
+    """Rewrite each file of the list."""
     parser = argparse.ArgumentParser(prog="python -m infra.check.vendor", description=__doc__)
     parser.add_argument("folder", type=Path, help="clones, as OWNER+NAME")
     clones = parser.parse_args().folder
@@ -36,9 +36,9 @@ def clone_of(one: dict[str, Any], folder: Path) -> Path:
 
 
 def convert(one: dict[str, Any], text: str) -> str:
-    """What is kept of a source: a version of a custom resource's schema, a chart's values, or their schema."""
+    """The part of a source that is kept: one version of a CRD's schema, a chart's values, or their schema."""
     lines = text if one["file"].startswith("charts") else "\n".join(
-        line for line in text.splitlines() if "{{" not in line  # of Helm, around a custom resource
+        line for line in text.splitlines() if "{{" not in line  # Helm's conditions around a CRD
     )  # fmt: skip
     read = json.loads(text) if one["path"].endswith(".json") else list(yaml.safe_load_all(lines))
     if one["file"].startswith("crds"):
@@ -52,7 +52,7 @@ def convert(one: dict[str, Any], text: str) -> str:
 
 
 def plain(schema: Any) -> Any:
-    """A schema without what is only to be read; a pod's template within one is checked by itself."""
+    """A schema without descriptions; pod templates within it are left open, since they are checked separately."""
     if isinstance(schema, list):
         return [plain(one) for one in schema]
     if not isinstance(schema, dict):

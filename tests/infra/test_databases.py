@@ -1,4 +1,4 @@
-"""The databases' set-up and their dumps, run on a real Postgres as the manifests have them."""
+"""The manifests' scripts that create and dump the databases, run on a real Postgres."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ PASSWORDS = {"flyte": 'of-flyte\'s "own"', "mlflow": "of$mlflow"}
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A server's environment for Postgres' tools, with the passwords beside."""
+    """The environment for Postgres' client tools, with the password files next to it."""
     for name, password in PASSWORDS.items():
         (tmp_path / f"{name}-password").write_text(password)
     (tmp_path / "backup").mkdir()
@@ -29,29 +29,29 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
         }  # fmt: skip
 
 
-def ask(server: dict[str, str], user: str, database: str, query: str) -> str:
-    """What psql says, its errors included."""
-    command = ["psql", "-U", user, "-d", database, "-Atc", query]
+def query(server: dict[str, str], user: str, database: str, sql: str) -> str:
+    """psql's output, including errors."""
+    command = ["psql", "-U", user, "-d", database, "-Atc", sql]
     done = subprocess.run(command, env=server, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip()
 
 
 def run(script: str, server: dict[str, str], home: Path) -> None:
-    """Run what a container runs, with this machine's places for the container's."""
+    """Run a container's script, with the container's paths replaced by local ones."""
     here = script.replace("/passwords", str(home)).replace("/backup/", f"{home}/backup/")
     here = here.replace("find /backup ", f"find {home}/backup ").replace("-h postgres ", "")
     subprocess.run(["bash", "-euc", here], env=server, check=True)
 
 
-def test_each_user_has_its_own_database_and_what_was_dumped_can_be_had_back(
+def test_each_user_owns_its_database_and_dumps_can_be_restored(
     tree: Tree, server: dict[str, str], tmp_path: Path
 ) -> None:
     scripts = {one["metadata"]["name"]: one for _, one in tree.of("ConfigMap", "CronJob")}
     run(scripts["postgres-init"]["data"]["databases.sh"], server, tmp_path)
     for name in PASSWORDS:
-        assert ask(server, name, name, "CREATE TABLE mine AS SELECT 42 AS n") == "SELECT 1"
-    assert "permission denied for database" in ask(server, "mlflow", "flyte", "SELECT 1")
-    stored = ask(server, "forge", "postgres", "SELECT rolpassword FROM pg_authid WHERE rolname = 'flyte'")
+        assert query(server, name, name, "CREATE TABLE mine AS SELECT 42 AS n") == "SELECT 1"
+    assert "permission denied for database" in query(server, "mlflow", "flyte", "SELECT 1")
+    stored = query(server, "forge", "postgres", "SELECT rolpassword FROM pg_authid WHERE rolname = 'flyte'")
     assert stored.startswith("SCRAM-SHA-256$")
 
     old = tmp_path / "backup" / "flyte-2020-01-01.dump"
@@ -62,7 +62,7 @@ def test_each_user_has_its_own_database_and_what_was_dumped_can_be_had_back(
     dumps = sorted((tmp_path / "backup").iterdir())
     assert [path.name.partition("-20")[0] for path in dumps] == ["flyte", "mlflow"]
     assert not old.exists()
-    ask(server, "flyte", "flyte", "DROP TABLE mine")
-    back = ["pg_restore", "--clean", "--if-exists", "-U", "flyte", "-d", "flyte", str(dumps[0])]
-    subprocess.run(back, env=server, check=True)
-    assert ask(server, "flyte", "flyte", "SELECT n FROM mine") == "42"
+    query(server, "flyte", "flyte", "DROP TABLE mine")
+    restore = ["pg_restore", "--clean", "--if-exists", "-U", "flyte", "-d", "flyte", str(dumps[0])]
+    subprocess.run(restore, env=server, check=True)
+    assert query(server, "flyte", "flyte", "SELECT n FROM mine") == "42"

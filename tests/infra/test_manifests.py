@@ -1,4 +1,4 @@
-"""The manifests are what an API server takes, fit one another and the code, and grant what the code asks, exactly."""
+"""vLLM's manifests are valid, agree with each other and the code, and grant exactly the API calls that it makes."""
 
 import tomllib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ Request = tuple[str, str, str]  # verb, resource, name ("": any)
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """A cluster that notes what it is asked."""
+    """A cluster that records its requests."""
     with fake_place(tmp_path, monkeypatch) as one:
         yield one
 
@@ -74,7 +74,7 @@ def test_services_and_policies_select_the_pods_of_their_name(name: str) -> None:
     assert set(probes) <= set(ports)
 
 
-def test_vllm_is_started_as_the_code_expects() -> None:
+def test_vllm_starts_as_the_code_expects() -> None:
     spec = manifest("Deployment", "vllm")["spec"]
     vllm = spec["template"]["spec"]["containers"][0]
     variables = {one["name"]: one["value"] for one in vllm["env"]}
@@ -102,13 +102,13 @@ def test_images_are_pinned_to_this_version() -> None:
     assert images == {f"forge-pipeline:{version}", "vllm/vllm-openai:v0.32.0"}
 
 
-def test_the_reconciler_is_told_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconciler_gets_valid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in manifest("ConfigMap", "forge-settings")["data"].items():
         monkeypatch.setenv(name, value)
     for one in reconciler()["env"]:
         if one["name"].startswith("FORGE_"):
             monkeypatch.setenv(one["name"], one.get("value", "from a Secret"))
-    settings = load_settings()  # raises for one that is unknown
+    settings = load_settings()  # raises for an unknown setting
     assert settings.serving_target == "kubernetes"
     assert settings.serving_namespace == NAMESPACE
     assert [settings.reconciler_port] == [one["containerPort"] for one in reconciler()["ports"]]
@@ -123,7 +123,7 @@ def reconciler() -> dict[str, Any]:
 
 
 def granted(role: str) -> Iterator[tuple[Request, str]]:
-    """What a Role grants, one by one, with the API group."""
+    """Each request that a Role grants, with its API group."""
     for rule in manifest("Role", role)["rules"]:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
@@ -132,16 +132,16 @@ def granted(role: str) -> Iterator[tuple[Request, str]]:
                         yield (verb, resource, name), group
 
 
-def assert_exactly(role: str, asked: set[Request]) -> None:
-    """Nothing that is asked is missing, and nothing is granted that is never asked."""
+def assert_exactly(role: str, requests: set[Request]) -> None:
+    """The Role grants exactly these requests."""
     grants = {request for request, _ in granted(role)}
-    used = {(verb, resource, name if (verb, resource, name) in grants else "") for verb, resource, name in asked}
-    assert used - grants == set(), "asked, and not granted"
-    assert grants - used == set(), "granted, and never asked"
+    used = {(verb, resource, name if (verb, resource, name) in grants else "") for verb, resource, name in requests}
+    assert used - grants == set(), "used, but not granted"
+    assert grants - used == set(), "granted, but never used"
 
 
-def test_the_reconciler_may_do_what_it_does_and_no_more(fake: Place) -> None:
-    fake.document.write(wanted(OLD), "")  # a rollout's
+def test_reconciler_has_exactly_the_permissions_it_uses(fake: Place) -> None:
+    fake.document.write(wanted(OLD), "")  # written by a rollout
     fake.fake.requests_seen.clear()
     desired, revision = fake.document.read()
     fake.document.write(desired.model_copy(update={"generation": 2}), revision)
@@ -151,20 +151,20 @@ def test_the_reconciler_may_do_what_it_does_and_no_more(fake: Place) -> None:
     assert_exactly("vllm-reconciler", set(fake.fake.requests_seen))
 
 
-def test_a_rollout_may_do_what_it_does_and_no_more(fake: Place) -> None:
+def test_rollout_has_exactly_the_permissions_it_uses(fake: Place) -> None:
     fake.document.write(wanted(OLD), "")
     fake.document.write(wanted(NEW, 2), fake.document.read()[1])
     assert_exactly("forge-rollout", set(fake.fake.requests_seen))
 
 
-def test_grants_are_of_the_groups_that_the_client_asks() -> None:
+def test_roles_use_the_api_groups_of_the_client() -> None:
     groups = {"CoreV1Api": "", "AppsV1Api": "apps"}
     for role in ("vllm-reconciler", "forge-rollout"):
         for (verb, resource, _), group in granted(role):
             assert groups[CALLS[verb, resource][0]] == group
 
 
-def test_roles_are_bound_to_who_asks() -> None:
+def test_roles_are_bound_to_the_accounts_that_use_them() -> None:
     account = manifest("Deployment", "vllm-reconciler")["spec"]["template"]["spec"]["serviceAccountName"]
     assert manifest("ServiceAccount", account)
     bound = manifest("RoleBinding", "vllm-reconciler")

@@ -1,4 +1,4 @@
-"""Rules and dashboards ask for metrics that exporters really have."""
+"""Rules and dashboards use metrics that the exporters really have."""
 
 import json
 import re
@@ -33,7 +33,7 @@ PARTS = ("_bucket", "_sum", "_count")  # of a histogram
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Each query of a rule or a dashboard, and where it is."""
+    """Each query of a rule or a dashboard, with its location."""
     for path in sorted((MONITORING / "rules").glob("*.yaml")):
         for group in yaml.safe_load(path.read_text()).get("spec", {}).get("groups", []):
             for rule in group["rules"]:
@@ -52,19 +52,19 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def names_in(query: str) -> set[str]:
-    """The metrics that a query asks for: its words that are neither labels, nor functions, nor numbers."""
+    """The metrics in a query: the words that are not labels, functions or numbers."""
     bare = re.sub(r'"[^"]*"', "", query)
     for pattern in (r"\{[^}]*\}", r"\[[^\]]*\]", r"\b(by|without|on|ignoring) \([^)]*\)"):
         bare = re.sub(pattern, " ", bare)
     return set(re.findall(r"[a-zA-Z_:][\w:]*", bare)) - FUNCTIONS
 
 
-def test_a_query_s_words_are_told_apart() -> None:
+def test_names_in_finds_only_metrics() -> None:
     query = 'histogram_quantile(0.95, sum by (le, service) (rate(vllm:ttft_bucket{service=~"up|x"}[5m]))) > up'
     assert names_in(query) == {"vllm:ttft_bucket", "up"}
 
 
-def test_every_query_asks_for_metrics_that_there_are() -> None:
+def test_every_query_uses_existing_metrics() -> None:
     known = set().union(*EXPORTERS.values())
     used = set()
     for where, query in queries():
@@ -72,11 +72,11 @@ def test_every_query_asks_for_metrics_that_there_are() -> None:
             base = next((name.removesuffix(part) for part in PARTS if name.removesuffix(part) in known), name)
             assert base in known, f"{where}: {name}"
             used.add(base)
-    assert known - used == set(), "in metrics.yaml, and not used"
+    assert known - used == set(), "in metrics.yaml, but not used"
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus")
-def test_prometheus_understands_every_query(tmp_path: Path) -> None:
+def test_prometheus_accepts_every_query(tmp_path: Path) -> None:
     rules = [
         {"record": f"query:{n}", "expr": query.replace("$__rate_interval", "5m")}
         for n, (_, query) in enumerate(queries())
@@ -87,7 +87,7 @@ def test_prometheus_understands_every_query(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_dashboards_are_whole() -> None:
+def test_dashboard_panels_do_not_overlap_and_have_units() -> None:
     for path in (MONITORING / "dashboards").glob("*.json"):
         dashboard = json.loads(path.read_text())
         places = [panel["gridPos"] for panel in dashboard["panels"]]
@@ -98,19 +98,19 @@ def test_dashboards_are_whole() -> None:
             for x in range(place["x"], place["x"] + place["w"])
             for y in range(place["y"], place["y"] + place["h"])
         ]
-        assert len(cells) == len(set(cells)), f"panels of {path.name} lie on one another"
+        assert len(cells) == len(set(cells)), f"panels of {path.name} overlap"
         assert len({panel["id"] for panel in dashboard["panels"]}) == len(places)
         assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in dashboard["panels"])
 
 
 def exposed(collector: Collector) -> set[str]:
-    """The names of a collector's metrics, as Prometheus has them."""
+    """The names of a collector's metrics in Prometheus."""
     registry = CollectorRegistry()
     registry.register(collector)
     return {f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()}
 
 
-def test_a_training_exposes_what_is_said_of_it() -> None:
+def test_training_exposes_the_listed_metrics() -> None:
     telemetry = Telemetry(
         Settings(),
         "dates",
@@ -125,7 +125,7 @@ def test_a_training_exposes_what_is_said_of_it() -> None:
     assert exposed(telemetry) == EXPORTERS["forge-training"]
 
 
-def test_a_reconciler_exposes_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconciler_exposes_the_listed_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     class Reconciler:
         actual, counts, loads, load_seconds = Actual(), Names(), 1, 1.0
 
@@ -134,7 +134,7 @@ def test_a_reconciler_exposes_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch
     assert EXPORTERS["forge-reconciler"] <= exposed(status)
 
 
-def test_vllm_has_what_is_asked_of_it() -> None:
+def test_vllm_has_the_listed_metrics() -> None:
     found = list((PROJECT / ".venv-serving").glob("lib/python*/site-packages/vllm/v1/metrics/loggers.py"))
     if not found:
         pytest.skip("the serving environment is missing: make setup")

@@ -1,4 +1,4 @@
-"""Manifests that somebody broke are caught: each mutation is one mistake, and what is said of it."""
+"""Broken manifests are caught: each mutation is one mistake, and the finding that it must cause."""
 
 import re
 import shutil
@@ -18,48 +18,48 @@ OLLAMA = "apps/ml-inference/ollama"
 
 
 class Mutation(NamedTuple):
-    """In a file, the first text is replaced by the second; then a finding matches the pattern."""
+    """Replace `old` by `new` in a file; then a finding must match the pattern `finding`."""
 
     name: str
     file: str
     old: str
     new: str
-    said: str
+    finding: str
 
 
 MUTATIONS = [
-    Mutation("a Service's port leads nowhere", f"{OLLAMA}/service.yaml", "targetPort: http", "targetPort: web",
-             "Service ollama: port 11434 leads to web"),
+    Mutation("a Service's port does not exist", f"{OLLAMA}/service.yaml", "targetPort: http", "targetPort: web",
+             "Service ollama: port 11434 targets web"),
     Mutation("a Service selects nothing", f"{OLLAMA}/service.yaml", "selector:\n    app.kubernetes.io/name: ollama",
-             "selector:\n    app: ollama", "Service ollama: its selector finds no pods"),
+             "selector:\n    app: ollama", "Service ollama: its selector matches no pods"),
     Mutation("pods without the selector's label", f"{OLLAMA}/deployment.yaml",
              "  template:\n    metadata:\n      labels:\n        app.kubernetes.io/name: ollama",
              "  template:\n    metadata:\n      labels:\n        app.kubernetes.io/name: olama",
-             "Deployment ollama: its selector does not find its own pods"),
+             "Deployment ollama: its selector does not match its own pods"),
     Mutation("a bad indent", f"{OLLAMA}/service.yaml", "  ports:", "   ports:", "ollama: does not build"),
     Mutation("an unknown field", f"{OLLAMA}/deployment.yaml", "enableServiceLinks: false",
              "enableServiceLinks: false\n      enableServiceLink: false", "Deployment ollama: .*enableServiceLink"),
-    Mutation("a field of the wrong kind", f"{OLLAMA}/deployment.yaml", "replicas: 1", "replicas: one",
+    Mutation("a field of the wrong type", f"{OLLAMA}/deployment.yaml", "replicas: 1", "replicas: one",
              "Deployment ollama: .*one"),
     Mutation("no selector", f"{VLLM}/deployment.yaml",
              "  selector:\n    matchLabels:\n      app.kubernetes.io/name: vllm\n", "", "Deployment vllm: .*selector"),
     Mutation(":latest", f"{VLLM}/deployment.yaml", "vllm/vllm-openai:v0.32.0", "vllm/vllm-openai:latest",
-             "vllm-openai:latest names no version"),
-    Mutation("another version than the table's", f"{NIGHT}/deployment.yaml", "vllm/vllm-openai:v0.32.0",
+             "vllm-openai:latest has no version tag"),
+    Mutation("a version not in the table", f"{NIGHT}/deployment.yaml", "vllm/vllm-openai:v0.32.0",
              "vllm/vllm-openai:v0.31.0", "image vllm/vllm-openai:v0.31.0 is not in infra/versions.yaml"),
     Mutation("no limit", f"{OLLAMA}/deployment.yaml", "limits: {memory: 32Gi}", "limits: {}",
              "ollama: resources.limits.memory is missing"),
     Mutation("no probe", f"{VLLM}/deployment.yaml", "readinessProbe:", "lifecycle: {}\n          startupProbe:",
              "(has no readinessProbe|does not build)"),
-    Mutation("a probe of a port that is not there", f"{VLLM}/reconciler.yaml", "{path: /healthz, port: status}",
-             "{path: /healthz, port: health}", "vllm-reconciler: the livenessProbe of reconciler asks port health"),
+    Mutation("a probe of a missing port", f"{VLLM}/reconciler.yaml", "{path: /healthz, port: status}",
+             "{path: /healthz, port: health}", "vllm-reconciler: the livenessProbe of reconciler uses port health"),
     Mutation("privileges", f"{VLLM}/reconciler.yaml",
              "securityContext:\n            allowPrivilegeEscalation: false\n            capabilities:\n"
              "              drop: [ALL]\n          livenessProbe", "livenessProbe", "allowPrivilegeEscalation is not"),
     Mutation("root", f"{OLLAMA}/deployment.yaml", "runAsNonRoot: true", "runAsNonRoot: false",
              "ollama: may run as root"),
-    Mutation("the variables of Services", f"{VLLM}/deployment.yaml", "enableServiceLinks: false",
-             "enableServiceLinks: true", "VLLM_PORT into pods"),
+    Mutation("service links", f"{VLLM}/deployment.yaml", "enableServiceLinks: false",
+             "enableServiceLinks: true", "VLLM_PORT in pods"),
     Mutation("CUDA_VISIBLE_DEVICES", f"{NIGHT}/deployment.yaml", "- {name: DO_NOT_TRACK, value: \"1\"}",
              "- {name: CUDA_VISIBLE_DEVICES, value: \"0,1\"}", "sets CUDA_VISIBLE_DEVICES"),
     Mutation("no shared memory", f"{NIGHT}/deployment.yaml", "medium: Memory\n            sizeLimit: 20Gi",
@@ -70,74 +70,74 @@ MUTATIONS = [
              "limits: {memory: 32Gi, nvidia.com/gpu: \"1\"}", "Deployment ollama: no node has room for it"),
     Mutation("more cores than a node has", f"{OLLAMA}/deployment.yaml", 'cpu: "8", memory: 16Gi',
              'cpu: "62", memory: 16Gi', "no node has room for it"),
-    Mutation("a node that there is not", f"{OLLAMA}/deployment.yaml", "role: inference", "role: inferences",
+    Mutation("a missing node", f"{OLLAMA}/deployment.yaml", "role: inference", "role: inferences",
              "Deployment ollama: no node has room for it"),
     Mutation("no toleration", f"{NIGHT}/deployment.yaml",
              "tolerations:\n        - {key: nvidia.com/gpu, operator: Equal, value: present, effect: NoSchedule}",
              "tolerations: []", "Deployment vllm-night: no node has room for it"),
-    Mutation("a surge on full nodes", f"{NIGHT}/deployment.yaml", "type: Recreate", "type: RollingUpdate",
+    Mutation("a surge pod on full nodes", f"{NIGHT}/deployment.yaml", "type: Recreate", "type: RollingUpdate",
              "Deployment vllm-night: no node has room for it"),
-    Mutation("the night reaches into the day", f"{NIGHT}/schedule.yaml", "end: 55 6 * * *", "end: 0 9 * * *",
+    Mutation("night serving overlaps the day", f"{NIGHT}/schedule.yaml", "end: 55 6 * * *", "end: 0 9 * * *",
              "ScaledObject vllm-night: runs at 7:00"),
     Mutation("another time zone", f"{NIGHT}/schedule.yaml", "America/Sao_Paulo", "Etc/UTC", "is not America/Sao_Paulo"),
-    Mutation("a schedule of nothing", f"{NIGHT}/schedule.yaml", "name: vllm-night\n  minReplicaCount",
+    Mutation("a schedule of a missing Deployment", f"{NIGHT}/schedule.yaml", "name: vllm-night\n  minReplicaCount",
              "name: vllm-nights\n  minReplicaCount", "there is no Deployment vllm-nights to scale"),
-    Mutation("one mark of export", f"{VLLM}/service.yaml", 'mirror.linkerd.io/exported: "true"', "tier: serving",
-             "Service vllm: has one of the two marks"),
+    Mutation("only one export marker", f"{VLLM}/service.yaml", 'mirror.linkerd.io/exported: "true"', "tier: serving",
+             "Service vllm: has only one of the two markers"),
     Mutation("exported, not meshed", f"{VLLM}/deployment.yaml", "linkerd.io/inject: enabled",
              "linkerd.io/inject: disabled", "is not meshed"),
-    Mutation("the gateway is shut out", f"{NIGHT}/networkpolicy.yaml", "linkerd-multicluster", "linkerd",
-             "does not let in the gateway of the mesh on port 4143"),
-    Mutation("Prometheus is shut out", f"{VLLM}/networkpolicy.yaml",
+    Mutation("the gateway is blocked", f"{NIGHT}/networkpolicy.yaml", "linkerd-multicluster", "linkerd",
+             "do not allow ingress from Linkerd's gateway on port 4143"),
+    Mutation("Prometheus is blocked", f"{VLLM}/networkpolicy.yaml",
              "values: [homelab-production, monitoring]\n      ports:\n        - port: 8001",
              "values: [homelab-production]\n      ports:\n        - port: 8001",
-             "does not let in .* on port 8001"),
-    Mutation("one proxy is shut out by another's policy", "apps/ml-platform/mlflow/networkpolicy.yaml",
-             "        - port: 4143 # both are of the mesh\n", "", "may not go out to .*minio.* on port 4143"),
-    Mutation("a policy of another port", f"{OLLAMA}/networkpolicy.yaml", "port: 4143", "port: 4142",
-             "lets in port 4142"),
-    Mutation("nothing is denied", "apps/ml-inference/namespace/network.yaml", "[Ingress, Egress]", "[Egress]",
+             "do not allow ingress from .* on port 8001"),
+    Mutation("proxy-to-proxy traffic is blocked", "apps/ml-platform/mlflow/networkpolicy.yaml",
+             "        - port: 4143 # both pods are meshed\n", "", "do not allow egress to .*minio.* on port 4143"),
+    Mutation("a policy for a wrong port", f"{OLLAMA}/networkpolicy.yaml", "port: 4143", "port: 4142",
+             "allows port 4142"),
+    Mutation("no default deny", "apps/ml-inference/namespace/network.yaml", "[Ingress, Egress]", "[Egress]",
              "no NetworkPolicy denies Ingress by default"),
-    Mutation("a ConfigMap that is not there", f"{VLLM}/reconciler.yaml", "name: forge-settings", "name: forge-setting",
+    Mutation("a missing ConfigMap", f"{VLLM}/reconciler.yaml", "name: forge-settings", "name: forge-setting",
              "there is no ConfigMap forge-setting"),
-    Mutation("a Secret's key that is not there", f"{VLLM}/reconciler.yaml", "key: s3-access-key", "key: s3-key",
+    Mutation("a missing key of a Secret", f"{VLLM}/reconciler.yaml", "key: s3-access-key", "key: s3-key",
              "Secret forge-secrets has no key s3-key"),
-    Mutation("a volume that is not there", f"{OLLAMA}/deployment.yaml", "claimName: ollama-models", "claimName: models",
+    Mutation("a missing volume", f"{OLLAMA}/deployment.yaml", "claimName: ollama-models", "claimName: models",
              "there is no PersistentVolumeClaim models"),
     Mutation("a mount of no volume", f"{VLLM}/deployment.yaml", "- name: shm\n              mountPath", "- name: dshm\n"
              "              mountPath", "vllm mounts dshm"),
-    Mutation("a right too few", f"{VLLM}/rbac.yaml", "resources: [replicasets]\n    verbs: [list]",
+    Mutation("a missing permission", f"{VLLM}/rbac.yaml", "resources: [replicasets]\n    verbs: [list]",
              "resources: [replicasets]\n    verbs: [get]", "no Role grants list replicasets"),
-    Mutation("an account that is not there", f"{VLLM}/reconciler.yaml", "serviceAccountName: vllm-reconciler",
+    Mutation("a missing account", f"{VLLM}/reconciler.yaml", "serviceAccountName: vllm-reconciler",
              "serviceAccountName: vllm", "there is no ServiceAccount vllm in ml-inference"),
-    Mutation("rights for an account that is not there", f"{VLLM}/rbac.yaml",
+    Mutation("permissions for a missing account", f"{VLLM}/rbac.yaml",
              "name: forge-rollout\n    namespace: homelab-production",
              "name: forge-rollouts\n    namespace: homelab-production",
              "there is no ServiceAccount forge-rollouts in homelab-production"),
-    Mutation("production is shut out of the reconciler", "apps/homelab-production/forge/networkpolicy.yaml",
-             "        - port: 8001\n", "        - port: 8002\n", "may not go out to .*vllm-reconciler on port 8001"),
-    Mutation("a priority that is not there", f"{VLLM}/deployment.yaml", "forge-serving", "forge-service",
+    Mutation("production cannot reach reconciler", "apps/homelab-production/forge/networkpolicy.yaml",
+             "        - port: 8001\n", "        - port: 8002\n", "not allow egress to .*vllm-reconciler on port 8001"),
+    Mutation("a missing priority class", f"{VLLM}/deployment.yaml", "forge-serving", "forge-service",
              "there is no PriorityClass forge-service"),
     Mutation("a default credential", f"{OLLAMA}/deployment.yaml", "- {name: HOME, value: /models}",
              "- {name: HOME, value: /models}\n            - {name: S3_SECRET_KEY, value: minioadmin}",
              "default credential"),
-    Mutation("a file that nobody applies", f"{OLLAMA}/kustomization.yaml", "  - volume.yaml\n", "",
+    Mutation("a file that is not applied", f"{OLLAMA}/kustomization.yaml", "  - volume.yaml\n", "",
              "volume.yaml is not in kustomization.yaml"),
-    Mutation("an API that there is not", f"{VLLM}/disruption.yaml", "policy/v1", "policy/v1beta1",
-             "nothing is known of policy/v1beta1"),
-    Mutation("a directory of the host where none may be", "apps/ml-inference/namespace/namespace.yaml",
-             "enforce: privileged", "enforce: restricted", "hostPath is refused in ml-inference"),
-    Mutation("a version that is not the table's", "versions.yaml", "v1.34.6+k3s1", "v1.35.0+k3s1",
+    Mutation("an unknown API version", f"{VLLM}/disruption.yaml", "policy/v1", "policy/v1beta1",
+             "there is no schema for policy/v1beta1"),
+    Mutation("a host path in a restricted namespace", "apps/ml-inference/namespace/namespace.yaml",
+             "enforce: privileged", "enforce: restricted", "hostPath is not allowed in ml-inference"),
+    Mutation("a tool version not in the table", "versions.yaml", "v1.34.6+k3s1", "v1.35.0+k3s1",
              "k3s/README.md does not name k3s v1.35.0"),
-    Mutation("a chart's value that there is not", "apps/keda/keda/release.yaml", "nodeSelector:", "nodeSelectors:",
+    Mutation("an unknown chart value", "apps/keda/keda/release.yaml", "nodeSelector:", "nodeSelectors:",
              "values.nodeSelectors: the chart has no such value"),
-    Mutation("a chart of another version", "apps/keda/keda/release.yaml", "version: 2.20.2", "version: 2.20.1",
+    Mutation("a wrong chart version", "apps/keda/keda/release.yaml", "version: 2.20.2", "version: 2.20.1",
              "HelmRelease keda/keda: version 2.20.1"),
-    Mutation("an order that ends in itself", "flux/kustomizations.yaml",
+    Mutation("a dependency cycle", "flux/kustomizations.yaml",
              "path: ./infra/apps/cert-manager/namespace",
-             "path: ./infra/apps/cert-manager/namespace\n  dependsOn:\n    - name: secrets", "waits for itself"),
-    Mutation("a scrape of nothing", "apps/monitoring/monitors/platform.yaml", "app.kubernetes.io/name: minio",
-             "app: minio", "ServiceMonitor minio: finds nothing to scrape"),
+             "path: ./infra/apps/cert-manager/namespace\n  dependsOn:\n    - name: secrets", "depends on itself"),
+    Mutation("a scrape without targets", "apps/monitoring/monitors/platform.yaml", "app.kubernetes.io/name: minio",
+             "app: minio", "ServiceMonitor minio: matches nothing to scrape"),
     Mutation("a name that studio does not rewrite", "studio/dns.yaml", "svc\\.forge", "svc\\.forges",
              "does not rewrite its name"),
     Mutation("a password in a chart's values", "apps/monitoring/kube-prometheus-stack/release.yaml",
@@ -145,13 +145,13 @@ MUTATIONS = [
              "(is a credential in git|has no such value)"),
     Mutation("a node without its taint", "k3s/forge-worker-3.yaml", "nvidia.com/gpu=present:NoSchedule",
              "nvidia.com/gpu=here:NoSchedule", "node-taint lacks nvidia.com/gpu=present:NoSchedule"),
-    Mutation("a node fewer", "nodes.yaml", "name: forge-worker-4\n    role: training",
+    Mutation("one training node fewer", "nodes.yaml", "name: forge-worker-4\n    role: training",
              "name: forge-worker-4\n    role: platform", "no node has room for it"),
 ]  # fmt: skip
 
 
 def caught(mutation: Mutation, folder: Path) -> list[str]:
-    """What is said of the manifests with this mistake."""
+    """The findings for the manifests with this mistake."""
     copy = shutil.copytree(INFRA, folder / "infra", ignore=shutil.ignore_patterns("schemas", "check"))
     file = copy / mutation.file
     text = file.read_text()
@@ -164,11 +164,13 @@ def test_all_are_caught(
     tree: Tree, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert list(findings(tree)) == []
-    said = {one.name: caught(one, tmp_path_factory.mktemp("mutation")) for one in MUTATIONS}
+    found = {one.name: caught(one, tmp_path_factory.mktemp("mutation")) for one in MUTATIONS}
     missed = {
-        one.name: said[one.name] for one in MUTATIONS if not any(re.search(one.said, each) for each in said[one.name])
+        one.name: found[one.name]
+        for one in MUTATIONS
+        if not any(re.search(one.finding, each) for each in found[one.name])
     }
     with capsys.disabled():
-        print(f"\nmutations of the manifests: {len(said) - len(missed)} caught / {len(said)} tried")
+        print(f"\nmutations of the manifests: {len(found) - len(missed)} caught / {len(found)} tried")
     assert missed == {}
-    assert len(said) >= 30
+    assert len(found) >= 30

@@ -1,4 +1,4 @@
-"""Alerts: each fires when it should, is silent when it should not, and has a runbook. By Prometheus' own promtool."""
+"""Each alert fires when it should, stays silent otherwise, and has a runbook. Checked with promtool."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ RULES = PROJECT / "infra" / "apps" / "monitoring" / "rules"
 RUNBOOKS = PROJECT / "docs" / "runbooks.md"
 GPU = 'gpu="0", Hostname="forge-worker-3"'
 POD = 'pod="a1-n3-0", namespace="homelab-production"'
-Series = dict[str, str]  # by name and labels, promtool's values, a minute apart
+Series = dict[str, str]  # series with labels -> values in promtool's notation, one per minute
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus"
@@ -24,7 +24,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 class Case(NamedTuple):
-    """Series with which an alert fires after so many minutes, with these labels, and others with which it does not."""
+    """Series for which an alert fires after `minutes` with these labels, and series for which it does not."""
 
     alert: str
     fires: Series
@@ -34,13 +34,13 @@ class Case(NamedTuple):
 
 
 def gpu(metric: str, values: str, **labels: str) -> Series:
-    """A series of the first GPU of a node."""
+    """A series of a node's first GPU."""
     more = "".join(f', {name}="{value}"' for name, value in labels.items())
     return {f"{metric}{{{GPU}{more}}}": values}
 
 
 def six(values: str, count: int = 6) -> Series:
-    """The utilisation of so many GPUs."""
+    """The utilization of `count` GPUs."""
     return {f'DCGM_FI_DEV_GPU_UTIL{{gpu="{n}"}}': values for n in range(count)}
 
 
@@ -55,7 +55,7 @@ def first_token(seconds: str) -> Series:
 
 
 def up(service: str, values: str) -> Series:
-    """Whether a Service of serving answers."""
+    """Whether a Service in ml-inference is up."""
     return {f'up{{namespace="ml-inference", service="{service}"}}': values}
 
 
@@ -158,7 +158,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 def expected(rule: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
-    """What promtool is to find of an alert that fires with these labels."""
+    """What promtool should report for an alert that fires with these labels."""
     fill = {
         name: re.sub(r"{{ \$labels\.(\w+) }}", lambda found: labels[found[1]], text)
         for name, text in rule["annotations"].items()
@@ -175,7 +175,7 @@ def rules_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_promtool
-def test_prometheus_takes_the_rules(rules_file: Path) -> None:
+def test_prometheus_accepts_the_rules(rules_file: Path) -> None:
     done = subprocess.run(["promtool", "check", "rules", str(rules_file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(alerts())} rules found" in done.stdout
@@ -183,7 +183,7 @@ def test_prometheus_takes_the_rules(rules_file: Path) -> None:
 
 @needs_promtool
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.alert)
-def test_fires_when_it_should_and_is_silent_when_it_should_not(case: Case, rules_file: Path, tmp_path: Path) -> None:
+def test_alert_fires_when_it_should_and_only_then(case: Case, rules_file: Path, tmp_path: Path) -> None:
     rule = alerts()[case.alert]
     tests = [
         {
@@ -209,6 +209,6 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
     assert headings - {"before anything else"} == {name.lower() for name in alerts()}
 
 
-def test_as_many_gpus_are_missed_as_there_are() -> None:
+def test_gpu_missing_alert_uses_the_number_of_gpus() -> None:
     count = sum(node.gpus.count for node in all_nodes() if node.gpus)
     assert f"< {count} or" in alerts()["GPUMissing"]["expr"]

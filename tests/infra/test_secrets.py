@@ -1,4 +1,4 @@
-"""The Secrets that an operator makes: complete, consistent, and not in git."""
+"""Generated Secrets are complete and consistent, and none is in git unencrypted."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from infra.check.tree import Tree, key, read_lists
 
 
 def by_name() -> dict[str, dict[str, str]]:
-    """What is made, by namespace/name."""
-    made = make_secrets(read_lists(PROJECT / "infra", [])["external"])
-    return {f"{one['metadata']['namespace']}/{one['metadata']['name']}": one["stringData"] for one in made}
+    """The generated Secrets by namespace/name."""
+    secrets = make_secrets(read_lists(PROJECT / "infra", [])["external"])
+    return {f"{one['metadata']['namespace']}/{one['metadata']['name']}": one["stringData"] for one in secrets}
 
 
-def test_who_shares_a_password_has_the_same() -> None:
+def test_shared_passwords_are_equal() -> None:
     made = by_name()
     users, postgres = made["data-ml/minio-users"], made["ml-platform/postgres"]
     assert len({*users.values(), *postgres.values()}) == len(users) + len(postgres)
@@ -35,20 +35,20 @@ def test_values_are_new_each_time() -> None:
     assert by_name()["data-ml/minio-users"] != by_name()["data-ml/minio-users"]
 
 
-def test_what_is_not_known_is_to_be_given() -> None:
+def test_values_that_cannot_be_generated_are_marked() -> None:
     given = {f"{name}/{key}" for name, one in by_name().items() for key, value in one.items() if value[:5] == "GIVE:"}
     assert "homelab-production/forge-secrets/hf-token" in given
     assert not any("same as" in value or "<" in value for one in by_name().values() for value in one.values())
 
 
-def test_no_secret_is_in_git_in_the_clear() -> None:
+def test_no_unencrypted_secret_is_in_git() -> None:
     for path in (PROJECT / "infra").rglob("*.yaml"):
         for one in yaml.safe_load_all(path.read_text()):
             if isinstance(one, dict) and one.get("kind") == "Secret":
                 assert "sops" in one, path
 
 
-def test_each_user_of_the_store_has_a_policy_and_a_key(tree: Tree) -> None:
+def test_each_store_user_has_a_policy_and_a_key(tree: Tree) -> None:
     found = next(one["data"] for _, one in tree.of("ConfigMap") if one["metadata"]["name"] == "minio-policies")
     policies = {name.removesuffix(".json"): json.loads(text) for name, text in found.items() if name.endswith(".json")}
     assert set(policies) == set(by_name()["data-ml/minio-users"])
@@ -62,7 +62,7 @@ def test_each_user_of_the_store_has_a_policy_and_a_key(tree: Tree) -> None:
             assert not any("*" in action or "DeleteBucket" in action for action in statement["Action"]), name
 
 
-def test_what_serves_writes_claims_on_promotions_and_tasks_change_no_rows(tree: Tree) -> None:
+def test_reconciler_writes_only_leases_and_tasks_cannot_change_data_sets(tree: Tree) -> None:
     data = {key(one): one["data"] for _, one in tree.of("ConfigMap")}
     policies = {name: json.loads(text) for name, text in data["data-ml/minio-policies"].items() if ".json" in name}
     store = data["ml-inference/forge-settings"]["FORGE_STORE"].removeprefix("s3://")
@@ -71,7 +71,7 @@ def test_what_serves_writes_claims_on_promotions_and_tasks_change_no_rows(tree: 
 
 
 def written(policy: dict[str, Any]) -> set[str]:
-    """What a policy lets its user write or remove."""
+    """The resources that a policy allows its user to write or delete."""
     return {
         one
         for statement in policy["Statement"]

@@ -66,7 +66,7 @@ def refused_by_receiver(tree: Tree, source: Pod, to: Pod, port: int) -> bool:
     """Whether the receiver's own policies refuse a pod, whatever the pod's namespace allows."""
     policies = [one for _, one in tree.of("NetworkPolicy") if one["metadata"]["namespace"] != source.namespace]
     alone = Tree(tree.root, {"ml-inference/vllm": policies}, lists=tree.lists)
-    return "does not let in" in connects(alone, source, to, port)
+    return "do not allow ingress" in connects(alone, source, to, port)
 
 
 def test_rollouts_write_where_the_reconciler_reads(settings: dict[str, Settings]) -> None:
