@@ -56,7 +56,7 @@ def test_an_adapter_is_swapped_in_after_a_drain(story: Cluster) -> None:
 def test_a_worse_model_is_refused(story: Cluster) -> None:
     refused = story.ran["refused"]
     assert refused.phase == "SUCCEEDED", refused.error
-    assert refused.value().startswith("refused")
+    assert refused.value().startswith("rejected")
     assert refused.of("announce_rejection").phase == "SUCCEEDED"
     assert "nothing was registered or rolled out; version 2 stays the champion" in refused.of("announce_rejection").log
 
