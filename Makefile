@@ -13,10 +13,10 @@ PROJECT ?= homelab
 DOMAIN ?= development
 PACKAGE ?= .forge/package.tgz
 IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(REGISTRY)/forge-trainer:$(TAG)
-# The folders that `make test-unit` runs.
 # Test files run in parallel; the tests of one file in order, since they share what the file has set up.
 PARALLEL ?= -n 3 --dist loadfile
 PARALLEL_LONG ?= -n 2 --dist loadfile
+# What `make test-unit` runs.
 UNIT ?= tests/test_house.py tests/capacity tests/cluster tests/core tests/images tests/summary
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Give the images' registry: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
 NEEDS_SETUP := { [ -x $(BIN)/forge ] || { echo "Nothing is set up yet: make run" >&2; exit 1; }; }
