@@ -61,7 +61,7 @@ def answer(model: Any, request: dict[str, Any], batch: list[tuple[int, dict[str,
     if count:
         # Samples use the engine's seed: with a seed per request, vLLM fails on a CPU if a prompt takes two steps.
         drawn = generate(model, request, batch, {"temperature": request["temperature"], "n": count})
-    likely = run(model, [(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= context])
+    likely = _generate(model, [(at, *scoring(item)) for at, item in batch if 0 < len(item["whole"]) <= context])
     for at, item in batch:
         first = greedy[at].outputs[0] if at in greedy else None
         yield {
@@ -87,10 +87,10 @@ def generate(
         return SamplingParams(**options | {"max_tokens": min(request["max_new_tokens"], context - len(prompt))})
 
     prompts = [(at, item["prompt"]) for at, item in batch if 0 < len(item["prompt"]) < context]
-    return run(model, [(at, prompt, sampling(prompt)) for at, prompt in prompts])
+    return _generate(model, [(at, prompt, sampling(prompt)) for at, prompt in prompts])
 
 
-def run(model: Any, requests: list[tuple[int, list[int], Any]]) -> dict[int, Any]:
+def _generate(model: Any, requests: list[tuple[int, list[int], Any]]) -> dict[int, Any]:
     """vLLM's outputs for prompts with their sampling parameters, by index."""
     if not requests:
         return {}
