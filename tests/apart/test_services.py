@@ -262,7 +262,7 @@ def test_a_vllm_that_ends_is_a_container_that_crashes(tmp_path: Path, monkeypatc
 def test_a_pod_that_is_deleted_is_a_process_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_of(MANIFESTS, tmp_path, "env; ls $PYTHONPATH; sleep 600") as serving:
         server, package = server_of(serving, monkeypatch), write_package(tmp_path)
-        step(server, package, lambda waits: "tasks" in serving.api.log.splitlines())
+        step(server, package, lambda waits: "forge" in serving.api.log.splitlines())
         node = serving.folder / "node" / "var" / "lib" / "forge"
         assert f"SERVED_NAMES={node}/serving/names.json" in serving.api.log, "where the reconciler writes it"
         assert serving.vllm is not None
