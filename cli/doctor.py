@@ -141,14 +141,12 @@ def check_store(settings: "Settings") -> Diagnosis:
 
 def check_mlflow(settings: "Settings") -> Diagnosis:
     """MLflow: the server answers, or the embedded registry can be opened if it exists yet."""
-    from forge.registry.mlflow_registry import TIMEOUT, tracking_uri
+    from forge.registry.mlflow_registry import configure_client, tracking_uri
 
     database = settings.home / "mlflow" / "mlflow.db"
     if not settings.mlflow_uri and not database.exists():
         return check_writable("MLflow", database, "set FORGE_HOME to a directory of your own")
-    for name, value in TIMEOUT.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    configure_client()
     from mlflow import MlflowClient
 
     uri = tracking_uri(settings)

@@ -1,15 +1,12 @@
 """`forge check-recipe`: validate a recipe without running it, and show what it resolves to."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from forge.core.errors import ForgeError
-
 if TYPE_CHECKING:
     from forge.cluster.gpus import GPU
-    from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
+    from forge.core.recipe import Recipe, TrainingRecipe
 
 
 @click.command("check-recipe")
@@ -26,21 +23,22 @@ def check_recipe(recipe: str) -> None:
 
     from forge.cluster.nodes import find_shape
     from forge.core.settings import load_settings
-    from forge.storage.recipes import load_recipe, read_recipe
+    from forge.storage.recipes import parse_recipe, read_recipe
 
     settings = load_settings()
-    loaded = load_recipe(recipe)
+    name, data = read_recipe(recipe)
+    loaded = parse_recipe(name, data)
     find_shape(loaded.training.nodes, loaded.training.nproc_per_node)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in {
-        "recipe": f"{read_recipe(recipe)[0]} is valid",
+    for topic, value in {
+        "recipe": f"{name} is valid",
         "model": f"{loaded.name}{settings.name_suffix}",
         **resolved(loaded),
         "rollout": "no, ends at a registered challenger" if loaded.serving.rollout is False else "yes, if it passes",
     }.items():
-        table.add_row(name, Text(value))
+        table.add_row(topic, Text(value))
     Console().print(table)
 
 
@@ -110,44 +108,20 @@ def memory_of(gpu: "GPU") -> int:
 def known_config(recipe: "Recipe") -> dict[str, Any] | None:
     """The config.json of the model that is trained, if this machine has it; None if it must be downloaded first."""
     from forge.capacity.model_size import architecture_config
+    from forge.core.settings import path_of
+    from forge.models.hub import cached_config, model_config, parse_config
+    from forge.registry.packages import LocalBase, is_registered
 
     if recipe.model.architecture:
         return architecture_config(recipe.model.architecture, recipe.data.max_seq_len)
-    path = local_config(recipe.model)
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ForgeError(f"cannot be read ({error})", where=path, fix="save the base model again") from None
-    if not isinstance(config, dict):
-        raise ForgeError("is no JSON object", where=path, fix="save the base model with save_pretrained")
-    return config
-
-
-def local_config(model: "ModelRecipe") -> str | None:
-    """The path of the base model's config.json: in its directory, or in the local cache of the Hugging Face Hub."""
-    from forge.core.settings import path_of
-    from forge.registry.packages import is_registered
-
-    base = model.base or ""
+    base = recipe.model.base or ""
     if is_registered(base):
         return None
     directory = path_of(base).expanduser().absolute()
     if directory.is_dir():
-        return str(directory / "config.json")
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(base, "config.json", revision=model.revision)
-    except HFValidationError:
-        where = "model.base"
-        raise ForgeError(
-            f"{base} is neither a directory here nor a model id of the Hub", where=where, fix="correct it"
-        ) from None
-    return cached if isinstance(cached, str) else None
+        return model_config(LocalBase(str(directory)))
+    path = cached_config(base, recipe.model.revision)
+    return parse_config(path.read_bytes(), base) if path else None
 
 
 def unknown(recipe: "Recipe") -> str:

@@ -39,13 +39,18 @@ def artifact_root(settings: Settings) -> str | None:
     return None if settings.mlflow_uri else (settings.home / "mlflow" / "artifacts").as_uri()
 
 
-def open_registry(settings: Settings) -> "MlflowClient":
-    """A client of the registry. Creates the embedded one if need be; raises ForgeError if it cannot be reached."""
+def configure_client() -> None:
+    """Set MLflow's timeouts, telemetry and log levels, before it is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name, value in TIMEOUT.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def open_registry(settings: Settings) -> "MlflowClient":
+    """A client of the registry. Creates the embedded one if need be; raises ForgeError if it cannot be reached."""
+    configure_client()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

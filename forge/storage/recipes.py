@@ -48,11 +48,15 @@ def read_recipe(recipe: str) -> tuple[str, bytes]:
 
 
 def load_recipe(recipe: str) -> Recipe:
-    """Read and validate a recipe, given as for `read_recipe`.
+    """Read and validate a recipe, given as for `read_recipe`; raises what that and `parse_recipe` raise."""
+    return parse_recipe(*read_recipe(recipe))
+
+
+def parse_recipe(name: str, data: bytes) -> Recipe:
+    """Validate a recipe's YAML; `name` is for messages.
 
     Raises ForgeError or Problems with the file, the line and the fix of each error.
     """
-    name, data = read_recipe(recipe)
     try:
         text = data.decode("utf-8")
         document = yaml.safe_load(text)
