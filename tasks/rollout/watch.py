@@ -83,10 +83,10 @@ class Watch:
         return Totals(self.vllm.names().versions.get(versioned, Counts()), *self.vllm.token_seconds())
 
     def _probe_for(self, period: float, versioned: str, check: Callable[[], None]) -> list[float]:
-        """Send probes for some seconds, at least one; returns their latencies."""
+        """Send probes for some seconds, at least as many as `measure` does; returns their latencies."""
         seconds: list[float] = []
         end = time.monotonic() + period
-        while not seconds or time.monotonic() < end:
+        while len(seconds) < PROBES or time.monotonic() < end:
             check()
             took, version = self._probe(len(seconds))
             if version != versioned:

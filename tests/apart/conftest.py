@@ -31,7 +31,7 @@ def recipe(**sections: Any) -> str:
         "min_json_validity": 0.0,
         "min_finished": 0.0,
     }  # a model of a few seconds answers badly
-    made["serving"] = {"replay": 8, "watch_seconds": 1, "replaces": [FIRST_SERVED]}
+    made["serving"] = {"replay": 8, "watch_seconds": 1, "max_latency_ratio": 100, "replaces": [FIRST_SERVED]}
     for name, value in sections.items():
         made[name] = {**made.get(name, {}), **value} if isinstance(value, dict) else value
     return yaml.safe_dump(made)

@@ -154,7 +154,7 @@ def test_gpus_that_were_asked_for_and_are_not_there_end_a_training(story: Cluste
     ran = flyte.run(PIPELINE, {"data_path": "", "recipe": text})
     assert ran.phase == "FAILED"
     assert ran.of("train_on_1x2").phase == "FAILED"
-    assert "this pod asked for 2, and torch sees 0" in ran.error
+    assert "this pod requested 2, and torch sees 0" in ran.error
 
 
 def test_a_whole_pipeline_takes_a_few_minutes(story: Cluster) -> None:

@@ -33,7 +33,7 @@ from forge.core.settings import load_settings
 from forge.storage import open_store
 start_logging("rollback")
 settings = load_settings()
-recipe = ServingRecipe(watch_seconds=float(sys.argv[2]), startup_timeout=180)
+recipe = ServingRecipe(watch_seconds=float(sys.argv[2]), startup_timeout=180, max_latency_ratio=100)
 roll_back("dates", sys.argv[1], recipe, settings, open_store(settings))
 """
 
