@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forge.core.errors import ForgeError
+
 if TYPE_CHECKING:
     from forge.cluster.gpus import GPU
     from forge.core.recipe import Recipe, TrainingRecipe
@@ -21,14 +23,12 @@ def check_recipe(recipe: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from forge.cluster.nodes import find_shape
     from forge.core.settings import load_settings
     from forge.storage.recipes import parse_recipe, read_recipe
 
     settings = load_settings()
     name, data = read_recipe(recipe)
     loaded = parse_recipe(name, data)
-    find_shape(loaded.training.nodes, loaded.training.nproc_per_node)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -36,6 +36,7 @@ def check_recipe(recipe: str) -> None:
         "recipe": f"{name} is valid",
         "model": f"{loaded.name}{settings.name_suffix}",
         **resolved(loaded),
+        "cluster": on_cluster(loaded.training),
         "rollout": "no, ends at a registered challenger" if loaded.serving.rollout is False else "yes, if it passes",
     }.items():
         table.add_row(topic, Text(value))
@@ -74,6 +75,17 @@ def processes(training: "TrainingRecipe") -> str:
     """The shape of training in words."""
     nodes, each = training.nodes, training.nproc_per_node
     return f"{nodes} node{'s' * (nodes > 1)} x {each} process{'es' * (each > 1)}"
+
+
+def on_cluster(training: "TrainingRecipe") -> str:
+    """Whether the cluster can run the shape of training; this machine runs any."""
+    from forge.cluster.nodes import TrainingShape, find_shape
+
+    try:
+        find_shape(training.nodes, training.nproc_per_node)
+    except ForgeError as error:
+        return f"no, {error.what}: {error.fix}"
+    return f"yes, {TrainingShape(training.nodes, training.nproc_per_node)}"
 
 
 def fits(size: Any, recipe: "Recipe") -> dict[str, str]:

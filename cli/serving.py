@@ -96,7 +96,7 @@ def state_lines(desired: "Desired", actual: "Actual | None") -> list[str]:
     lines = []
     if desired.trial is not None:
         trial = desired.trial
-        lines.append(f"rollout     {trial.of.name} version {trial.of.version}, started by {trial.owner}")
+        lines.append(f"rollout     {trial.of.name} version {trial.of.version} by {trial.owner}: {trial.state}")
     if actual is None:
         lines.append(f"generation  {desired.generation}")
         lines.append("reconciler  does not answer; start it with: forge start")

@@ -139,7 +139,7 @@ class Evaluation(Artifact):
     nll_base: float | None
     json_validity: float | None
     champion: str = ""
-    verdict: Literal["pass", "refuse", "inconclusive"]
+    verdict: Literal["passed", "rejected", "inconclusive"]
     reason: str
     report: str
 

@@ -132,7 +132,7 @@ class TrainingRecipe(Section):
         None,
         ge=1,
         description="packed rows per forward and backward pass of a process; gradients are accumulated up to the "
-        "global batch. Without it, a process takes its whole share of the global batch at once",
+        "global batch. Without it, a process takes its whole share of the global batch in one pass",
     )
     epochs: float = Field(gt=0, le=1000)
     learning_rate: float = Field(gt=0, description="peak learning rate")

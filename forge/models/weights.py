@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from forge.core.errors import ForgeError
+from forge.models.chat import load_tokenizer
 from forge.registry.packages import LocalBase
 
 SHARD = "5GB"  # maximum size of a safetensors file
@@ -53,11 +54,8 @@ def merge(base: LocalBase, adapter: Path, dtype: torch.dtype, directory: Path, t
     causal = load_causal(base, torch.float32)
     try:
         if tokenizer is None:  # saved and loaded again, as training gets it from the data set
-            original = AutoTokenizer.from_pretrained(
-                base.location, revision=base.revision or None, trust_remote_code=False
-            )
-            original.save_pretrained(directory)
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            load_tokenizer(base).save_pretrained(directory)
+            tokenizer = load_tokenizer(LocalBase(str(directory)))
         merged = PeftModel.from_pretrained(causal, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

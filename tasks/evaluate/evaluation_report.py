@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forge.core.recipe import GateRecipe
-from tasks.evaluate.gate import OUTCOMES, Verdict, metric_values
+from tasks.evaluate.gate import Verdict, metric_values
 from tasks.evaluate.items import Item
 from tasks.evaluate.score import Judged, Scores, speed_of
 from tasks.evaluate.statistics import CONFIDENCE, Interval, score_interval
@@ -93,7 +93,6 @@ def render_evaluation_report(page: Page) -> str:
         page=page,
         verdict=page.verdict,
         models=page.models,
-        outcomes=OUTCOMES,
         speed={who: speed_of(of) for who, of in page.judged.items()},
         score_plot=plot_scores(page),
         loss_plot=plot_loss(page.training["curve"]),

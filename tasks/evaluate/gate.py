@@ -1,4 +1,4 @@
-"""The gate: may a candidate become the champion? It answers pass, refuse (rejected) or inconclusive.
+"""The gate: may a candidate become the champion? It answers passed, rejected or inconclusive.
 
 The main rule tests non-inferiority: a candidate passes if it is shown to be not worse than the champion by more than a
 margin, and is rejected if it is significantly worse at all. Models are compared on the same items, with the paired
@@ -24,8 +24,7 @@ from tasks.evaluate.statistics import (
     score_interval,
 )
 
-Outcome = Literal["pass", "refuse", "inconclusive"]
-OUTCOMES: dict[Outcome, str] = {"pass": "passed", "refuse": "rejected", "inconclusive": "inconclusive"}
+Outcome = Literal["passed", "rejected", "inconclusive"]
 REFERENCES = ("champion", "base")  # the names of the rule about all items
 SIGNIFICANCE = 0.01  # chance of rejecting an equally good model; the same for all slices together
 
@@ -75,14 +74,14 @@ def decide(
     findings = _candidate_rules(candidate, recipe)
     if reference is None:
         detail = "this model is already the champion"
-        findings.append(Finding("champion", "pass", 0.0, None, None, 0.0, len(candidate.answers), detail))
+        findings.append(Finding("champion", "passed", 0.0, None, None, 0.0, len(candidate.answers), detail))
     else:
         findings += _comparison_rules(candidate, reference, slices, recipe)
     return _verdict(findings)
 
 
 def _verdict(findings: list[Finding]) -> Verdict:
-    worst: tuple[Outcome, ...] = ("refuse", "inconclusive")
+    worst: tuple[Outcome, ...] = ("rejected", "inconclusive")
     for outcome in worst:
         failed = [finding for finding in findings if finding.outcome == outcome]
         if failed:
@@ -90,9 +89,9 @@ def _verdict(findings: list[Finding]) -> Verdict:
             lead = min(failed, key=lambda finding: finding.rule not in REFERENCES or not finding.items)
             others = len(failed) - 1
             more = f" (and by {others} other rule{'s' * (others > 1)})" if others else ""
-            return Verdict(outcome, f"{OUTCOMES[outcome]} by {lead.rule}: {lead.detail}{more}", tuple(findings))
+            return Verdict(outcome, f"{outcome} by {lead.rule}: {lead.detail}{more}", tuple(findings))
     lead = next(finding for finding in findings if finding.rule in REFERENCES)
-    return Verdict("pass", f"{OUTCOMES['pass']}: {lead.detail}", tuple(findings))
+    return Verdict("passed", f"passed: {lead.detail}", tuple(findings))
 
 
 def _candidate_rules(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
@@ -101,22 +100,22 @@ def _candidate_rules(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
     findings = []
 
     def rule(name: str, holds: bool, otherwise: Outcome, estimate: float, threshold: float, detail: str) -> None:
-        outcome: Outcome = "pass" if holds else otherwise
+        outcome: Outcome = "passed" if holds else otherwise
         findings.append(Finding(name, outcome, estimate, None, None, threshold, items, detail))
 
     rule("items", items >= recipe.min_items, "inconclusive", items, recipe.min_items,
          f"{items} items; gate.min_items is {recipe.min_items}")  # fmt: skip
     finite = int(np.isfinite(candidate.nll).sum())
-    rule("finite", finite == items, "refuse", finite / items, 1.0,
+    rule("finite", finite == items, "rejected", finite / items, 1.0,
          f"{finite} of {items} items have a finite likelihood")  # fmt: skip
     finished = sum(answer.ended for answer in candidate.answers) / items
-    rule("finished", finished >= recipe.min_finished, "refuse", finished, recipe.min_finished,
+    rule("finished", finished >= recipe.min_finished, "rejected", finished, recipe.min_finished,
          f"{finished:.1%} of the answers ended within evaluation.max_new_tokens; gate.min_finished is "
          f"{recipe.min_finished:.1%}")  # fmt: skip
     expects_json = ~np.isnan(candidate.valid)
     if expects_json.any():
         valid = float(candidate.valid[expects_json].mean())
-        rule("valid JSON", valid >= recipe.min_json_validity, "refuse", valid, recipe.min_json_validity,
+        rule("valid JSON", valid >= recipe.min_json_validity, "rejected", valid, recipe.min_json_validity,
              f"{valid:.1%} of the answers are valid JSON where JSON is expected; gate.min_json_validity is "
              f"{recipe.min_json_validity:.1%}")  # fmt: skip
     if recipe.min_score:
@@ -127,7 +126,7 @@ def _candidate_rules(candidate: Judged, recipe: GateRecipe) -> list[Finding]:
 def _min_score_rule(score: np.ndarray, threshold: float) -> Finding:
     interval = score_interval(score)
     outcome: Outcome = (
-        "pass" if interval.low >= threshold else "refuse" if interval.high < threshold else "inconclusive"
+        "passed" if interval.low >= threshold else "rejected" if interval.high < threshold else "inconclusive"
     )
     detail = (
         f"score {interval.estimate:.1%} (95% bounds {interval.low:.1%} to {interval.high:.1%}); gate.min_score is "
@@ -203,16 +202,16 @@ class PairedComparison:
 
     def _test(self, rule: str, recipe: GateRecipe, margin: float | None, is_worse: bool) -> tuple[Outcome, str]:
         if is_worse:
-            return "refuse", "significantly worse"
+            return "rejected", "significantly worse"
         if rule in REFERENCES and not self.difference.any():
             other = " (or set gate.metric to nll)" if recipe.metric == "score" else ""
             return "inconclusive", (
                 f"equal on every item, which shows nothing about either model; use items that tell models apart{other}"
             )
         if margin is None:
-            return ("pass", "better") if self.interval.low > 0 else ("inconclusive", self._undecided(recipe, None))
+            return ("passed", "better") if self.interval.low > 0 else ("inconclusive", self._undecided(recipe, None))
         if self.interval.low > -margin:
-            return "pass", f"non-inferior within a margin of {_gap(margin, recipe)}"
+            return "passed", f"non-inferior within a margin of {_gap(margin, recipe)}"
         return "inconclusive", self._undecided(recipe, margin)
 
     def _figures(self, recipe: GateRecipe) -> str:

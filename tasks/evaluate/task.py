@@ -48,7 +48,7 @@ def evaluate_model(
     store = open_store(settings)
     result = evaluate(name, dataset, model, champion, evaluation, gate, store, settings)
     Deck("Evaluation", store.path(result.report).read_text(encoding="utf-8"))
-    return GatedEvaluation(result, result.verdict == "pass")
+    return GatedEvaluation(result, result.verdict == "passed")
 
 
 @task(**light(hours=2))

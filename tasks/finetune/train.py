@@ -15,7 +15,6 @@ import psutil
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from forge.capacity.model_size import architecture_config, measure_model
@@ -24,6 +23,7 @@ from forge.cluster.gpus import find_gpus
 from forge.core.contracts import Base
 from forge.core.errors import ForgeError
 from forge.core.recipe import ModelRecipe, TrainingRecipe
+from forge.models.chat import load_tokenizer
 from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.checkpoint_mirror import CheckpointMirror
@@ -92,7 +92,7 @@ class Trainer:
     def _open_data(self) -> None:
         data, recipe = self.job.data, self.recipe
         self.context: int = json.loads((data / "dataset.json").read_text())["context"]
-        self.tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
+        self.tokenizer = load_tokenizer(LocalBase(str(data / "tokenizer")))
         self.rows, self.heldout = PackedRows(data / "train"), PackedRows(data / "heldout")
         self.sampler = GlobalBatchSampler(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)
 

@@ -116,7 +116,7 @@ def package_facts(
         "dataset": dataset.digest,
         "recipe": digest_json(recipe.model_dump(mode="json")),
         "evaluation": evaluation.digest,
-        "verdict": f"{evaluation.verdict}: {evaluation.reason}",
+        "verdict": evaluation.reason,
         "metrics": metrics_of(evaluation),
         "versions": training["versions"],
         "made_by": training["made_by"],

@@ -95,10 +95,11 @@ def roll_out(
     Raises ForgeError with the reason if it fails; then what served before serves again.
     """
     served = Served(name=version.name, version=version.version, uri=version.uri, digest=version.digest)
-    why = f"{evaluation.verdict}: {evaluation.reason}"
     with tagged_on_failure(served, settings):
         package, manifest = open_package(version.uri, version.digest, settings, store)
-        candidate = Candidate(served, package, manifest, store.path(evaluation.uri), evaluation.champion, why)
+        candidate = Candidate(
+            served, package, manifest, store.path(evaluation.uri), evaluation.champion, evaluation.reason
+        )
     return serve(candidate, recipe, settings, store)
 
 

@@ -53,7 +53,7 @@ def test_status_of_a_rollout_and_a_failure() -> None:
         waiting="adapter is loading",
     )
     assert state_lines(desired, actual) == [
-        "rollout     times version 3, started by me@here",
+        "rollout     times version 3 by me@here: started",
         "generation  4 of 5",
         "waiting     adapter is loading",
         f"failed      {ADAPTER.versioned}: does not load",

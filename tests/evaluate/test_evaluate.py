@@ -68,10 +68,10 @@ def test_metrics_are_means_over_the_items(trained: Trained, recipe: Recipe) -> N
     assert evaluation.exact_match == sum(row["candidate_answer"] == row["expected"] for row in rows) / len(rows)
     assert evaluation.nll == pytest.approx(sum(row["candidate_nll"] for row in rows) / len(rows))
     assert evaluation.nll < evaluation.nll_base, "training helped"
-    assert (evaluation.verdict, evaluation.champion, evaluation.score_champion) == ("pass", "", None)
+    assert (evaluation.verdict, evaluation.champion, evaluation.score_champion) == ("passed", "", None)
     card = json.loads((directory / "evaluation.json").read_text())
     assert sum(part["candidate"]["items"] for part in card["slices"].values()) == evaluation.items
-    assert card["verdict"]["outcome"] == "pass"
+    assert card["verdict"]["outcome"] == "passed"
     assert [finding["rule"] for finding in card["verdict"]["findings"]][-1] == "base"
     assert card["speed"]["candidate"]["tokens_per_second"] > 0
 
@@ -159,7 +159,7 @@ def test_every_evaluation_is_one_run_in_mlflow(trained: Trained, recipe: Recipe,
     client = open_registry(settings)
     (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert run.data.metrics["score"] == found.score
-    assert (run.data.tags["verdict"], run.data.tags["reason"]) == ("pass", found.reason)
+    assert (run.data.tags["verdict"], run.data.tags["reason"]) == ("passed", found.reason)
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 
@@ -168,11 +168,11 @@ def test_the_champion_passes_and_a_worse_model_is_rejected(
 ) -> None:
     make_champion(trained, recipe, settings)
     again = judge(trained, recipe, settings)
-    assert (again.verdict, again.champion) == ("pass", "1")
+    assert (again.verdict, again.champion) == ("passed", "1")
     assert "already the champion" in again.reason
     worse = damaged(trained, tmp_path, lambda weights: [weight.mul_(0.5) for weight in weights.values()])
     found = judge(trained, recipe, settings, worse)
-    assert found.verdict == "refuse"
+    assert found.verdict == "rejected"
     assert found.reason.startswith("rejected by champion: NLL ")
     page = trained.store.path(found.report).read_text()
     assert "Regressions against the champion" in page
@@ -208,7 +208,7 @@ def test_nan_weights_are_rejected(trained: Trained, recipe: Recipe, settings: Se
         weights["model.norm.weight"].fill_(float("nan"))
 
     found = judge(trained, recipe, settings, damaged(trained, tmp_path, poison))
-    assert found.verdict == "refuse"
+    assert found.verdict == "rejected"
     assert "finite" in found.reason
     card = (trained.store.path(found.uri) / "evaluation.json").read_text()
     assert "NaN" not in card, "the card is valid JSON"
@@ -223,7 +223,7 @@ def test_a_model_that_never_ends_its_turn_is_rejected(
         weights["model.embed_tokens.weight"][end].zero_()  # tied to the output, so it is never the most likely token
 
     found = judge(trained, recipe, settings, damaged(trained, tmp_path, endless), gate=GateRecipe(min_json_validity=0))
-    assert found.verdict == "refuse"
+    assert found.verdict == "rejected"
     ended = json.loads((trained.store.path(found.uri) / "evaluation.json").read_text())["scores"]["candidate"]["ended"]
     assert ended < 0.95
 

@@ -55,7 +55,7 @@ def rates(scenario, slices: dict | None = None, trials: int = TRIALS) -> dict[st
     for trial in range(trials):
         new, old = scenario(np.random.default_rng(trial))
         found[against(judged(new), judged(old), slices=slices).outcome] += 1
-    shares = {outcome: found[outcome] / trials for outcome in ("pass", "refuse", "inconclusive")}
+    shares = {outcome: found[outcome] / trials for outcome in ("passed", "rejected", "inconclusive")}
     print(f"{scenario.__name__}: {shares}")
     return shares
 
@@ -65,8 +65,8 @@ def test_equal_models_are_rarely_rejected() -> None:
         return outcomes(draw, ITEMS, drop=0)
 
     found = rates(equal)
-    assert found["refuse"] <= 0.05
-    assert found["pass"] >= 0.95
+    assert found["rejected"] <= 0.05
+    assert found["passed"] >= 0.95
 
 
 def test_equal_models_with_eight_slices_are_rarely_rejected() -> None:
@@ -75,8 +75,8 @@ def test_equal_models_with_eight_slices_are_rarely_rejected() -> None:
 
     eight = {f"slice {at}": np.arange(ITEMS)[at::8] for at in range(8)}
     found = rates(equal_in_eight_slices, eight, trials=500)
-    assert found["refuse"] <= 0.05
-    assert found["pass"] >= 0.9
+    assert found["rejected"] <= 0.05
+    assert found["passed"] >= 0.9
 
 
 def test_a_drop_of_five_points_rarely_passes() -> None:
@@ -84,7 +84,7 @@ def test_a_drop_of_five_points_rarely_passes() -> None:
         return outcomes(draw, ITEMS, drop=0.05)
 
     found = rates(drop_of_five_points)
-    assert found["pass"] <= 0.05
+    assert found["passed"] <= 0.05
 
 
 def independent(draw: np.random.Generator, items: int, new: float, old: float) -> tuple:
@@ -100,8 +100,8 @@ def test_with_independent_errors_the_error_rates_hold_and_the_rest_is_inconclusi
 
     equal = rates(equal_but_independent, trials=1000)
     dropped = rates(five_points_and_independent, trials=1000)
-    assert equal["refuse"] <= 0.05
-    assert dropped["pass"] <= 0.05
+    assert equal["rejected"] <= 0.05
+    assert dropped["passed"] <= 0.05
     assert equal["inconclusive"] > 0.1, "500 items are too few to decide"
 
 
@@ -113,7 +113,7 @@ def test_a_collapsed_slice_rarely_passes(items: int) -> None:
 
     slices = {"bad": np.arange(items), "rest": np.arange(items, ITEMS)}
     found = rates(collapsed_slice, slices, trials=1000)
-    assert found["pass"] <= 0.05
+    assert found["passed"] <= 0.05
 
 
 def test_an_inconclusive_verdict_says_how_many_items_would_decide() -> None:
@@ -133,7 +133,7 @@ def test_the_same_inputs_give_the_same_verdict() -> None:
 def test_a_rejection_is_one_line_with_rule_and_figures() -> None:
     new, old = outcomes(np.random.default_rng(6), ITEMS, drop=0.3)
     found = against(judged(new), judged(old))
-    assert found.outcome == "refuse"
+    assert found.outcome == "rejected"
     assert "\n" not in found.reason
     for part in ("rejected by champion", f"score {new.mean():.1%} against {old.mean():.1%}", "95% bounds", "500 items"):
         assert part in found.reason
@@ -147,23 +147,23 @@ def test_a_rejection_is_one_line_with_rule_and_figures() -> None:
 def test_a_required_improvement_must_be_shown() -> None:
     superior = GateRecipe(require_improvement=True)
     new, old = outcomes(np.random.default_rng(7), ITEMS, drop=0)
-    assert against(judged(new), judged(old)).outcome == "pass"
+    assert against(judged(new), judged(old)).outcome == "passed"
     assert against(judged(new), judged(old), superior).outcome == "inconclusive"
     old, new = outcomes(np.random.default_rng(7), ITEMS, drop=0.1)
-    assert against(judged(new), judged(old), superior).outcome == "pass"
+    assert against(judged(new), judged(old), superior).outcome == "passed"
 
 
 def test_a_first_model_must_be_better_than_its_base() -> None:
     old, new = outcomes(np.random.default_rng(8), ITEMS, drop=0.2)
-    assert decide(judged(new), Reference("base", judged(old)), {}, GATE).outcome == "pass"
+    assert decide(judged(new), Reference("base", judged(old)), {}, GATE).outcome == "passed"
     found = decide(judged(old), Reference("base", judged(new)), {}, GATE)
-    assert found.outcome == "refuse"
+    assert found.outcome == "rejected"
     assert "rejected by base" in found.reason
 
 
 def test_the_champion_itself_is_judged_by_the_candidate_rules_alone() -> None:
     good = judged(np.ones(ITEMS))
-    assert decide(good, None, {}, GATE).outcome == "pass"
+    assert decide(good, None, {}, GATE).outcome == "passed"
     assert decide(good, None, {}, GateRecipe(min_items=501)).outcome == "inconclusive"
 
 
@@ -174,8 +174,8 @@ def test_the_metric_can_be_nll() -> None:
     score = np.zeros(ITEMS)
     better = against(judged(score, old - 0.1 * draw.random(ITEMS)), judged(score, old), gate)
     worse = against(judged(score, old + 0.3), judged(score, old), gate)
-    assert better.outcome == "pass"
-    assert worse.outcome == "refuse"
+    assert better.outcome == "passed"
+    assert worse.outcome == "rejected"
     assert f"NLL {(old + 0.3).mean():.4f} against {old.mean():.4f}, difference +0.3000" in worse.reason
 
 
@@ -186,7 +186,7 @@ def test_nll_is_not_compared_across_tokenizers() -> None:
     found = against(judged(score, nll), old, GateRecipe(metric="nll"))
     assert found.outcome == "inconclusive"
     assert "the models' tokenizers differ" in found.reason
-    assert against(judged(score), replace(judged(np.zeros(ITEMS)), answers=others)).outcome == "pass"
+    assert against(judged(score), replace(judged(np.zeros(ITEMS)), answers=others)).outcome == "passed"
 
 
 @pytest.mark.parametrize("both", [0, 1, 2, 29])
@@ -201,15 +201,15 @@ def test_too_few_pairs_are_inconclusive(both: int) -> None:
 @pytest.mark.parametrize(
     ("candidate", "gate", "outcome", "rule"),
     [
-        (judged(np.ones(ITEMS), ended=0.5), GATE, "refuse", "finished"),
-        (judged(np.ones(ITEMS), ended=0.0), GATE, "refuse", "finished"),
-        (judged(np.ones(ITEMS), valid=0.9), GATE, "refuse", "valid JSON"),
-        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GATE, "refuse", "finite"),
-        (judged(np.ones(ITEMS), np.r_[np.inf, np.ones(ITEMS - 1)]), GATE, "refuse", "finite"),
-        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GateRecipe(metric="nll"), "refuse", "finite"),
+        (judged(np.ones(ITEMS), ended=0.5), GATE, "rejected", "finished"),
+        (judged(np.ones(ITEMS), ended=0.0), GATE, "rejected", "finished"),
+        (judged(np.ones(ITEMS), valid=0.9), GATE, "rejected", "valid JSON"),
+        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GATE, "rejected", "finite"),
+        (judged(np.ones(ITEMS), np.r_[np.inf, np.ones(ITEMS - 1)]), GATE, "rejected", "finite"),
+        (judged(np.ones(ITEMS), np.full(ITEMS, np.nan)), GateRecipe(metric="nll"), "rejected", "finite"),
         (judged(np.ones(1)), GATE, "inconclusive", "items"),
         (judged(np.ones(29)), GATE, "inconclusive", "items"),
-        (judged(np.r_[np.ones(300), np.zeros(200)]), GateRecipe(min_score=0.7), "refuse", "min_score"),
+        (judged(np.r_[np.ones(300), np.zeros(200)]), GateRecipe(min_score=0.7), "rejected", "min_score"),
         (judged(np.r_[np.ones(350), np.zeros(150)]), GateRecipe(min_score=0.7), "inconclusive", "min_score"),
     ],
 )
@@ -233,7 +233,7 @@ def test_models_that_are_equal_on_every_item_are_inconclusive(value: float, metr
 
 def test_right_on_every_item_against_wrong_on_every_item_passes() -> None:
     found = decide(judged(np.ones(ITEMS)), Reference("base", judged(np.zeros(ITEMS))), {}, GATE)
-    assert found.outcome == "pass"
+    assert found.outcome == "passed"
 
 
 def test_slices_with_few_items_are_not_tested() -> None:

@@ -121,7 +121,7 @@ def assert_rejected(home: Home, **sections: dict) -> None:
         home.write_recipe()
     assert status == 0, output
     facts = home.facts()
-    assert facts["verdict"] == "refuse"
+    assert facts["verdict"] == "rejected"
     assert facts["reason"].startswith("rejected by champion: NLL ")
     assert facts["reason"] in " ".join(output.split())
     assert "version 1 stays the champion" in output

@@ -41,5 +41,5 @@ def test_a_recipe_of_any_shape_runs_without_the_node_list(shape: TrainingShape, 
         processes = shape.world_size
         assert f"{processes} process{'es' if processes > 1 else ''} on cpu" in output
         facts = home.facts()
-        assert (facts["verdict"], facts["cached"]) == ("refuse", "")
+        assert (facts["verdict"], facts["cached"]) == ("rejected", "")
         assert facts["nll"] < facts["nll_base"]

@@ -145,7 +145,7 @@ def test_3_bad_fine_tune_is_rejected(home: Home) -> None:
         model={"architecture": None, "base": "models:/dates/1"},
         training={**LORA, "learning_rate": 0.3},
     )
-    assert home.facts()["verdict"] == "refuse"
+    assert home.facts()["verdict"] == "rejected"
     assert "roll_out:" not in output
     agrees(home, "2")
 
@@ -176,7 +176,7 @@ def registered(home: Home, of: str, breakage: str) -> tuple[Version, Evaluation]
     location = store.uri(f"evaluations/sha256-{tags['evaluation_digest']}")
     evaluation = Evaluation(
         uri=location, digest="", store=store.identity, items=64, score=0, score_base=0, exact_match=0, nll=0,
-        nll_base=0, json_validity=None, champion=champion(home) or "", verdict="pass", reason="as before", report="",
+        nll_base=0, json_validity=None, champion=champion(home) or "", verdict="passed", reason="as before", report="",
     )  # fmt: skip
     return version, evaluation
 

@@ -53,7 +53,7 @@ def test_history_has_the_facts_of_each_version_and_when_it_served(tmp_path: Path
     assert first.served[0][1] == second.served[0][0]
     assert first.served[1][1] is None
     assert before <= first.served[0][0] <= first.served[1][0] <= datetime.now(UTC)
-    assert (first.score, first.verdict, first.dataset) == (0.75, "pass: better", "d" * 64)
+    assert (first.score, first.verdict, first.dataset) == (0.75, "passed: better", "d" * 64)
     table = text_of(history_table("dates", [third, second, first]))
     assert "champion" in table
     assert first.digest[:8] in table
@@ -66,13 +66,13 @@ def test_lineage_of_the_champion_goes_back_to_its_rows(settings: Settings, tmp_p
     versions(settings, recipe, tmp_path, 2)
     with pytest.raises(ForgeError, match="no such version"):
         lineage("models:/dates@champion", settings, store)
-    promote(client, store, "dates", "2", "", "pass: better")
+    promote(client, store, "dates", "2", "", "passed: better")
     facts = lineage("models:/dates@champion", settings, store)
     assert facts["model"] == "dates version 2"
     assert facts["data set"] == {"digest": "d" * 64, "rows from": "s3://team/raw"}
     assert facts["evaluation"]["score"] == 0.75
     assert facts["package"]["uri"] == client.get_model_version("dates", "2").source
-    assert "pass: better" in facts["promoted"][0]
+    assert "passed: better" in facts["promoted"][0]
     assert lineage("models:/dates/1", settings, store)["promoted"] == []
     assert "rows from: s3://team/raw" in text_of(lineage_tree(facts))
 

@@ -300,7 +300,7 @@ def test_a_version_with_a_damaged_package_is_no_longer_the_challenger(place: Pla
     )
     evaluation = Evaluation(
         uri="file:///nowhere", digest="", store="", items=1, score=1, score_base=0, exact_match=1, nll=0, nll_base=1,
-        json_validity=None, verdict="pass", reason="better", report="",
+        json_validity=None, verdict="passed", reason="better", report="",
     )  # fmt: skip
     with pytest.raises(ForgeError, match="version"):
         roll_out(version, evaluation, QUICK, place.settings, place.store)

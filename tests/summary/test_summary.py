@@ -34,7 +34,7 @@ EVALUATION = Evaluation(
     nll_base=5.5,
     json_validity=None,
     champion="2",
-    verdict="pass",
+    verdict="passed",
     reason="passed: score 91.2% against 90.0%",
     report="file:///somewhere/report.html",
 )
@@ -65,7 +65,7 @@ def test_facts_are_flat_and_complete(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "last-run.json").read_text())
     assert all(not isinstance(value, dict | list) for value in facts.values())
     assert (facts["score"], facts["score_base"], facts["score_champion"]) == (0.912, 0.0, 0.9)
-    assert (facts["verdict"], facts["reason"]) == ("pass", "passed: score 91.2% against 90.0%")
+    assert (facts["verdict"], facts["reason"]) == ("passed", "passed: score 91.2% against 90.0%")
     assert (facts["version"], facts["digest"], facts["report"]) == ("3", "abc", "/somewhere/report.html")
     assert facts["endpoint"] == "http://127.0.0.1:8000/v1"
     assert (facts["seconds_train_model"], facts["seconds_roll_out"], facts["cached"]) == (0.0, 30.0, "train_model")
@@ -90,7 +90,7 @@ def test_the_terminal_shows_the_facts() -> None:
 def test_the_terminal_shows_why_a_model_was_rejected() -> None:
     output = io.StringIO()
     rejected = EVALUATION.model_copy(
-        update={"verdict": "refuse", "reason": "rejected by slice [/b]: 3.0%", "nll": None}
+        update={"verdict": "rejected", "reason": "rejected by slice [/b]: 3.0%", "nll": None}
     )
     facts = facts_of(DATASET, rejected, STAGES, started=100)
     show_rejected(facts, STAGES, 100, HERE, Console(file=output, width=40))
