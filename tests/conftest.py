@@ -18,6 +18,9 @@ from forge.core.recipe import Recipe
 from forge.core.settings import Settings
 from forge.storage import DirectoryStore
 
+# Tests run in parallel, and a thread of OpenMP that waits for work keeps a core busy. Set before torch is imported.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+os.environ.update(ONE_THREAD)
 PROJECT = Path(__file__).parent.parent
 SMALL = {
     "name": "dates",
@@ -98,7 +101,7 @@ def start_task(
         "--prev-checkpoint", "", "--resolver", "flytekit.core.python_auto_container.default_task_resolver", "--",
         "task-module", module, "task-name", name,
     ]  # fmt: skip
-    inherited = {name: os.environ[name] for name in ("PATH", "FORGE_HOME")}
+    inherited = {name: os.environ[name] for name in ("PATH", "FORGE_HOME", *ONE_THREAD)}
     with (folder / "stderr").open("w") as stderr:
         return subprocess.Popen(
             command,

@@ -1,1 +1,1 @@
-"""Forge apart: a registered package run as Flyte runs it, each task in a pod that shares nothing with the others."""
+"""The packaged workflows run as on a cluster: each task in a pod of its own, which shares no disk with the others."""

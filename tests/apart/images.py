@@ -1,4 +1,4 @@
-"""What an image holds, as its Dockerfile says: code, environment, and only what is installed in it."""
+"""An image laid out as its Dockerfile says: code, environment, and only the packages that it installs."""
 
 import compileall
 import csv
@@ -15,14 +15,14 @@ from packaging.utils import canonicalize_name
 
 SITE = Path(f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages")
 VENV = "/opt/venv"
-HOME = "/home/forge"  # of the images' user
+HOME = "/home/forge"  # of the user in the images
 TMP = "/tmp"  # noqa: S108
 BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-State = dict[Path, tuple[int, ...]]
+Snapshot = dict[Path, tuple[int, ...]]
 
 
 class Image:
-    """One image of a project, laid out in a directory: code is copied, packages are links to this environment's."""
+    """An image of a project, laid out in a directory. Code is copied; packages are links into this environment."""
 
     def __init__(self, project: Path, name: str, root: Path) -> None:
         self.project, self.root = project, root
@@ -37,104 +37,106 @@ class Image:
         self._copy()
 
     def _read(self, dockerfile: Path) -> set[str]:
-        """Follow a Dockerfile; returns the packages that it installs beside the lock's."""
+        """Follow a Dockerfile; returns the packages that it installs in addition to the lock file."""
         installed: set[str] = set()
         text = re.sub(r"^#.*\n", "", dockerfile.read_text(), flags=re.M).replace("\\\n", " ")
         for line in text.splitlines():
             instruction, _, rest = line.partition(" ")
             if instruction == "ENV":
-                for one in shlex.split(rest):
-                    key, _, value = one.partition("=")
+                for assignment in shlex.split(rest):
+                    key, _, value = assignment.partition("=")
                     self.environment[key] = value.replace("$PATH", self.environment["PATH"])
             elif instruction == "WORKDIR":
                 self.workdir = rest.strip()
             elif instruction == "COPY":
-                *sources, target = (one for one in rest.split() if not one.startswith("--"))
-                place = PurePosixPath(self.workdir) / target
-                whole = len(sources) == 1 and not target.endswith("/")
-                self.copies += [(one, place if whole else place / PurePosixPath(one).name) for one in sources]
+                *sources, target = (word for word in rest.split() if not word.startswith("--"))
+                destination = PurePosixPath(self.workdir) / target
+                exact = len(sources) == 1 and not target.endswith("/")
+                self.copies += [
+                    (source, destination if exact else destination / PurePosixPath(source).name) for source in sources
+                ]
             elif instruction == "RUN" and '"$TORCH"' in rest:
                 installed |= _required("torch")
         return installed
 
     def _copy(self) -> None:
-        """The code, which nobody in a pod may change, and so its bytecode."""
+        """Copy the code and compile it, since a pod may write neither code nor bytecode."""
         for source, target in self.copies:
             if target.is_relative_to(TMP):
                 continue
-            here, there = self.project / source, self.root / target.relative_to("/")
-            there.parent.mkdir(parents=True, exist_ok=True)
-            if here.is_dir():
-                shutil.copytree(here, there, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            original, copy = self.project / source, self.root / target.relative_to("/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if original.is_dir():
+                shutil.copytree(original, copy, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
             else:
-                shutil.copy(here, there)
-        self.code = [one for one in (self.root / "opt").iterdir() if one.name != Path(VENV).name]
-        for one in self.code:
-            compileall.compile_dir(one, quiet=2)
-        self.state = self._look()
+                shutil.copy(original, copy)
+        self.code = [path for path in (self.root / "opt").iterdir() if path.name != Path(VENV).name]
+        for folder in self.code:
+            compileall.compile_dir(folder, quiet=2)
+        self.snapshot = self._take_snapshot()
 
-    def _look(self) -> State:
-        found = ((path, path.lstat()) for one in self.code for path in [one, *one.rglob("*")])
+    def _take_snapshot(self) -> Snapshot:
+        found = ((path, path.lstat()) for folder in self.code for path in [folder, *folder.rglob("*")])
         return {
             path: (stat.st_mode, *((stat.st_size, stat.st_mtime_ns) if path.is_file() else ())) for path, stat in found
         }
 
-    def written(self) -> list[str]:
-        """What has been changed in it since it was made; it is as before then."""
-        now = self._look()
-        changed = sorted(path for path, state in {**self.state, **now}.items() if self.state.get(path) != now.get(path))
+    def undo_writes(self) -> list[str]:
+        """Restore the code if it has been changed; returns the changed paths."""
+        before, now = self.snapshot, self._take_snapshot()
+        changed = sorted(path for path in {**before, **now} if before.get(path) != now.get(path))
         if changed:
-            for one in self.code:
-                shutil.rmtree(one)
+            for folder in self.code:
+                shutil.rmtree(folder)
             self._copy()
         return [f"/{path.relative_to(self.root)}" for path in changed]
 
 
 def _required(package: str) -> set[str]:
-    """A package, and those installed here that it requires."""
+    """A package and all its requirements that are installed here."""
     found, waiting = set(), [package]
     while waiting:
         name = canonicalize_name(waiting.pop())
         if name not in found:
             found.add(name)
-            needs = [Requirement(one) for one in _distributions()[name].requires or []]
-            waiting += [one.name for one in needs if one.marker is None or one.marker.evaluate({"extra": ""})]
+            needs = [Requirement(text) for text in _distributions()[name].requires or []]
+            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     return found
 
 
 @functools.cache
 def _distributions() -> dict[str, importlib.metadata.Distribution]:
-    return {canonicalize_name(one.metadata["Name"]): one for one in importlib.metadata.distributions()}
+    return {canonicalize_name(found.metadata["Name"]): found for found in importlib.metadata.distributions()}
 
 
 def _install(packages: set[str], venv: Path) -> None:
-    """An environment of links to the packages of this one, and to no others."""
+    """Create a virtual environment with links to these packages of the current one, and no others."""
     (venv / "bin").mkdir(parents=True)
     (venv / SITE).mkdir(parents=True)
     python = Path(sys.executable).resolve()
     (venv / "pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
     for name in ("python", "python3"):
         (venv / "bin" / name).symlink_to(python)
-    here = Path(sys.prefix) / SITE
+    site = Path(sys.prefix) / SITE
     files = {
-        name: [Path(row[0]) for row in csv.reader((one.read_text("RECORD") or "").splitlines())]
-        for name, one in _distributions().items()
+        name: [Path(row[0]) for row in csv.reader((distribution.read_text("RECORD") or "").splitlines())]
+        for name, distribution in _distributions().items()
     }
-    # A directory that others share, such as a namespace's, is made anew; all else is linked whole.
+    # A directory shared with other packages, such as a namespace package, is created; anything else is one link.
     shared = {parent for name in files.keys() - packages for file in files[name] for parent in file.parents}
     for name in packages:
         for file in files[name]:
             if file.parts[0] == "..":
                 continue
-            link = next(one for one in [*reversed(file.parents), file] if one not in shared)
-            there = venv / SITE / link
-            if not there.is_symlink():
-                there.parent.mkdir(parents=True, exist_ok=True)
-                there.symlink_to(here / link)
+            link = next(path for path in [*reversed(file.parents), file] if path not in shared)
+            target = venv / SITE / link
+            if not target.is_symlink():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(site / link)
         for script in _distributions()[name].entry_points.select(group="console_scripts"):
             file = venv / "bin" / script.name
             module, function = script.value.split()[0].split(":")
-            begin = f"#!{venv}/bin/python\nimport sys\nfrom {module} import {function.split('.')[0]}\n"
-            # Processes that it spawns import it, and may not run it.
-            file.write_text(begin + f"if __name__ == '__main__':\n    sys.exit({function}())\n")
+            start = f"#!{venv}/bin/python\nimport sys\nfrom {module} import {function.split('.')[0]}\n"
+            # Processes that the script spawns import it, and must not run it again.
+            file.write_text(start + f"if __name__ == '__main__':\n    sys.exit({function}())\n")
             file.chmod(0o755)

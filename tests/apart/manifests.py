@@ -1,4 +1,4 @@
-"""What infra/ of a project says of the cluster: its objects, its Secrets, and so the environment of a container."""
+"""A project's infra/: the objects of the cluster, its Secrets, and the environment that a container gets."""
 
 import functools
 from dataclasses import dataclass
@@ -10,62 +10,66 @@ import yaml
 from infra.check.secrets import make_secrets
 
 Object = dict[str, Any]
-TO_BE_GIVEN = "GIVE:"  # values that only a person can know are left out
+PLACEHOLDER = "GIVE:"  # begins a value that an operator must supply; such values are left out
 
 
 @dataclass(frozen=True)
 class Manifests:
-    """The objects of a project's infra/apps. Values of Secrets are made up once, as infra/external.yaml says."""
+    """The objects of a project's infra/apps. Secrets get generated values, as infra/external.yaml defines."""
 
     project: Path
 
     @functools.cached_property
     def objects(self) -> list[Object]:
-        """All of them."""
+        """All objects."""
         files = sorted((self.project / "infra" / "apps").rglob("*.yaml"))
-        found = [one for file in files for one in yaml.load_all(file.read_text(), yaml.CSafeLoader)]
-        return [one for one in found if isinstance(one, dict) and "metadata" in one]
+        found = [item for file in files for item in yaml.load_all(file.read_text(), yaml.CSafeLoader)]
+        return [item for item in found if isinstance(item, dict) and "metadata" in item]
 
     def all(self, kind: str, namespace: str) -> list[Object]:
-        """Those of a kind in a namespace."""
-        return [one for one in self.objects if one["kind"] == kind and one["metadata"].get("namespace") == namespace]
+        """The objects of a kind in a namespace."""
+        return [
+            item for item in self.objects if item["kind"] == kind and item["metadata"].get("namespace") == namespace
+        ]
 
     def find(self, kind: str, namespace: str, name: str) -> Object:
-        """One of them; LookupError where there is none."""
-        for one in self.all(kind, namespace):
-            if one["metadata"]["name"] == name:
-                return one
+        """One object; raises LookupError if there is none."""
+        for item in self.all(kind, namespace):
+            if item["metadata"]["name"] == name:
+                return item
         raise LookupError(f"infra/apps has no {kind} {namespace}/{name}")
 
     @functools.cached_property
     def secrets(self) -> dict[str, dict[str, str]]:
-        """What Secrets hold, by namespace/name."""
+        """The content of Secrets, by namespace/name."""
         listed = yaml.safe_load((self.project / "infra" / "external.yaml").read_text())["external"]
         return {
-            f"{one['metadata']['namespace']}/{one['metadata']['name']}": {
-                key: value for key, value in one["stringData"].items() if not value.startswith(TO_BE_GIVEN)
+            f"{secret['metadata']['namespace']}/{secret['metadata']['name']}": {
+                key: value for key, value in secret["stringData"].items() if not value.startswith(PLACEHOLDER)
             }
-            for one in make_secrets(listed)
+            for secret in make_secrets(listed)
         }
 
     def environment(self, container: Object, namespace: str) -> dict[str, str]:
-        """A container's variables, as a kubelet gives them; LookupError where what they are read from is not there."""
+        """A container's variables, as a kubelet sets them; raises LookupError if a source or key is missing."""
         found: dict[str, str] = {}
         for source in container.get("envFrom") or []:
-            for how, reference in source.items():
-                found |= self._data(how.removesuffix("Ref"), namespace, reference) or {}
-        for one in container.get("env") or []:
-            value = one.get("value", "")
-            for how, reference in (one.get("valueFrom") or {}).items():
-                value = (self._data(how.removesuffix("KeyRef"), namespace, reference) or {}).get(reference["key"])
+            for kind, reference in source.items():
+                found |= self._data(kind.removesuffix("Ref"), namespace, reference) or {}
+        for variable in container.get("env") or []:
+            value = variable.get("value", "")
+            for kind, reference in (variable.get("valueFrom") or {}).items():
+                value = (self._data(kind.removesuffix("KeyRef"), namespace, reference) or {}).get(reference["key"])
                 if value is None and not reference.get("optional"):
-                    raise LookupError(f"{one['name']}: {namespace}/{reference['name']} has no key {reference['key']}")
+                    raise LookupError(
+                        f"{variable['name']}: {namespace}/{reference['name']} has no key {reference['key']}"
+                    )
             if value is not None:
-                found[one["name"]] = value
+                found[variable["name"]] = value
         return found
 
     def _data(self, kind: str, namespace: str, reference: Object) -> dict[str, str] | None:
-        """What a ConfigMap or Secret holds, None where it is not there and need not be."""
+        """The content of a ConfigMap or Secret; None if it is optional and missing."""
         try:
             if kind == "secret":
                 return self.secrets[f"{namespace}/{reference['name']}"]
@@ -75,4 +79,4 @@ class Manifests:
             if reference.get("optional"):
                 return None
             raise
-        raise LookupError(f"a kubelet of these tests knows no {kind}")
+        raise LookupError(f"{kind} is not supported as a source of variables")

@@ -1,4 +1,4 @@
-"""A package as `make package` writes it: the tasks, workflows and launch plans that Flyte would be given."""
+"""A package as `make package` writes it: the tasks, workflows and launch plans to register with Flyte."""
 
 import os
 import subprocess
@@ -21,18 +21,18 @@ REGISTRY, TAG = "example.org/forge", "abc"
 
 
 def make_package(project: Path, path: Path) -> "Package":
-    """Serialise a project's workflows as `make package` does, with the project's own code and this environment."""
+    """Serialize a project's workflows as `make package` does, with the project's own code in this environment."""
     images = [f"--image={image}={REGISTRY}/forge-{image}:{TAG}" for image in ("pipeline", "trainer")]
     pyflyte = str(Path(sys.executable).with_name("pyflyte"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORGE_")}
-    done = subprocess.run(
+    result = subprocess.run(
         [pyflyte, "--pkgs", "workflows", "package", *images, "--force", "--output", str(path)],
         cwd=project,
         env=environment | {"PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return Package(path)
 
 
@@ -58,15 +58,15 @@ class Package:
                     plan = LaunchPlan.FromString(data)
                     self.plans[plan.id.name] = plan
 
-    def started(self, name: str, inputs: dict[str, Any]) -> tuple[WorkflowTemplate, dict[str, Literal]]:
-        """What runs when a launch plan is started (each workflow has one of its name), and all of its inputs."""
+    def resolve(self, name: str, inputs: dict[str, Any]) -> tuple[WorkflowTemplate, dict[str, Literal]]:
+        """The workflow and all inputs of a launch plan. Each workflow has a launch plan with its name."""
         plan = self.plans[name]
         workflow = self.workflows[plan.spec.workflow_id.name]
         fixed, defaults = plan.spec.fixed_inputs.literals, plan.spec.default_inputs.parameters
-        wanted: VariableMap = workflow.interface.inputs
-        given = {key: literal_of(value, wanted.variables[key].type) for key, value in inputs.items()}
-        assert not set(given) & set(fixed), f"{name} fixes {set(given) & set(fixed)}"
-        known = {key: one.default for key, one in defaults.items() if one.HasField("default")}
-        bound = {**known, **fixed, **given}
-        assert set(bound) == set(wanted.variables), f"{name} wants {set(wanted.variables)} and has {set(bound)}"
+        declared: VariableMap = workflow.interface.inputs
+        given = {key: literal_of(value, declared.variables[key].type) for key, value in inputs.items()}
+        assert not set(given) & set(fixed), f"{name} has fixed inputs {set(given) & set(fixed)}"
+        optional = {key: value.default for key, value in defaults.items() if value.HasField("default")}
+        bound = {**optional, **fixed, **given}
+        assert set(bound) == set(declared.variables), f"{name} needs {set(declared.variables)}, not {set(bound)}"
         return workflow, bound

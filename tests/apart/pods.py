@@ -1,4 +1,4 @@
-"""One pod: a process that has its image's files, the environment that its template gives, and an empty disk."""
+"""Pods as local processes. Each has the files of its image, the environment of its template and an empty disk."""
 
 import functools
 import re
@@ -18,41 +18,42 @@ from minio import Minio
 
 from tests.apart.images import HOME, TMP, Image
 from tests.apart.manifests import Manifests, Object
+from tests.conftest import ONE_THREAD
 
-LONGEST = 600  # seconds that a pod may take, whatever its task may
+MAX_SECONDS = 600  # a pod's time limit, whatever the timeout of its task
 GPU = "nvidia.com/gpu"
 HOST = re.compile(r"\b(https?)://([a-z0-9-]+)\.([a-z0-9-]+)(?:\.svc(?:\.cluster\.local)?)?(:\d+)?(?![\w.-])")
 UNITS = {"": 1, "m": 0.001, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 class Services(Protocol):
-    """What pods reach, and by whose leave."""
+    """What pods reach, and with which credentials."""
 
-    urls: dict[str, str]  # of the cluster's services, and where they are here
+    urls: dict[str, str]  # from the cluster's service URLs to local ones
     secrets: dict[str, dict[str, str]]  # by namespace/name
 
     def s3(self, user: str) -> Minio:
-        """The S3 server, as a user of it."""
+        """A client of the S3 server with a user's credentials."""
 
     def kubeconfig(self, namespace: str, account: str) -> Path:
-        """How a service account reaches the API server."""
+        """The kubeconfig of a ServiceAccount."""
 
 
-class NoPod(Exception):
-    """The API server or the kubelet makes no such pod, and says why."""
+class PodRejected(Exception):
+    """The API server or the kubelet rejects a pod; the message says why."""
 
 
 @dataclass(frozen=True)
 class Interrupt:
-    """A signal for a pod's process, once its log has a text: SIGTERM as a drain sends it, SIGKILL for the whole pod."""
+    """A signal to send once a pod's log contains a text: SIGTERM as in a drain, SIGKILL as if the pod was lost."""
 
     text: str
     number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a pod ended: the exit code (negative: by that signal), its log, and what else went wrong."""
+class PodResult:
+    """How a pod ended: its exit code (negative for a signal), its log, and any other error."""
 
     code: int
     log: str
@@ -61,27 +62,27 @@ class Ended:
 
 @dataclass(frozen=True)
 class Objects(Manifests):
-    """A project's objects, with the values that the services know for the keys of its Secrets."""
+    """A project's objects. The keys of its Secrets have the values that the services use."""
 
     values: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @functools.cached_property
     def secrets(self) -> dict[str, dict[str, str]]:
-        """What the project's Secrets hold."""
-        known = super().secrets
+        """The content of the project's Secrets, by namespace/name."""
+        declared = super().secrets
         return {name: {key: self.values[name][key] for key in keys if key in self.values.get(name, {})}
-                for name, keys in known.items()}  # fmt: skip
+                for name, keys in declared.items()}  # fmt: skip
 
 
 class Pods:
-    """The pods of a project's tasks. `gpus`: whether they look for the GPUs that they asked for; here are none."""
+    """Runs the pods of a project's tasks. With `gpus`, they use the GPUs that they request; this machine has none."""
 
     def __init__(self, project: Path, services: Services, folder: Path, *, gpus: bool = False) -> None:
         self.project, self.services, self.folder, self.gpus = project, services, folder, gpus
         self.objects = Objects(project, services.secrets)
         values = self.objects.find("HelmRelease", "ml-platform", "flyte")["spec"]["values"]
         self.plugin: Object = values["configuration"]["inline"]["plugins"]["k8s"]
-        self.namespaces = {one.name for one in (project / "infra" / "apps").iterdir()}
+        self.namespaces = {folder.name for folder in (project / "infra" / "apps").iterdir()}
         self.images: dict[str, Image] = {}
 
     def run(
@@ -93,31 +94,31 @@ class Pods:
         env: dict[str, str],
         *,
         prefix: list[str] | None = None,
-        seconds: float = LONGEST,
+        seconds: float = MAX_SECONDS,
         interrupt: Interrupt | None = None,
-    ) -> Ended:
-        """Start a task's pod, wait for its end and leave nothing running; NoPod where it can't be made.
+    ) -> PodResult:
+        """Run a task's pod to its end and leave no process behind; raises PodRejected if it can't be created.
 
-        `args` are what the placeholders of its command stand for, `prefix` is what goes before it. A PyTorchJob has
-        several pods; all of them are interrupted, as where a queue suspends it.
+        `args` maps placeholders of the command to values; `prefix` goes before the command. A PyTorchJob has several
+        pods, and an interrupt goes to all of them, as when a queue suspends the job.
         """
         spec, container = pod_of(task)
         workers = workers_of(task)
         self.check_limits(namespace, container, max(1, len(workers)))
         image = self.image(container["image"])
-        command = [*(prefix or []), *container.get("command", []), *(args.get(one, one) for one in container["args"])]
+        command = [*(prefix or []), *container.get("command", []), *(args.get(arg, arg) for arg in container["args"])]
         roots = [self.folder / f"{name}{worker}".replace("/", "-") for worker in workers or [""]]
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for root, more in zip(roots, workers.values() or [{}], strict=True):
-                for inside in (HOME, TMP, "/var/lib/forge", image.workdir):
-                    place(inside, image, root).mkdir(parents=True, exist_ok=True)
+            for root, worker_env in zip(roots, workers.values() or [{}], strict=True):
+                for directory in (HOME, TMP, "/var/lib/forge", image.workdir):
+                    local_path(directory, image, root).mkdir(parents=True, exist_ok=True)
                 try:
-                    environment = self.environment(namespace, task, spec, container, env | more, image, root)
+                    environment = self.environment(namespace, task, spec, container, env | worker_env, image, root)
                     self.mount(namespace, spec, container, root)
-                except LookupError as missing:  # a ConfigMap, a Secret or an account
-                    raise NoPod(f"CreateContainerConfigError: {missing}") from None
-                cwd = place(image.workdir, image, root)
+                except LookupError as missing:  # no such ConfigMap, Secret or ServiceAccount
+                    raise PodRejected(f"CreateContainerConfigError: {missing}") from None
+                cwd = local_path(image.workdir, image, root)
                 with (root / "log").open("wb") as log:
                     processes.append(
                         subprocess.Popen(
@@ -126,122 +127,128 @@ class Pods:
                         )
                     )  # fmt: skip
             grace = float(spec.get("terminationGracePeriodSeconds", 30))
-            in_time = wait(processes, roots, min(seconds, LONGEST), grace, interrupt)
+            in_time = wait(processes, roots, min(seconds, MAX_SECONDS), grace, interrupt)
         finally:
             kill_all(roots)
-            codes = [one.wait() for one in processes]
-        error = "" if in_time else f"task execution timeout [{min(seconds, LONGEST):g}s] expired"
-        if written := image.written():
+            codes = [process.wait() for process in processes]
+        error = "" if in_time else f"task execution timeout [{min(seconds, MAX_SECONDS):g}s] expired"
+        if written := image.undo_writes():
             error = f"PermissionError: user 1000 may not write {', '.join(written)}, which the image has"
-        for root in roots:  # a pod's disk goes with it: nobody else ever reads a file there
-            for part in root.iterdir():
-                if part.is_dir():
-                    shutil.rmtree(part)
-        return Ended(next((code for code in codes if code), 0), read_logs(roots), error)
+        for root in roots:  # delete the pod's disk, so that no other pod can read its files
+            for entry in root.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+        return PodResult(next((code for code in codes if code), 0), read_logs(roots), error)
 
     def image(self, reference: str) -> Image:
-        """An image by its reference, laid out when it is first wanted."""
+        """An image by its reference, laid out on first use."""
         name = reference.rpartition("/")[2].partition(":")[0].removeprefix("forge-")
         if name not in self.images:
             self.images[name] = Image(self.project, name, self.folder / "images" / name)
         return self.images[name]
 
     def check_limits(self, namespace: str, container: Object, replicas: int) -> None:
-        """Refuse what the namespace's quota and limit range do not let in, as the API server does."""
-        asked = {GPU if kind == "gpu" else kind: quantity(amount)
+        """Reject a pod over the namespace's quota or limit range, as the API server does."""
+        requests = {GPU if kind == "gpu" else kind: quantity(amount)
                  for kind, amount in container.get("resources", {}).get("requests", {}).items()}  # fmt: skip
         for quota in self.objects.all("ResourceQuota", namespace):
             for kind, hard in quota["spec"]["hard"].items():
-                wanted = replicas * asked.get(kind.removeprefix("requests."), 0)
-                if wanted > quantity(hard):
-                    which = f"exceeded quota: {quota['metadata']['name']}, requested: {kind}={wanted:g}"
-                    raise NoPod(f"pods is forbidden: {which}, limited: {kind}={hard}")
+                requested = replicas * requests.get(kind.removeprefix("requests."), 0)
+                if requested > quantity(hard):
+                    excess = f"exceeded quota: {quota['metadata']['name']}, requested: {kind}={requested:g}"
+                    raise PodRejected(f"pods is forbidden: {excess}, limited: {kind}={hard}")
         for limits in self.objects.all("LimitRange", namespace):
-            for kind, most in limits["spec"]["limits"][0].get("max", {}).items():
-                if asked.get(kind, 0) > quantity(most):
-                    raise NoPod(f"pods is forbidden: maximum {kind} usage per Container is {most}")
+            for kind, limit in limits["spec"]["limits"][0].get("max", {}).items():
+                if requests.get(kind, 0) > quantity(limit):
+                    raise PodRejected(f"pods is forbidden: maximum {kind} usage per Container is {limit}")
 
     def environment(
         self, namespace: str, task: TaskTemplate, spec: Object, container: Object, env: dict[str, str],
         image: Image, root: Path,
     ) -> dict[str, str]:  # fmt: skip
-        """The variables of the pod's process: the image's, the template's and Flyte's."""
-        secrets = [{"secretRef": {"name": one}} for one in self.plugin.get("default-env-from-secrets", [])]
-        given = {name: value for one in self.plugin.get("default-env-vars", []) for name, value in one.items()}
-        wanted = []
-        for secret in task.security_context.secrets:  # by Flyte's webhook
+        """The variables of a pod's process, from its image, its template and Flyte."""
+        secrets = [{"secretRef": {"name": name}} for name in self.plugin.get("default-env-from-secrets", [])]
+        defaults = {name: value for item in self.plugin.get("default-env-vars", []) for name, value in item.items()}
+        injected = []
+        for secret in task.security_context.secrets:  # as Flyte's webhook does
             reference = {"name": secret.group, "key": secret.key, "optional": True}
             for variable in (secret.env_var, f"_FSEC_{secret.group}_{secret.key}".upper()):
-                wanted += [{"name": variable, "valueFrom": {"secretKeyRef": reference}}] if variable else []
-        whole = {
+                injected += [{"name": variable, "valueFrom": {"secretKeyRef": reference}}] if variable else []
+        extended = {
             "envFrom": [*container.get("envFrom", []), *secrets],
-            "env": [*container.get("env", []), *({"name": one, "value": given[one]} for one in given), *wanted],
+            "env": [
+                *container.get("env", []),
+                *({"name": name, "value": defaults[name]} for name in defaults),
+                *injected,
+            ],
         }
-        found = image.environment | self.objects.environment(whole, namespace) | env
-        ports = {str(int(one["containerPort"])): free_port() for one in container.get("ports", [])}
+        found = image.environment | self.objects.environment(extended, namespace) | env
+        ports = {str(int(port["containerPort"])): free_port() for port in container.get("ports", [])}
         if "FORGE_GPUS" in found and not self.gpus:
             found["FORGE_GPUS"] = "0"
-        found |= {"HOSTNAME": root.name, "TMPDIR": TMP}
-        here = {
-            variable: ports.get(value) or self.reached(self.placed(value, image, root))
+        found |= {"HOSTNAME": root.name, "TMPDIR": TMP, **ONE_THREAD}
+        local = {
+            variable: ports.get(value) or self.with_local_urls(self.with_local_paths(value, image, root))
             for variable, value in found.items()
         }
-        if spec.get("automountServiceAccountToken", True):  # in place of the files that a pod has
+        if spec.get("automountServiceAccountToken", True):  # instead of the files in a real pod
             account = spec.get("serviceAccountName", "default")
-            here["KUBECONFIG"] = str(self.services.kubeconfig(namespace, account))
-        return here
+            local["KUBECONFIG"] = str(self.services.kubeconfig(namespace, account))
+        return local
 
-    def placed(self, value: str, image: Image, root: Path) -> str:
-        """A value whose paths are those of a pod, with those that they have here."""
+    def with_local_paths(self, value: str, image: Image, root: Path) -> str:
+        """A value with local paths instead of the pod's."""
         if "://" in value:
             return value
-        return ":".join(str(place(one, image, root)) if one.startswith("/") else one for one in value.split(":"))
+        return ":".join(
+            str(local_path(part, image, root)) if part.startswith("/") else part for part in value.split(":")
+        )
 
-    def reached(self, value: str) -> str:
-        """A value whose URLs are those of a cluster, with those that its services have here."""
+    def with_local_urls(self, value: str) -> str:
+        """A value with local URLs instead of the cluster's."""
 
-        def here(match: re.Match[str]) -> str:
+        def local_url(match: re.Match[str]) -> str:
             scheme, service, namespace, port = match.groups()
             if namespace not in self.namespaces:
                 return match[0]
             url = f"{scheme}://{service}.{namespace}{port or ''}"
-            assert url in self.services.urls, f"{url}: the services of these tests have none"
+            assert url in self.services.urls, f"{url} is not among the services of these tests"
             return self.services.urls[url].rstrip("/")
 
-        return HOST.sub(here, value)
+        return HOST.sub(local_url, value)
 
     def mount(self, namespace: str, spec: Object, container: Object, root: Path) -> None:
-        """The volumes that are not an empty directory: those that pods share, and what ConfigMaps and Secrets hold."""
-        volumes = {one["name"]: one for one in spec.get("volumes", [])}
+        """Mount the volumes that are not empty: claims, which pods share, and files from ConfigMaps and Secrets."""
+        volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
         for mount in container.get("volumeMounts", []):
             volume = volumes[mount["name"]]
-            there = root / mount["mountPath"].lstrip("/")
+            target = root / mount["mountPath"].lstrip("/")
             if claim := volume.get("persistentVolumeClaim"):
                 shared = self.folder / "claims" / namespace / claim["claimName"] / mount.get("subPath", "")
                 shared.mkdir(parents=True, exist_ok=True)
-                there.parent.mkdir(parents=True, exist_ok=True)
-                there.symlink_to(shared)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(shared)
             for source in volume.get("projected", {}).get("sources", []):
-                reference = {f"{kind}Ref": one for kind, one in source.items()}
+                reference = {f"{kind}Ref": projection for kind, projection in source.items()}
                 found = self.objects.environment({"envFrom": [reference]}, namespace)
-                there.mkdir(parents=True, exist_ok=True)
+                target.mkdir(parents=True, exist_ok=True)
                 for key, value in found.items():
-                    (there / key).write_text(value)
+                    (target / key).write_text(value)
 
 
 def pod_of(task: TaskTemplate) -> tuple[Object, Object]:
-    """A task's pod, and its one container."""
+    """A task's pod spec and its only container."""
     if task.HasField("k8s_pod"):
         spec: Object = MessageToDict(task.k8s_pod.pod_spec)
         (container,) = spec["containers"]
         return spec, container
     found: Object = MessageToDict(task.container)
-    env = [{"name": one["key"], "value": one["value"]} for one in found.get("env", [])]
+    env = [{"name": pair["key"], "value": pair["value"]} for pair in found.get("env", [])]
     return {"automountServiceAccountToken": False}, {"image": found["image"], "args": found["args"], "env": env}
 
 
 def workers_of(task: TaskTemplate) -> dict[str, dict[str, str]]:
-    """The pods of a PyTorchJob, and the variables by which the training-operator and Flyte have them find each other.
+    """The workers of a PyTorchJob by name suffix, with the variables that the training-operator and Flyte set.
 
     Empty for other tasks.
     """
@@ -254,24 +261,24 @@ def workers_of(task: TaskTemplate) -> dict[str, dict[str, str]]:
         "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
         "FLYTE_INTERNAL_DIST_ERROR_STRATEGY": "Earliest",
     }
-    return {f"-worker-{one}": {**common, "FLYTE_INTERNAL_WORKER_NAME": f"worker-{one}"} for one in range(count)}
+    return {f"-worker-{n}": {**common, "FLYTE_INTERNAL_WORKER_NAME": f"worker-{n}"} for n in range(count)}
 
 
 def quantity(text: str) -> float:
-    """A quantity of Kubernetes."""
+    """A Kubernetes quantity as a number."""
     number, unit = re.fullmatch(r"([\d.]+)(\w*)", str(text)).groups()  # type: ignore[union-attr]
     return float(number) * UNITS[unit]
 
 
-def place(inside: str, image: Image, root: Path) -> Path:
-    """Where a pod's path is here: in its image, on its own disk, or the machine's (programs)."""
-    if inside.startswith("/opt/"):
-        return image.root / inside[1:]
-    return root / inside[1:] if inside.startswith((HOME, TMP, "/var/lib/", "/etc/forge")) else Path(inside)
+def local_path(path: str, image: Image, root: Path) -> Path:
+    """The local path for a path in a pod: in its image, on its own disk, or the same path, for programs."""
+    if path.startswith("/opt/"):
+        return image.root / path[1:]
+    return root / path[1:] if path.startswith((HOME, TMP, "/var/lib/", "/etc/forge")) else Path(path)
 
 
 def free_port() -> str:
-    """A port of this machine: pods have all of theirs."""
+    """A free port. Real pods have their own ports; here they share this machine's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -281,28 +288,28 @@ def wait(
     processes: list[subprocess.Popen[bytes]], roots: list[Path], seconds: float, grace: float,
     interrupt: Interrupt | None,
 ) -> bool:  # fmt: skip
-    """Wait until all have ended, or one has failed; whether that was in time. Interrupt them, if that is wanted."""
-    deadline, told = time.monotonic() + seconds, False
-    while running := [one for one in processes if one.poll() is None]:
-        failed = any(one.returncode for one in processes)
-        if not told and (failed or (interrupt and interrupt.text in read_logs(roots))):
-            for one in running:
-                one.send_signal(signal.SIGTERM if failed or interrupt is None else interrupt.number)
-            deadline, told = time.monotonic() + grace, True
+    """Wait for processes; returns whether they ended in time. Signals them all if one fails or `interrupt` is due."""
+    deadline, signalled = time.monotonic() + seconds, False
+    while running := [process for process in processes if process.poll() is None]:
+        failed = any(process.returncode for process in processes)
+        if not signalled and (failed or (interrupt and interrupt.text in read_logs(roots))):
+            for process in running:
+                process.send_signal(signal.SIGTERM if failed or interrupt is None else interrupt.number)
+            deadline, signalled = time.monotonic() + grace, True
         if time.monotonic() > deadline:
-            return told
+            return signalled
         time.sleep(0.02)
     return True
 
 
 def read_logs(roots: list[Path]) -> str:
-    """What pods have printed."""
-    return "".join((one / "log").read_text(errors="replace") for one in roots)
+    """The logs of pods."""
+    return "".join((root / "log").read_text(errors="replace") for root in roots)
 
 
 def kill_all(roots: list[Path]) -> None:
-    """End what pods have left, by their homes, which no others have: processes may have left their groups."""
-    homes = {str(one / HOME[1:]) for one in roots}
+    """Kill what pods have left running. Processes may leave their group, so HOME shows which pod they belong to."""
+    homes = {str(root / HOME[1:]) for root in roots}
     for process in psutil.process_iter():
         try:
             if process.environ().get("HOME") in homes:

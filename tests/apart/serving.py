@@ -1,6 +1,6 @@
-"""What serves: an API server that knows who asks, a kubelet that starts vLLM for a pod, and the reconciler as its pod.
+"""The serving side: an API server with RBAC, a kubelet that runs vLLM for its pod, and the reconciler's pod.
 
-vLLM runs on the CPU, and where it listens is this machine's business; all else of both is as their manifests say.
+vLLM runs on the CPU and listens on a local port; everything else follows the manifests.
 """
 
 import asyncio
@@ -30,16 +30,17 @@ from forge.serving.vllm_client import VLLM
 from forge.serving.vllm_environment import ENVIRONMENT
 from tests.apart.images import HOME, Image
 from tests.apart.manifests import Manifests, Object
+from tests.conftest import ONE_THREAD
 from tests.register.mlflow_servers import answers, wait_until
 from tests.serving.fake_cluster import CONFIGMAPS, DEPLOYMENTS, NAMESPACE, PODS, VERBS, FakeCluster, Running
 
-CPU = {"VLLM_CPU_KVCACHE_SPACE": ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]}  # what vLLM needs besides, on a CPU
-STEP = 0.05  # seconds between the controllers' steps
-END = 4000  # characters of a log
+CPU = {"VLLM_CPU_KVCACHE_SPACE": ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]}  # what vLLM needs in addition on a CPU
+STEP = 0.05  # seconds between steps of the controllers
+TAIL = 4000  # characters shown of a log
 
 
 class ApiServer(FakeCluster):
-    """The API server, which answers each ServiceAccount what the Roles of infra/ grant it, and nobody else."""
+    """The API server. Each ServiceAccount may do exactly what the Roles of infra/ grant it."""
 
     def __init__(self, manifests: Manifests) -> None:
         super().__init__()
@@ -50,8 +51,8 @@ class ApiServer(FakeCluster):
         self.put(CONFIGMAPS, copy.deepcopy(manifests.find("ConfigMap", NAMESPACE, "vllm-desired")))
 
     def token(self, namespace: str, account: str) -> str:
-        """A token of a ServiceAccount; LookupError where there is none, as for a pod that names it."""
-        if account != "default":  # Kubernetes makes that one itself
+        """A token for a ServiceAccount; raises LookupError if there is none, as for a pod that names it."""
+        if account != "default":  # Kubernetes creates that one itself
             self.manifests.find("ServiceAccount", namespace, account)
         token = secrets.token_hex()
         self.accounts[token] = namespace, account
@@ -76,14 +77,14 @@ class ApiServer(FakeCluster):
                 role = self.manifests.find("Role", request.namespace, binding["roleRef"]["name"])
                 for rule in role["rules"]:
                     named = rule.get("resourceNames") or [request.name]
-                    of_it = request.resource.group in rule["apiGroups"] and resource in rule["resources"]
-                    if of_it and VERBS[request.action] in rule["verbs"] and request.name in named:
+                    covered = request.resource.group in rule["apiGroups"] and resource in rule["resources"]
+                    if covered and VERBS[request.action] in rule["verbs"] and request.name in named:
                         return True
         return False
 
 
 class Process:
-    """A container's process, with all that it starts, and its log."""
+    """A container's process, with its children and its log."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -94,11 +95,11 @@ class Process:
             )  # fmt: skip
 
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process is running."""
         return self.process.poll() is None
 
-    def end(self, grace: float) -> None:
-        """End it: after `grace` seconds, or where it has left others, by force."""
+    def stop(self, grace: float) -> None:
+        """Terminate the process; kill it after `grace` seconds, and any children that it leaves."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace)
@@ -107,32 +108,32 @@ class Process:
         self.process.wait()
 
     def tail(self) -> str:
-        """The end of its log."""
-        return self.log.read_text(errors="replace")[-END:]
+        """The end of the log."""
+        return self.log.read_text(errors="replace")[-TAIL:]
 
 
 class Serving:
-    """The namespace of vLLM. `urls` are those of the cluster's services, and where they are here."""
+    """The namespace of vLLM. `urls` maps the cluster's service URLs to local ones."""
 
     def __init__(self, manifests: Manifests, folder: Path, urls: dict[str, str], vllm_python: Path) -> None:
         self.manifests, self.folder, self.urls, self.vllm_python = manifests, folder, urls, vllm_python
-        self.vllm_url, self.reconciler_url = (f"http://127.0.0.1:{quiet_port()}" for _ in range(2))
+        self.vllm_url, self.reconciler_url = (f"http://127.0.0.1:{non_ephemeral_port()}" for _ in range(2))
         self.vllm_log, self.reconciler_log = folder / "vllm.log", folder / "reconciler.log"
         self.vllm: Process | None = None
         self.reconciler: Process | None = None
-        self.state = ""  # of vLLM's pod, as FakeCluster's methods pod_* have it
+        self.state = ""  # of vLLM's pod; FakeCluster has a method pod_* for each state
         self.api = ApiServer(manifests)
         self.server = Running(self.api)
         self.ended = threading.Event()
-        self.work = ThreadPoolExecutor(1).submit(self._work)
+        self.controllers = ThreadPoolExecutor(1).submit(self._run_controllers)
 
     @functools.cached_property
     def image(self) -> Image:
-        """The image of the reconciler, laid out."""
+        """The reconciler's image, laid out."""
         return Image(self.manifests.project, "pipeline", self.folder / "image")
 
     def kubeconfig(self, namespace: str, account: str) -> Path:
-        """A KUBECONFIG of a ServiceAccount; LookupError where there is none."""
+        """The kubeconfig of a ServiceAccount; raises LookupError if there is none."""
         path = self.folder / f"kubeconfig-{namespace}-{account}"
         return path if path.exists() else self.server.kubeconfig(path, self.api.token(namespace, account))
 
@@ -141,23 +142,23 @@ class Serving:
         return dict(json.loads(self.api.find(CONFIGMAPS, "vllm-desired")["data"]["desired.json"]))
 
     def close(self) -> None:
-        """End all of it; raises what the kubelet failed of."""
+        """Stop everything; raises the error that ended the controllers, if any."""
         self.ended.set()
-        wait([self.work])
+        wait([self.controllers])
         self.stop_reconciler()
         if self.vllm:
-            self.vllm.end(grace=20)
+            self.vllm.stop(grace=20)
         self.server.close()
-        self.work.result()
+        self.controllers.result()
 
     # The reconciler.
 
     def start_reconciler(self) -> None:
-        """Start its pod, and wait until it answers; AssertionError with its log where it does not."""
+        """Start the reconciler's pod and wait until it answers; raises AssertionError with its log if it does not."""
         spec = self.manifests.find("Deployment", NAMESPACE, "vllm-reconciler")["spec"]["template"]["spec"]
         (container,) = spec["containers"]
         environment = self._environment(spec, container, self.image.environment)
-        # The hub lets nobody in here, and says so at once.
+        # In place of the Hugging Face hub, the API server rejects downloads at once.
         environment |= {
             "FORGE_RECONCILER_PORT": self.reconciler_url.rpartition(":")[2],
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server.port}",
@@ -172,28 +173,28 @@ class Serving:
             raise AssertionError(f"{error}:\n{self.reconciler.tail()}") from None
 
     def stop_reconciler(self) -> None:
-        """End its pod."""
+        """Stop the reconciler's pod."""
         if self.reconciler:
-            self.reconciler.end(grace=10)
+            self.reconciler.stop(grace=10)
 
     # The kubelet of vLLM's node, and the controllers.
 
-    def _work(self) -> None:
+    def _run_controllers(self) -> None:
         while not self.ended.wait(STEP):
             (pod,) = self._in_loop(lambda: self.api.pods) or [None]
             if pod is None or "deletionTimestamp" in pod["metadata"]:
                 if self.vllm:
-                    self.vllm.end(pod["spec"]["terminationGracePeriodSeconds"] if pod else 0)
+                    self.vllm.stop(pod["spec"]["terminationGracePeriodSeconds"] if pod else 0)
                 self.vllm, self.state = None, ""
             else:
-                self._see_to(pod)
+                self._sync_pod(pod)
             self._in_loop(self.api.advance)
 
-    def _see_to(self, pod: Object) -> None:
-        """Start a pod's vLLM if that is to be, and say how it is. One that ends before it was ready would end again."""
+    def _sync_pod(self, pod: Object) -> None:
+        """Start a pod's vLLM, and report its state. vLLM is restarted only if it ends after it was ready."""
         died = self.vllm is not None and self.state == "ready" and not self.vllm.alive()
         if self.vllm and died:
-            self.vllm.end(grace=0)
+            self.vllm.stop(grace=0)
         if self.vllm is None or died:
             self.vllm = self._start_vllm(pod["spec"]) if "args" in pod["spec"]["containers"][0] else None
         state = "silent"
@@ -206,52 +207,53 @@ class Serving:
             self.state = state
             status = getattr(self.api, f"pod_{state}")(pod)
             self._in_loop(
-                lambda: self.api.edit(lambda one: one["status"].update(status), PODS, pod["metadata"]["name"])
+                lambda: self.api.edit(lambda stored: stored["status"].update(status), PODS, pod["metadata"]["name"])
             )
 
     def _start_vllm(self, spec: Object) -> Process:
         (middleware,), (container,) = spec["initContainers"], spec["containers"]
         environment = self._environment(spec, middleware, self.image.environment)
-        Process(self._placed(spec, middleware, middleware["command"]), environment, self.vllm_log).process.wait()
-        environment = self._environment(spec, container, {"PATH": os.environ["PATH"], **CPU})
+        command = self._with_local_paths(spec, middleware, middleware["command"])
+        Process(command, environment, self.vllm_log).process.wait()
+        environment = self._environment(spec, container, {"PATH": os.environ["PATH"], **CPU, **ONE_THREAD})
         args = list(container["args"])
-        for option, here in zip(("--host", "--port"), self.vllm_url.removeprefix("http://").split(":"), strict=True):
-            args[args.index(option) + 1] = here
-        if "--tensor-parallel-size" in args:  # over GPUs, of which this machine has none
+        for option, value in zip(("--host", "--port"), self.vllm_url.removeprefix("http://").split(":"), strict=True):
+            args[args.index(option) + 1] = value
+        if "--tensor-parallel-size" in args:  # this machine has no GPUs
             at = args.index("--tensor-parallel-size")
             del args[at : at + 2]
-        with contextlib.suppress(Failed):  # vLLM says it too
+        with contextlib.suppress(Failed):  # vLLM reports the same error
             args += on_cpu(args[args.index("--model") + 1], Engine(max_loras="--enable-lora" in args))
         return Process([str(self.vllm_python), *container["command"][1:], *args], environment, self.vllm_log)
 
     def _environment(self, spec: Object, container: Object, image: dict[str, str]) -> dict[str, str]:
         found = image | self.manifests.environment(container, NAMESPACE)
-        names, values = found.keys(), self._placed(spec, container, [*found.values()])
+        names, values = found.keys(), self._with_local_paths(spec, container, [*found.values()])
         return {name: self.urls.get(value, value) for name, value in zip(names, values, strict=True)}
 
-    def _placed(self, spec: Object, container: Object, values: list[str]) -> list[str]:
-        """Values with a container's paths, with those that they have here: on the node, of the pod, or in the image."""
-        volumes = {one["name"]: one for one in spec["volumes"]}
-        places = {"/opt": self.image.root / "opt", HOME: self.folder / "pod" / HOME[1:]}
+    def _with_local_paths(self, spec: Object, container: Object, values: list[str]) -> list[str]:
+        """Values with local paths instead of a container's: on the node, in the pod, or in the image."""
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        local_paths = {"/opt": self.image.root / "opt", HOME: self.folder / "pod" / HOME[1:]}
         for mount in container["volumeMounts"]:
             on_node = volumes[mount["name"]].get("hostPath", {}).get("path", "")
-            places[mount["mountPath"]] = self.folder / (f"node{on_node}" if on_node else f"pod/{mount['name']}")
-        for place in places.values():
-            place.mkdir(parents=True, exist_ok=True)
-        paths = re.compile(f"(?<![^:=\\s\"'])({'|'.join(map(re.escape, places))})(?=[/:\\s\"']|$)")
-        return [paths.sub(lambda match: str(places[match[1]]), value) for value in values]
+            local_paths[mount["mountPath"]] = self.folder / (f"node{on_node}" if on_node else f"pod/{mount['name']}")
+        for path in local_paths.values():
+            path.mkdir(parents=True, exist_ok=True)
+        pattern = re.compile(f"(?<![^:=\\s\"'])({'|'.join(map(re.escape, local_paths))})(?=[/:\\s\"']|$)")
+        return [pattern.sub(lambda match: str(local_paths[match[1]]), value) for value in values]
 
-    def _in_loop(self, what: Callable[[], Any]) -> Any:
-        """Do it where requests are handled, between two of them."""
+    def _in_loop(self, function: Callable[[], Any]) -> Any:
+        """Call a function in the server's event loop, between two requests."""
 
-        async def do() -> Any:
-            return what()
+        async def call() -> Any:
+            return function()
 
-        return asyncio.run_coroutine_threadsafe(do(), self.server.loop).result(30)
+        return asyncio.run_coroutine_threadsafe(call(), self.server.loop).result(30)
 
 
-def quiet_port() -> int:
-    """A port that nobody listens on, and that no connection is given by chance."""
+def non_ephemeral_port() -> int:
+    """A free port below the ephemeral range, so that no outgoing connection takes it."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The walker and its pods, on a small package: what Flyte does, they do."""
+"""The stand-in for Flyte and its pods do what Flyte does, on a small package."""
 
 import shutil
 import signal
@@ -14,7 +14,7 @@ from minio import Minio
 
 from tests.apart.flyte import Flyte, is_named
 from tests.apart.images import Image
-from tests.apart.literals import cache_key, turned
+from tests.apart.literals import cache_key, rotated
 from tests.apart.manifests import Manifests
 from tests.apart.package import make_package
 from tests.apart.pods import Interrupt, Pods
@@ -34,7 +34,7 @@ from flytekit.types.error.error import FlyteError
 from kubernetes import client
 from pydantic import BaseModel
 
-from workflows.said import SAID
+from workflows.origin import ORIGIN
 
 IMAGE = {"container_image": "example.org/forge/forge-pipeline:abc"}
 
@@ -109,7 +109,7 @@ def spreading(size: int = 2) -> int:
 
 
 @task(retries=1, **IMAGE)
-def shaky(fails: int) -> int:
+def flaky(fails: int) -> int:
     attempt = int(os.environ["FLYTE_ATTEMPT_NUMBER"])
     print("attempt", attempt, flush=True)
     if attempt < fails:
@@ -130,8 +130,8 @@ def quick() -> int:
 @workflow(on_failure=cleanup)
 def failing(fails: int) -> int:
     first = quick()
-    second = shaky(fails=fails)
-    return conditional("many").if_(second == first).then(quick()).elif_(second == 1).then(shaky(fails=0)).else_().fail(
+    second = flaky(fails=fails)
+    return conditional("many").if_(second == first).then(quick()).elif_(second == 1).then(flaky(fails=0)).else_().fail(
         "neither")
 
 
@@ -144,7 +144,7 @@ def slow() -> str:
 
 
 @task(pod_template=template(service_account_name="forge-rollout"), secret_requests=[], **IMAGE)
-def look(modules: list[str]) -> dict[str, str]:
+def inspect_pod(modules: list[str]) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items()}
     for name in modules:
         try:
@@ -153,14 +153,14 @@ def look(modules: list[str]) -> dict[str, str]:
             found[name] = str(error)
     found["home"] = str(sorted(os.listdir(os.environ["HOME"])))
     (Path(os.environ["HOME"]) / "mine").write_text("x")
-    found["said"] = SAID
+    found["origin"] = ORIGIN
     found["path"] = str(sys.path)
     return found
 
 
 @workflow
-def looking(modules: list[str]) -> dict[str, str]:
-    return look(modules=modules)
+def inspecting(modules: list[str]) -> dict[str, str]:
+    return inspect_pod(modules=modules)
 
 
 @workflow
@@ -184,13 +184,13 @@ def large() -> None:
 
 
 @workflow
-def asking() -> None:
+def requesting() -> None:
     large()
 
 
 @task(retries=1, **IMAGE)
-def both() -> int:
-    """What a job leaves that was told to stop, and then was resumed in the same attempt."""
+def outputs_and_error() -> int:
+    """Leave an error next to the outputs, like a job that was suspended and then resumed in the same attempt."""
     if os.environ["FLYTE_ATTEMPT_NUMBER"] == "0":
         from flyteidl.core.errors_pb2 import ContainerError, ErrorDocument
         from flytekit import FlyteContextManager
@@ -203,7 +203,7 @@ def both() -> int:
 
 @workflow
 def leaving() -> int:
-    return both()
+    return outputs_and_error()
 '''
 
 JOB = """
@@ -230,24 +230,24 @@ def joining() -> int:
 
 
 @dataclass
-class Stand:
-    """The least that pods need: an S3 server."""
+class S3Only:
+    """The only service that these pods need: an S3 server."""
 
     url: str
     urls: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def s3(self, user: str) -> Minio:
-        """The server's client; all users are one."""
+        """A client of the server, the same for all users."""
         return client_of(self.url)
 
     def kubeconfig(self, namespace: str, account: str) -> Path:
-        """A name to be seen."""
+        """A path that shows the account; there is no file."""
         return Path(f"/{namespace}/{account}")
 
 
-def small(project: Path) -> Path:
-    """A project with a package of its own, and all else as Forge has it."""
+def small_project(project: Path) -> Path:
+    """A project with the small package, and everything else from Forge."""
     project.mkdir()
     for name in ("images", "infra", "recipes"):
         (project / name).symlink_to(FORGE / name)
@@ -256,19 +256,19 @@ def small(project: Path) -> Path:
         (project / name / "__init__.py").touch()
     (project / "workflows" / "small.py").write_text(SMALL)
     (project / "workflows" / "job.py").write_text(JOB)
-    (project / "workflows" / "said.py").write_text('SAID = "image"\n')
+    (project / "workflows" / "origin.py").write_text('ORIGIN = "image"\n')
     return project
 
 
 @pytest.fixture(scope="module")
 def flyte(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flyte]:
     folder = tmp_path_factory.mktemp("apart")
-    project = small(folder / "project")
+    project = small_project(folder / "project")
     (folder / "s3").mkdir()
     with rclone(folder / "s3") as url:
-        services = Stand(url, dict.fromkeys(SERVICES, url), Manifests(FORGE).secrets)
-        mine = {"FLYTE_AWS_ACCESS_KEY_ID": KEY, "FLYTE_AWS_SECRET_ACCESS_KEY": SECRET}
-        services.secrets["homelab-production/flyte-task-storage"] = mine
+        services = S3Only(url, dict.fromkeys(SERVICES, url), Manifests(FORGE).secrets)
+        credentials = {"FLYTE_AWS_ACCESS_KEY_ID": KEY, "FLYTE_AWS_SECRET_ACCESS_KEY": SECRET}
+        services.secrets["homelab-production/flyte-task-storage"] = credentials
         services.s3("flyte").make_bucket("flyte")
         yield Flyte(make_package(project, folder / "package.tgz"), Pods(project, services, folder / "pods"))
 
@@ -282,80 +282,78 @@ SERVICES = (
 NAME = "workflows.small."
 
 
-def test_the_cache_misses_behind_an_attribute_and_hits_behind_a_hash(flyte: Flyte) -> None:
+def test_the_cache_misses_on_an_attribute_and_hits_on_a_hash(flyte: Flyte) -> None:
     first, second = (flyte.run(NAME + "caching", {"size": 3}) for _ in range(2))
     assert (first.phase, second.phase) == ("SUCCEEDED", "SUCCEEDED"), first.error + second.error
-    assert first.cache() == {"n1": "POPULATED", "n2": "POPULATED"}
-    assert second.cache() == {"n1": "POPULATED", "n2": "HIT"}
+    assert first.cache_status() == {"n1": "POPULATED", "n2": "POPULATED"}
+    assert second.cache_status() == {"n1": "POPULATED", "n2": "HIT"}
     assert second.value("o0") == second.value("o1") == 3
-    assert second.of("by_whole").attempts == 0
+    assert second.node("by_whole").attempts == 0
 
 
-@pytest.mark.parametrize("how", ["image", "sent"])
-def test_dynamic_tasks_and_map_tasks(flyte: Flyte, how: str) -> None:
-    done = flyte.run(NAME + "spreading", sent=flyte.pods.project / "workflows" if how == "sent" else None)
-    assert done.phase == "SUCCEEDED", done.error
-    assert done.value() == 3
-    assert [ran.value() for path, ran in done.nodes.items() if is_named("square", path, ran)] == [1, 2]
-    assert done.of("add").phase == "SUCCEEDED"
-    spread = done.of("spread")
+@pytest.mark.parametrize("code", ["image", "uploaded"])
+def test_dynamic_tasks_and_map_tasks_run(flyte: Flyte, code: str) -> None:
+    execution = flyte.run(NAME + "spreading", upload=flyte.pods.project / "workflows" if code == "uploaded" else None)
+    assert execution.phase == "SUCCEEDED", execution.error
+    assert execution.value() == 3
+    assert [run.value() for path, run in execution.nodes.items() if is_named("square", path, run)] == [1, 2]
+    assert execution.node("add").phase == "SUCCEEDED"
+    spread = execution.node("spread")
     assert spread.attempts == 1
     assert spread.job is not None
-    assert {task.container.args[0] == "pyflyte-fast-execute" for task in spread.job.tasks} == {how == "sent"}
+    assert {task.container.args[0] == "pyflyte-fast-execute" for task in spread.job.tasks} == {code == "uploaded"}
 
 
-def test_retries_and_conditions(flyte: Flyte) -> None:
-    done = flyte.run(NAME + "failing", {"fails": 1})
-    assert done.phase == "SUCCEEDED", done.error
-    assert done.nodes["n1"].attempts == 2
-    assert done.nodes["n1"].log.count("attempt 1") == 1
-    assert {path: ran.phase for path, ran in done.nodes.items()} == {
+def test_recoverable_errors_are_retried_and_conditions_choose_a_branch(flyte: Flyte) -> None:
+    execution = flyte.run(NAME + "failing", {"fails": 1})
+    assert execution.phase == "SUCCEEDED", execution.error
+    assert execution.nodes["n1"].attempts == 2
+    assert execution.nodes["n1"].log.count("attempt 1") == 1
+    assert {path: run.phase for path, run in execution.nodes.items()} == {
         "n0": "SUCCEEDED", "n1": "SUCCEEDED", "n2": "SUCCEEDED", "n2/n0": "SKIPPED", "n2/n1": "SUCCEEDED",
     }  # fmt: skip
     neither = flyte.run(NAME + "failing", {"fails": 0})
     assert (neither.phase, neither.error) == ("FAILED", "neither")
 
 
-def test_failure_nodes_and_recovery(flyte: Flyte) -> None:
+def test_a_failure_node_runs_once_and_is_recovered(flyte: Flyte) -> None:
     failed = flyte.run(NAME + "failing", {"fails": 3})
     assert failed.phase == "FAILED"
     assert "not yet" in failed.error
     assert failed.nodes["n1"].attempts == 2
-    assert "cleanup of n1 True" in failed.of("cleanup").log
-    again = flyte.recover(failed)
-    assert again.phase == "FAILED"
-    assert {path: ran.phase for path, ran in again.nodes.items()} == {
+    assert "cleanup of n1 True" in failed.node("cleanup").log
+    recovery = flyte.recover(failed)
+    assert recovery.phase == "FAILED"
+    assert {path: run.phase for path, run in recovery.nodes.items()} == {
         "n0": "RECOVERED", "n1": "FAILED", "fn0": "RECOVERED",
     }  # fmt: skip
-    assert again.of("cleanup").log == ""
+    assert recovery.node("cleanup").log == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pod_that_is_killed_is_started_again(flyte: Flyte, number: int) -> None:
-    done = flyte.run(NAME + "slowly", interrupt={"slow": Interrupt("working", number)})
-    assert (done.phase, done.of("slow").attempts) == ("SUCCEEDED", 2), done.error
-    assert done.value() == "done"
+def test_a_task_is_retried_when_its_pod_is_killed(flyte: Flyte, number: int) -> None:
+    execution = flyte.run(NAME + "slowly", interrupt={"slow": Interrupt("working", number)})
+    assert (execution.phase, execution.node("slow").attempts) == ("SUCCEEDED", 2), execution.error
+    assert execution.value() == "done"
 
 
-def test_an_error_counts_beside_outputs(flyte: Flyte) -> None:
-    done = flyte.run(NAME + "leaving")
-    assert (done.phase, done.of("both").attempts) == ("SUCCEEDED", 2), done.error
+def test_an_error_next_to_outputs_counts(flyte: Flyte) -> None:
+    execution = flyte.run(NAME + "leaving")
+    assert (execution.phase, execution.node("outputs_and_error").attempts) == ("SUCCEEDED", 2), execution.error
 
 
-def test_a_pod_has_its_image_and_its_environment_and_nothing_else(
-    flyte: Flyte, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pod_has_only_its_image_and_its_environment(flyte: Flyte, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_MINE", "1")
-    away = ["torch", "pytest", "moto", "vllm", "tests", "hypothesis"]
+    absent = ["torch", "pytest", "moto", "vllm", "tests", "hypothesis"]
     for _ in range(2):
-        done = flyte.run(NAME + "looking", {"modules": [*away, "minio", "mlflow", "transformers"]})
-        assert done.phase == "SUCCEEDED", done.error
-        found = done.value()
-        assert "mine" not in found["home"], "each has a home of its own"
-    for name in away:
+        execution = flyte.run(NAME + "inspecting", {"modules": [*absent, "minio", "mlflow", "transformers"]})
+        assert execution.phase == "SUCCEEDED", execution.error
+        found = execution.value()
+        assert "mine" not in found["home"], "each pod has a home directory of its own"
+    for name in absent:
         assert "No module named" in found[name]
     assert not {"minio", "mlflow", "transformers", "FORGE_MINE", "VIRTUAL_ENV", "PYTEST_VERSION"} & set(found)
-    assert found["said"] == "image"
+    assert found["origin"] == "image"
     assert str(FORGE) not in found["path"]
     assert found["FORGE_STORE"] == "s3://models/forge"
     assert found["FORGE_S3_ENDPOINT"] == found["FLYTE_AWS_ENDPOINT"] == flyte.pods.services.urls[SERVICES[0]]
@@ -363,63 +361,63 @@ def test_a_pod_has_its_image_and_its_environment_and_nothing_else(
     assert found["KUBECONFIG"] == "/homelab-production/forge-rollout"
 
 
-def test_code_that_is_sent_runs_in_place_of_the_image_s(flyte: Flyte, tmp_path: Path) -> None:
-    sent = tmp_path / "sent"
-    shutil.copytree(flyte.pods.project / "workflows", sent / "workflows")
-    (sent / "workflows" / "said.py").write_text('SAID = "sent"\n')
-    done = flyte.run(NAME + "looking", {"modules": []}, sent=sent)
-    assert done.phase == "SUCCEEDED", done.error
-    assert done.value()["said"] == "sent"
+def test_uploaded_code_replaces_that_of_the_image(flyte: Flyte, tmp_path: Path) -> None:
+    uploaded = tmp_path / "uploaded"
+    shutil.copytree(flyte.pods.project / "workflows", uploaded / "workflows")
+    (uploaded / "workflows" / "origin.py").write_text('ORIGIN = "uploaded"\n')
+    execution = flyte.run(NAME + "inspecting", {"modules": []}, upload=uploaded)
+    assert execution.phase == "SUCCEEDED", execution.error
+    assert execution.value()["origin"] == "uploaded"
 
 
-def test_what_may_not_be_is_refused(flyte: Flyte) -> None:
+def test_writes_into_the_image_and_requests_over_quota_fail(flyte: Flyte) -> None:
     written = flyte.run(NAME + "writing")
-    assert (written.phase, written.of("write").attempts) == ("FAILED", 1)
+    assert (written.phase, written.node("write").attempts) == ("FAILED", 1)
     assert written.error == "PermissionError: user 1000 may not write /opt/forge/workflows/mine.py, which the image has"
-    large = flyte.run(NAME + "asking")
-    assert (large.phase, large.of("large").attempts) == ("FAILED", 1)
+    large = flyte.run(NAME + "requesting")
+    assert (large.phase, large.node("large").attempts) == ("FAILED", 1)
     assert "exceeded quota: gpus, requested: requests.nvidia.com/gpu=5" in large.error
 
 
 @pytest.mark.long
-def test_a_job_has_workers_that_find_each_other(flyte: Flyte) -> None:
-    done = flyte.run("workflows.job.joining")
-    assert done.phase == "SUCCEEDED", done.error
-    assert done.value() == 2
+def test_the_workers_of_a_job_find_each_other(flyte: Flyte) -> None:
+    execution = flyte.run("workflows.job.joining")
+    assert execution.phase == "SUCCEEDED", execution.error
+    assert execution.value() == 2
 
 
-def test_only_the_image_that_trains_has_torch(tmp_path: Path) -> None:
+def test_only_the_trainer_image_has_torch(tmp_path: Path) -> None:
     for name, code in (("pipeline", 1), ("trainer", 0)):
         image = Image(FORGE, name, tmp_path / name)
         command = [tmp_path / name / "opt/venv/bin/python", "-c", "import transformers; import torch"]
-        done = subprocess.run(command, env={}, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        assert "torch" in done.stderr or code == 0
-        assert image.written() == []
+        result = subprocess.run(command, env={}, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert "torch" in result.stderr or code == 0
+        assert image.undo_writes() == []
 
 
 def literal(text: str, hashed: str = "") -> Literal:
     return Literal(scalar=Scalar(primitive=Primitive(string_value=text)), hash=hashed)
 
 
-def test_the_cache_s_key_is_of_hashes_or_bytes() -> None:
+def test_a_cache_key_uses_hashes_or_else_bytes() -> None:
     task = TaskTemplate()
-    task.metadata.cache_ignore_input_vars.append("not")
+    task.metadata.cache_ignore_input_vars.append("ignored")
 
     def keys(*values: Literal, **more: Literal) -> set[str]:
-        return {cache_key(task, {"one": value, **more}) for value in values}
+        return {cache_key(task, {"counted": value, **more}) for value in values}
 
-    def several(*values: Literal) -> Literal:
+    def collection(*values: Literal) -> Literal:
         return Literal(collection=LiteralCollection(literals=values))
 
     assert len(keys(literal("a", "x"), literal("b", "x"), literal("b", "x"))) == 1
     assert len(keys(literal("a"), literal("b"), literal("a", "x"))) == 3
-    assert len(keys(several(literal("a", "x")), several(literal("b", "x")))) == 1
-    assert len(keys(several(literal("a")), several(literal("a"), literal("a")))) == 2
-    assert keys(literal("a"), **{"not": literal("b")}) == keys(literal("a"), **{"not": literal("c")})
+    assert len(keys(collection(literal("a", "x")), collection(literal("b", "x")))) == 1
+    assert len(keys(collection(literal("a")), collection(literal("a"), literal("a")))) == 2
+    assert keys(literal("a"), ignored=literal("b")) == keys(literal("a"), ignored=literal("c"))
 
 
-def test_keys_are_turned_all_the_way_down() -> None:
+def test_the_keys_of_nested_maps_are_rotated() -> None:
     value = {"a": 1, "b": [{"c": 2, "d": {"e": 3, "f": 4}}]}
-    assert turned(value, 1) == value
-    assert str(turned(value, 1)) == "{'b': [{'d': {'f': 4, 'e': 3}, 'c': 2}], 'a': 1}"
+    assert rotated(value, 1) == value
+    assert str(rotated(value, 1)) == "{'b': [{'d': {'f': 4, 'e': 3}, 'c': 2}], 'a': 1}"

@@ -1,4 +1,4 @@
-"""Changes that a machine with one disk, one process tree and one user would not notice: each shows on a cluster."""
+"""Mistakes that do not show on a machine with one disk, one process tree and one user, but fail on a cluster."""
 
 import shutil
 import time
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.apart.conftest import PIPELINE, Cluster, recipe, without
+from tests.apart.conftest import PIPELINE, Cluster, recipe, truncated_before
 from tests.apart.flyte import Flyte
 from tests.apart.manifests import Manifests
 from tests.apart.pods import Pods
 from tests.apart.serving import Serving
 
 pytestmark = pytest.mark.long
-Change = tuple[str, str, str]  # a file, a text in it, and what takes its place
+Change = tuple[str, str, str]  # a file, a text in it, and its replacement
 CHECKS, SETTINGS = "tasks/preflight/checks.py", "infra/apps/homelab-production/forge/settings.yaml"
 ANOTHER_REPORT: Change = ("tasks/evaluate/evaluation_files.py", "results.engine,", "results.engine + '!',")
 MARKED: Change = (CHECKS, "problems: list[str] = []", 'problems: list[str] = []; print("sent code")')
-# From which task on the first run is run again, up to which, and what it then says.
+# The changes, the first and the last task to run again, and a text in the error.
 CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {
     "a local path in a contract": (
         [
@@ -72,7 +72,7 @@ CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {
         "train_on_1x2",
         "exceeded quota",
     ),
-    "a quota below the shape that the settings know of": (
+    "a quota setting below the shape": (
         [(SETTINGS, 'FORGE_GPU_QUOTA: "4"', 'FORGE_GPU_QUOTA: "1"')],
         "preflight",
         "preflight",
@@ -94,22 +94,22 @@ CAUGHT: dict[str, tuple[list[Change], str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CAUGHT)
-def test_it_is_caught(name: str, story: Cluster) -> None:
-    changes, first, last, says = CAUGHT[name]
-    _, flyte = story.changed(name.replace(" ", "-"), *changes)
-    ran = flyte.recover(without(story.ran["first"], first), until=last)
-    assert ran.phase == "FAILED", f"{name} was not caught"
-    assert says in ran.error
+def test_a_mutation_is_caught(name: str, used_cluster: Cluster) -> None:
+    changes, first, last, message = CAUGHT[name]
+    _, flyte = used_cluster.changed_copy(name.replace(" ", "-"), *changes)
+    execution = flyte.recover(truncated_before(used_cluster.executions["first"], first), until=last)
+    assert execution.phase == "FAILED", f"{name} was not caught"
+    assert message in execution.error
 
 
-def test_an_attribute_access_before_a_cached_task_is_caught(story: Cluster) -> None:
+def test_an_attribute_as_input_of_a_cached_task_is_caught(used_cluster: Cluster) -> None:
     file = "workflows/training_pipeline.py"
-    for kept, data in (("HIT", "plan.data"), ("POPULATED", "plan.recipe.data")):
-        _, flyte = story.changed(f"attribute-{kept}", (file, "data=plan.data,", f"data={data},"))
-        for cache in ("POPULATED", kept):
-            ran = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()}, until="preprocess_data")
-            assert ran.phase == "STOPPED", ran.error
-            assert ran.of("preprocess_data").cache == cache
+    for status, data in (("HIT", "plan.data"), ("POPULATED", "plan.recipe.data")):
+        _, flyte = used_cluster.changed_copy(f"attribute-{status}", (file, "data=plan.data,", f"data={data},"))
+        for expected in ("POPULATED", status):
+            execution = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()}, until="preprocess_data")
+            assert execution.phase == "STOPPED", execution.error
+            assert execution.node("preprocess_data").cache_status == expected
 
 
 @pytest.mark.parametrize(
@@ -119,43 +119,45 @@ def test_an_attribute_access_before_a_cached_task_is_caught(story: Cluster) -> N
         ("WORKDIR /home/forge/work", "WORKDIR /opt/forge"),
     ],
 )
-def test_sent_code_that_the_image_shadows_or_has_no_place_for_is_caught(old: str, new: str, story: Cluster) -> None:
+def test_an_image_that_hides_or_cannot_hold_uploaded_code_is_caught(old: str, new: str, used_cluster: Cluster) -> None:
     name = new.replace("/", "-").replace(" ", "").replace("=", "")
-    images, flyte = story.changed(f"images{name}", ("images/pipeline/Dockerfile", old, new))
-    sent, _ = story.changed(f"sent{name}", MARKED)
-    shutil.copy(story.project / ".dockerignore", sent)
-    flyte = Flyte(flyte.package, Pods(images, story.services, story.folder / f"pods{name}"))
-    ran = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()}, sent=sent, until="preflight")
-    assert ran.phase == "FAILED" or "sent code" not in ran.of("preflight").log
+    images, flyte = used_cluster.changed_copy(f"images{name}", ("images/pipeline/Dockerfile", old, new))
+    uploaded, _ = used_cluster.changed_copy(f"uploaded{name}", MARKED)
+    shutil.copy(used_cluster.project / ".dockerignore", uploaded)
+    flyte = Flyte(flyte.package, Pods(images, used_cluster.services, used_cluster.folder / f"pods{name}"))
+    execution = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()}, upload=uploaded, until="preflight")
+    assert execution.phase == "FAILED" or "sent code" not in execution.node("preflight").log
 
 
 @pytest.mark.parametrize("writes", [False, True])
-def test_a_write_under_the_readers_policy_is_caught(writes: bool, story: Cluster) -> None:
-    store, place = "s3://models/forge-new", "infra/apps/ml-inference"
+def test_a_write_by_the_reader_is_caught(writes: bool, used_cluster: Cluster) -> None:
+    store, folder = "s3://models/forge-new", "infra/apps/ml-inference"
     package = f"{store}/models/dates/sha256-{'0' * 64}"
     changes: list[Change] = [
-        (f"{place}/vllm/settings.yaml", "FORGE_STORE: s3://models/forge\n", f"FORGE_STORE: {store}\n"),
-        (f"{place}/vllm-base/desired.yaml", '"hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4",', f'"{package}",'),
+        (f"{folder}/vllm/settings.yaml", "FORGE_STORE: s3://models/forge\n", f"FORGE_STORE: {store}\n"),
+        (f"{folder}/vllm-base/desired.yaml", '"hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4",', f'"{package}",'),
     ]
     if writes:
         body = "self.bucket, self.prefix = s3.split(root)\n"
         changes.append(("forge/storage/bucket_store.py", body, f"{body}        self.put('opened', b'')\n"))
-    copy, _ = story.changed(f"reader-{writes}", *changes)
-    before = len(story.services.denied)
+    copy, _ = used_cluster.changed_copy(f"reader-{writes}", *changes)
+    before = len(used_cluster.services.denied)
     manifests = Manifests(copy)
-    manifests.__dict__["secrets"] = story.services.secrets  # the same users, with the same keys
-    (story.folder / f"serving-{writes}").mkdir()
-    serving = Serving(manifests, story.folder / f"serving-{writes}", story.services.urls, Path("/nowhere/python"))
+    manifests.__dict__["secrets"] = used_cluster.services.secrets  # the same users, with the same keys
+    (used_cluster.folder / f"serving-{writes}").mkdir()
+    serving = Serving(
+        manifests, used_cluster.folder / f"serving-{writes}", used_cluster.services.urls, Path("/nowhere/python")
+    )
     try:
         serving.start_reconciler()
-        says = "AccessDenied" if writes else "is gone"
+        message = "AccessDenied" if writes else "is gone"
         deadline = time.monotonic() + 60
-        while says not in serving.reconciler_log.read_text() and time.monotonic() < deadline:
+        while message not in serving.reconciler_log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert says in serving.reconciler_log.read_text()
+        assert message in serving.reconciler_log.read_text()
     finally:
         serving.close()
-    denied = story.services.denied[before:]
-    del story.services.denied[before:]
+    denied = used_cluster.services.denied[before:]
+    del used_cluster.services.denied[before:]
     assert denied == ([("reader", "PutObject", "models/forge-new/opened")] * len(denied) if writes else [])
     assert bool(denied) is writes

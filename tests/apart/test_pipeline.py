@@ -1,4 +1,4 @@
-"""The packaged workflows on a cluster whose pods share nothing but the store, MLflow and the API server."""
+"""The packaged workflows on a cluster whose pods share only the store, MLflow and the API server."""
 
 import json
 import re
@@ -21,143 +21,145 @@ def registry(cluster: Cluster):
     return open_registry(Settings(mlflow_uri=cluster.services.urls["http://mlflow.ml-platform:5000"]))
 
 
-def test_the_first_model_takes_the_place_of_what_a_cluster_serves_at_first(story: Cluster) -> None:
-    first = story.ran["first"]
+def test_the_first_model_replaces_what_a_new_cluster_serves(used_cluster: Cluster) -> None:
+    first = used_cluster.executions["first"]
     assert first.phase == "SUCCEEDED", first.error
-    assert first.value() == f"{story.services.urls['http://vllm.ml-inference:8000']}/v1"
-    assert set(first.cache()) == CACHED
-    assert set(first.cache().values()) == {"POPULATED"}
-    deployment = first.of("roll_out").value()
+    assert first.value() == f"{used_cluster.services.urls['http://vllm.ml-inference:8000']}/v1"
+    assert set(first.cache_status()) == CACHED
+    assert set(first.cache_status().values()) == {"POPULATED"}
+    deployment = first.node("roll_out").value()
     assert (deployment["name"], deployment["version"], deployment["how"]) == ("dates", "1", "weights")
-    assert FIRST_SERVED not in story.services.desired()["serving"]["names"]
+    assert FIRST_SERVED not in used_cluster.services.desired()["serving"]["names"]
 
 
-def test_the_same_run_computes_nothing_again(story: Cluster) -> None:
-    again = story.ran["again"]
-    assert again.phase == "SUCCEEDED", again.error
-    assert again.cache() == dict.fromkeys(CACHED, "HIT")
-    assert again.of("roll_out").value()["how"] == "unchanged"
-    assert "evaluate_model cached" in again.of("summarise").log
+def test_a_repeated_run_computes_nothing(used_cluster: Cluster) -> None:
+    repeated = used_cluster.executions["repeated"]
+    assert repeated.phase == "SUCCEEDED", repeated.error
+    assert repeated.cache_status() == dict.fromkeys(CACHED, "HIT")
+    assert repeated.node("roll_out").value()["how"] == "unchanged"
+    assert "evaluate_model cached" in repeated.node("summarise").log
 
 
-def test_an_adapter_is_swapped_in_after_a_drain(story: Cluster) -> None:
-    ran = story.ran["adapter"]
-    assert ran.phase == "SUCCEEDED", ran.error
-    training = ran.of("train_on_1x2")
+def test_training_resumes_after_a_drain_and_its_adapter_is_swapped_in(used_cluster: Cluster) -> None:
+    execution = used_cluster.executions["adapter"]
+    assert execution.phase == "SUCCEEDED", execution.error
+    training = execution.node("train_on_1x2")
     assert training.attempts == 2
     assert re.search(r"resuming after step \d+", training.log)
-    assert (
-        len([one for one in ran.nodes.values() if one.task.endswith("read_shard") or "map_read_shard" in one.task]) >= 2
-    )
-    deployment = ran.of("roll_out").value()
+    tasks = [run.task for run in execution.nodes.values()]
+    assert len([task for task in tasks if task.endswith("read_shard") or "map_read_shard" in task]) >= 2
+    deployment = execution.node("roll_out").value()
     assert (deployment["version"], deployment["how"], deployment["previous"]) == ("2", "adapter", "1")
 
 
-def test_a_worse_model_is_refused(story: Cluster) -> None:
-    refused = story.ran["refused"]
-    assert refused.phase == "SUCCEEDED", refused.error
-    assert refused.value().startswith("rejected")
-    assert refused.of("announce_rejection").phase == "SUCCEEDED"
-    assert "nothing was registered or rolled out; version 2 stays the champion" in refused.of("announce_rejection").log
+def test_a_worse_model_is_rejected(used_cluster: Cluster) -> None:
+    rejected = used_cluster.executions["rejected"]
+    assert rejected.phase == "SUCCEEDED", rejected.error
+    assert rejected.value().startswith("rejected")
+    announcement = rejected.node("announce_rejection")
+    assert announcement.phase == "SUCCEEDED"
+    assert "nothing was registered or rolled out; version 2 stays the champion" in announcement.log
 
 
-def test_the_champion_is_checked_taken_back_and_kept(story: Cluster) -> None:
-    for title in ("check", "rollback", "retention"):
-        assert story.ran[title].phase == "SUCCEEDED", story.ran[title].error
-    assert "dates version 2 scores" in story.ran["check"].value()
-    assert story.ran["check"].cache() == {"n1": "HIT"}
-    assert story.ran["rollback"].value()["version"] == "1"
-    assert story.ran["retention"].value() == [], "an adapter's base, the champion and the last version stay"
+def test_the_champion_is_checked_rolled_back_and_kept(used_cluster: Cluster) -> None:
+    check, rollback, retention = (used_cluster.executions[title] for title in ("check", "rollback", "retention"))
+    for execution in (check, rollback, retention):
+        assert execution.phase == "SUCCEEDED", execution.error
+    assert "dates version 2 scores" in check.value()
+    assert check.cache_status() == {"n1": "HIT"}
+    assert rollback.value()["version"] == "1"
+    assert retention.value() == [], "an adapter's base, the champion and the last version are kept"
 
 
-def test_what_failed_is_reported_given_back_and_goes_on(story: Cluster) -> None:
-    failed, twice, recovered = (story.ran[title] for title in ("failed", "failed again", "recovered"))
-    for execution in (failed, twice):
+def test_a_failed_execution_is_reported_and_recovered(used_cluster: Cluster) -> None:
+    executions = used_cluster.executions
+    failed, failed_again, recovered = (executions[title] for title in ("failed", "failed again", "recovered"))
+    for execution in (failed, failed_again):
         assert execution.phase == "FAILED"
         assert "did not serve within 10 s (the reconciler does not answer)" in execution.error
-    said = failed.of("report_failure").log
-    assert f"--recover {failed.name}" in said
-    assert "did not serve within 10 s" in said
-    assert twice.of("report_failure").phase == "RECOVERED", "Flyte does not run it again"
-    assert "did not serve within 10 s" in twice.of("roll_out").log
-    assert twice.of("train_on_1x2").phase == "RECOVERED"
+    report = failed.node("report_failure").log
+    assert f"--recover {failed.name}" in report
+    assert "did not serve within 10 s" in report
+    assert failed_again.node("report_failure").phase == "RECOVERED", "Flyte does not run it again"
+    assert "did not serve within 10 s" in failed_again.node("roll_out").log
+    assert failed_again.node("train_on_1x2").phase == "RECOVERED"
     assert recovered.phase == "SUCCEEDED", recovered.error
-    client = registry(story)
-    assert version_of(client, "dates", CHALLENGER) is None, "who failed has dropped it"
+    client = registry(used_cluster)
+    assert version_of(client, "dates", CHALLENGER) is None, "a failed rollout drops the alias"
     assert "rollout_failed" not in client.get_model_version("dates", "3").tags
 
 
-def test_the_model_answers_under_its_public_name(story: Cluster) -> None:
-    client = OpenAI(base_url=f"{story.services.urls['http://vllm.ml-inference:8000']}/v1", api_key="EMPTY")
+def test_the_model_answers_under_its_public_name(used_cluster: Cluster) -> None:
+    client = OpenAI(base_url=f"{used_cluster.services.urls['http://vllm.ml-inference:8000']}/v1", api_key="EMPTY")
     answer = client.chat.completions.create(
         model="dates", messages=[{"role": "user", "content": "NL: 20 juni 1969"}], max_tokens=32
     )
-    assert answer.model == f"dates-{registry(story).get_model_version('dates', '3').tags['package_digest'][:12]}"
+    assert answer.model == f"dates-{registry(used_cluster).get_model_version('dates', '3').tags['package_digest'][:12]}"
 
 
-def test_everyone_did_only_what_their_policy_allows(story: Cluster) -> None:
-    assert story.services.denied == []
+def test_no_request_was_denied(used_cluster: Cluster) -> None:
+    assert used_cluster.services.denied == []
 
 
-def test_successful_tasks_write_no_errors(story: Cluster) -> None:
-    for title, execution in story.ran.items():
-        for path, ran in execution.nodes.items():
-            if ran.phase == "SUCCEEDED" and ran.attempts == 1:
-                lines = [line for line in ran.log.splitlines() if re.search(r"\bERROR\b|Unclosed|Traceback", line)]
+def test_successful_tasks_log_no_errors(used_cluster: Cluster) -> None:
+    for title, execution in used_cluster.executions.items():
+        for path, run in execution.nodes.items():
+            if run.phase == "SUCCEEDED" and run.attempts == 1:
+                lines = [line for line in run.log.splitlines() if re.search(r"\bERROR\b|Unclosed|Traceback", line)]
                 assert lines == [], f"{title}: {path}"
 
 
-def test_the_summary_names_what_can_be_reached_from_a_cluster(story: Cluster) -> None:
-    said = story.ran["first"].of("summarise").log
+def test_the_summary_has_links_and_commands_for_a_cluster(used_cluster: Cluster) -> None:
+    summary = used_cluster.executions["first"].node("summarise").log
     for part in (
         "curl http://",
         "/#/models/dates/versions/1 (run ",
         "flytectl get execution -p homelab",
         "s3://models/",
     ):
-        assert part in said
-    assert "make " not in said
-    assert "/var/lib/forge" not in said
+        assert part in summary
+    assert "make " not in summary
+    assert "/var/lib/forge" not in summary
 
 
-def test_in_development_a_run_ends_with_a_challenger_of_its_own(story: Cluster) -> None:
-    pods = Pods(story.project, story.services, story.folder / "development-pods")
-    flyte = Flyte(story.package, pods, domain="development")
-    ran = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()})
-    assert ran.phase == "SUCCEEDED", ran.error
-    assert ran.value() == "dates-development version 1"
-    assert version_of(registry(story), "dates-development", CHALLENGER) == "1"
-    assert "dates-development" not in json.dumps(story.services.desired())
-    experiments = {one.name for one in registry(story).search_experiments()}
+def test_a_run_in_development_ends_with_its_own_challenger(used_cluster: Cluster) -> None:
+    pods = Pods(used_cluster.project, used_cluster.services, used_cluster.folder / "development-pods")
+    flyte = Flyte(used_cluster.package, pods, domain="development")
+    execution = flyte.run(PIPELINE, {"data_path": "", "recipe": recipe()})
+    assert execution.phase == "SUCCEEDED", execution.error
+    assert execution.value() == "dates-development version 1"
+    assert version_of(registry(used_cluster), "dates-development", CHALLENGER) == "1"
+    assert "dates-development" not in json.dumps(used_cluster.services.desired())
+    experiments = {experiment.name for experiment in registry(used_cluster).search_experiments()}
     assert {"dates-development", "forge-evaluation-development"} <= experiments
 
 
-def test_code_that_is_sent_runs_and_recipes_beside_it_are_found(story: Cluster) -> None:
-    copy, flyte = story.changed(
-        "sent",
-        ("tasks/preflight/checks.py", "problems: list[str] = []", 'problems: list[str] = []; print("sent code")'),
+def test_uploaded_code_runs_and_its_recipes_are_found(used_cluster: Cluster) -> None:
+    copy, flyte = used_cluster.changed_copy(
+        "uploaded",
+        ("tasks/preflight/checks.py", "problems: list[str] = []", 'problems: list[str] = []; print("uploaded code")'),
     )
     (copy / "recipes" / "mine.yaml").write_text(recipe(name="mine", serving={"rollout": False}))
-    shutil.copy(story.project / ".dockerignore", copy)
-    sent = Flyte(flyte.package, story.flyte.pods)  # the images are those without the change
-    ran = sent.run(PIPELINE, {"data_path": "", "recipe": "mine"}, sent=copy, until="preprocess_data")
-    assert ran.phase == "STOPPED", ran.error
-    assert "sent code" in ran.of("preflight").log
-    assert ran.of("preflight").value("name") == "mine"
+    shutil.copy(used_cluster.project / ".dockerignore", copy)
+    flyte = Flyte(flyte.package, used_cluster.flyte.pods)  # with images that lack the change
+    execution = flyte.run(PIPELINE, {"data_path": "", "recipe": "mine"}, upload=copy, until="preprocess_data")
+    assert execution.phase == "STOPPED", execution.error
+    assert "uploaded code" in execution.node("preflight").log
+    assert execution.node("preflight").value("name") == "mine"
 
 
-def test_gpus_that_were_asked_for_and_are_not_there_end_a_training(story: Cluster) -> None:
-    pods = Pods(story.project, story.services, story.folder / "gpu-pods", gpus=True)
-    flyte = Flyte(story.package, pods)
-    flyte.catalog = {key: one for key, one in story.flyte.catalog.items() if "o0" in one}
+def test_a_training_without_its_requested_gpus_fails(used_cluster: Cluster) -> None:
+    pods = Pods(used_cluster.project, used_cluster.services, used_cluster.folder / "gpu-pods", gpus=True)
+    flyte = Flyte(used_cluster.package, pods)
+    flyte.catalog = {key: outputs for key, outputs in used_cluster.flyte.catalog.items() if "o0" in outputs}
     text = recipe(training={"seed": 7}, serving={"rollout": False})
-    ran = flyte.run(PIPELINE, {"data_path": "", "recipe": text})
-    assert ran.phase == "FAILED"
-    assert ran.of("train_on_1x2").phase == "FAILED"
-    assert "this pod requested 2, and torch sees 0" in ran.error
+    execution = flyte.run(PIPELINE, {"data_path": "", "recipe": text})
+    assert execution.phase == "FAILED"
+    assert execution.node("train_on_1x2").phase == "FAILED"
+    assert "this pod requested 2, and torch sees 0" in execution.error
 
 
-def test_a_whole_pipeline_takes_a_few_minutes(story: Cluster) -> None:
-    """No limit is asserted, as machines differ; `-s` shows the times."""
-    print({title: round(seconds) for title, seconds in story.seconds.items()})
-    assert set(story.seconds) == set(story.ran)
+def test_all_executions_are_timed(used_cluster: Cluster) -> None:
+    """No limit is asserted, since machines differ. `pytest -s` shows the durations."""
+    print({title: round(seconds) for title, seconds in used_cluster.seconds.items()})
+    assert set(used_cluster.seconds) == set(used_cluster.executions)

@@ -1,4 +1,4 @@
-"""What the pods of the harness reach lets each do what infra/ grants it, and no more."""
+"""The services of the test cluster let each user do exactly what infra/ grants."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 
 def denied(call: Callable[[], object]) -> bool:
-    """Whether somebody is denied something; other answers are well."""
+    """Whether a call is denied. It may fail for another reason."""
     try:
         call()
     except MinioException as error:
@@ -61,8 +61,8 @@ def denied(call: Callable[[], object]) -> bool:
     return False
 
 
-def mutated(folder: Path, file: str, *changes: tuple[str, str]) -> Manifests:
-    """The manifests with changes in a file."""
+def changed_manifests(folder: Path, file: str, *changes: tuple[str, str]) -> Manifests:
+    """The manifests with some texts replaced in a file."""
     shutil.copytree(PROJECT / "infra", folder / "infra")
     path = folder / "infra" / file
     for before, after in changes:
@@ -88,40 +88,40 @@ def mutated(folder: Path, file: str, *changes: tuple[str, str]) -> Manifests:
         ("mlflow", "models", set()),
     ],
 )
-def test_users_may_do_what_their_policies_say(s3: S3, user: str, bucket: str, allowed: set[str]) -> None:
+def test_users_may_do_what_their_policies_allow(s3: S3, user: str, bucket: str, allowed: set[str]) -> None:
     client = s3.client(user)
     s3.denied.clear()
     assert {name for name, call in CALLS.items() if not denied(lambda call=call: call(client, bucket))} == allowed  # type: ignore[misc]
     assert {name for _, name, _ in s3.denied} == CALLS.keys() - allowed
-    assert {(one, where.partition("/")[0]) for one, _, where in s3.denied} <= {(user, bucket)}
+    assert {(who, resource.partition("/")[0]) for who, _, resource in s3.denied} <= {(user, bucket)}
 
 
-def test_a_right_on_a_folder_is_on_that_folder(s3: S3) -> None:
+def test_a_permission_on_a_folder_covers_only_that_folder(s3: S3) -> None:
     client = s3.client("reader")
     client.put_object("models", "forge/leases/one", io.BytesIO(b"1"), 1)
     assert denied(lambda: client.put_object("models", "forge/identity", io.BytesIO(b"1"), 1))
     assert s3.denied[-1] == ("reader", "PutObject", "models/forge/identity")
 
 
-def test_whoever_copies_needs_to_read(s3: S3) -> None:
+def test_a_copy_needs_read_permission_on_its_source(s3: S3) -> None:
     for bucket, is_denied in (("models", False), ("mlflow", True)):
-        source = CopySource(bucket, "forge/some")
-        assert denied(lambda one=source: s3.client("pipeline").copy_object("models", "forge/copy", one)) == is_denied  # type: ignore[misc]
+        copy = CopySource(bucket, "forge/some")
+        assert denied(lambda copy=copy: s3.client("pipeline").copy_object("models", "forge/copy", copy)) == is_denied  # type: ignore[misc]
 
 
-def test_each_object_of_a_deletion_needs_the_right(s3: S3) -> None:
+def test_a_bulk_delete_needs_permission_for_each_object(s3: S3) -> None:
     for name in ("forge/leases/two", "forge/some"):
         is_denied = denied(lambda name=name: list(s3.client("reader").remove_objects("models", [DeleteObject(name)])))  # type: ignore[misc]
         assert is_denied == (name == "forge/some")
 
 
-def test_large_objects_and_odd_names_come_through_whole(s3: S3) -> None:
+def test_large_objects_and_unusual_names_arrive_intact(s3: S3) -> None:
     data = bytes(range(256)) * (12 << 12)
     s3.client("pipeline").put_object("models", "ü ~+ä/x", io.BytesIO(data), len(data), part_size=5 << 20)
     assert s3.client("reader").get_object("models", "ü ~+ä/x").data == data
 
 
-def test_who_is_not_known_is_denied(s3: S3) -> None:
+def test_unknown_users_are_denied(s3: S3) -> None:
     endpoint = s3.url.removeprefix("http://")
     assert denied(lambda: Minio(endpoint, secure=False, region="us-east-1").get_object("models", "forge/some"))
     stranger = Minio(endpoint, "reader", "wrong", secure=False, region="us-east-1")
@@ -129,34 +129,36 @@ def test_who_is_not_known_is_denied(s3: S3) -> None:
         stranger.get_object("models", "forge/some")
 
 
-def test_a_policy_is_the_project_s_own(tmp_path: Path) -> None:
-    manifests = mutated(tmp_path, "apps/data-ml/minio/policies.yaml", ('"s3:PutObject", ', ""))
+def test_policies_come_from_the_project(tmp_path: Path) -> None:
+    manifests = changed_manifests(tmp_path, "apps/data-ml/minio/policies.yaml", ('"s3:PutObject", ', ""))
     with serve(manifests, tmp_path / "s3") as s3:
         client = s3.client("pipeline")
         assert denied(lambda: CALLS["PutObject"](client, "models"))
         assert not denied(lambda: CALLS["ListBucket"](client, "models"))
 
 
-def test_wildcards_and_denials_are_as_aws_has_them() -> None:
-    def allow(action: str, resource: str, effect: str = "Allow") -> dict:
+def test_wildcards_and_denials_follow_aws() -> None:
+    def statement(action: str, resource: str, effect: str = "Allow") -> dict:
         return {"Effect": effect, "Action": action, "Resource": [f"arn:aws:s3:::{resource}"]}
 
-    policy = Policy([allow("s3:Get*", "models/a?/*"), allow("s3:*", "models/ab/no", "Deny")])
+    policy = Policy([statement("s3:Get*", "models/a?/*"), statement("s3:*", "models/ab/no", "Deny")])
     assert policy.allows(("GetObject", "models/ab/c/d"))
     assert not policy.allows(("PutObject", "models/ab/c"))
     assert not policy.allows(("GetObject", "models/abc/d"))
     assert not policy.allows(("GetObject", "models/ab/no"))
     with pytest.raises(AssertionError, match="Condition"):
-        Policy([allow("s3:*", "*") | {"Condition": {}}])
+        Policy([statement("s3:*", "*") | {"Condition": {}}])
 
 
 # --- Secrets
 
 
-def test_secrets_fit_together() -> None:
+def test_secrets_match() -> None:
     users, tasks = MANIFESTS.secrets["data-ml/minio-users"], MANIFESTS.secrets["homelab-production/forge-secrets"]
     assert users.keys() == USERS
-    assert tasks == {"s3-access-key": "pipeline", "s3-secret-key": users["pipeline"]}, "what a person gives is left out"
+    assert tasks == {"s3-access-key": "pipeline", "s3-secret-key": users["pipeline"]}, (
+        "values to be filled in are left out"
+    )
     container = MANIFESTS.find("Deployment", NAMESPACE, "vllm-reconciler")["spec"]["template"]["spec"]["containers"][0]
     environment = MANIFESTS.environment(container, NAMESPACE)
     assert environment["FORGE_S3_SECRET_KEY"] == users["reader"]
@@ -164,8 +166,10 @@ def test_secrets_fit_together() -> None:
     assert "HF_TOKEN" not in environment
 
 
-def test_a_key_or_setting_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    manifests = mutated(tmp_path, "external.yaml", ("s3-secret-key: same as data-ml/minio-users/reader, ", ""))
+def test_a_missing_key_or_setting_is_an_error(tmp_path: Path) -> None:
+    manifests = changed_manifests(
+        tmp_path, "external.yaml", ("s3-secret-key: same as data-ml/minio-users/reader, ", "")
+    )
     container = MANIFESTS.find("Deployment", NAMESPACE, "vllm-reconciler")["spec"]["template"]["spec"]["containers"][0]
     with pytest.raises(LookupError, match="forge-secrets has no key s3-secret-key"):
         manifests.environment(container, NAMESPACE)
@@ -191,18 +195,18 @@ def serving_of(manifests: Manifests, folder: Path, vllm: str = "") -> Iterator[S
 
 
 def document_of(serving: Serving, account: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> ConfigMapDocument:
-    """The document, as a ServiceAccount finds it."""
+    """The document of what should be served, as a ServiceAccount opens it."""
     monkeypatch.setenv("KUBECONFIG", str(serving.kubeconfig(*account)))
     return ConfigMapDocument(open_cluster(patience=0), NAMESPACE, DOCUMENT)
 
 
 def rollout_account(manifests: Manifests) -> tuple[str, str]:
-    """A ServiceAccount that rolls out."""
+    """The ServiceAccount that rolls out."""
     subject = manifests.find("RoleBinding", NAMESPACE, "forge-rollout")["subjects"][0]
     return subject["namespace"], subject["name"]
 
 
-def test_accounts_may_do_what_their_roles_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accounts_may_do_what_their_roles_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_of(MANIFESTS, tmp_path) as serving:
         document = document_of(serving, rollout_account(MANIFESTS), monkeypatch)
         desired, revision = document.read()
@@ -226,8 +230,8 @@ def test_accounts_may_do_what_their_roles_say(tmp_path: Path, monkeypatch: pytes
             open_cluster().get("configmaps", NAMESPACE, DOCUMENT)
 
 
-def test_a_binding_is_the_project_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifests = mutated(tmp_path, "apps/ml-inference/vllm/rbac.yaml", ("verbs: [get, patch]", "verbs: [get]"))
+def test_roles_come_from_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = changed_manifests(tmp_path, "apps/ml-inference/vllm/rbac.yaml", ("verbs: [get, patch]", "verbs: [get]"))
     with serving_of(manifests, tmp_path) as serving:
         document = document_of(serving, rollout_account(manifests), monkeypatch)
         desired, revision = document.read()
@@ -238,31 +242,31 @@ def test_a_binding_is_the_project_s_own(tmp_path: Path, monkeypatch: pytest.Monk
 # --- vLLM and the reconciler
 
 
-def step(server: KubernetesServer, package: str, until: Callable[[str], bool]) -> None:
-    """Have a Deployment served until it waits for something."""
+def ensure_until(server: KubernetesServer, package: str, condition: Callable[[str], bool]) -> None:
+    """Repeat `ensure` until what it waits for meets a condition."""
     deadline = time.monotonic() + 60
-    while not until(server.ensure(NEW, package, ENGINE)):
+    while not condition(server.ensure(NEW, package, ENGINE)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def server_of(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> KubernetesServer:
-    """vLLM as the reconciler finds it."""
+    """vLLM's Deployment, as the reconciler controls it."""
     cluster = document_of(serving, (NAMESPACE, "vllm-reconciler"), monkeypatch).cluster
     return KubernetesServer(cluster, NAMESPACE, "vllm", serving.vllm_url)
 
 
-def test_a_vllm_that_ends_is_a_container_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_that_exits_is_a_crashing_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_of(MANIFESTS, tmp_path, 'echo "not a model: $*"; exit 3') as serving:
         server, package = server_of(serving, monkeypatch), write_package(tmp_path)
         with pytest.raises(Failed, match=f"not a model: -m vllm.* --host 127.0.0.1 .*--model {package}"):
-            step(server, package, lambda waits: False)
+            ensure_until(server, package, lambda reason: False)
 
 
-def test_a_pod_that_is_deleted_is_a_process_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_a_pod_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_of(MANIFESTS, tmp_path, "env; ls $PYTHONPATH; sleep 600") as serving:
         server, package = server_of(serving, monkeypatch), write_package(tmp_path)
-        step(server, package, lambda waits: "forge" in serving.api.log.splitlines())
+        ensure_until(server, package, lambda reason: "forge" in serving.api.log.splitlines())
         node = serving.folder / "node" / "var" / "lib" / "forge"
         assert f"SERVED_NAMES={node}/serving/names.json" in serving.api.log, "where the reconciler writes it"
         assert serving.vllm is not None
@@ -272,29 +276,29 @@ def test_a_pod_that_is_deleted_is_a_process_that_ends(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.long
-def test_a_package_is_served_by_the_reconciler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with services(PROJECT, tmp_path / "services") as all_of_them:
+def test_the_reconciler_serves_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with services(PROJECT, tmp_path / "services") as running:
         settings = Settings(
             home=tmp_path / "home",
             store="s3://models/forge",
-            s3_endpoint=all_of_them.urls["http://minio.data-ml:30063"],
+            s3_endpoint=running.urls["http://minio.data-ml:30063"],
             s3_access_key=SecretStr("pipeline"),
-            s3_secret_key=SecretStr(all_of_them.secrets["homelab-production/forge-secrets"]["s3-secret-key"]),
+            s3_secret_key=SecretStr(running.secrets["homelab-production/forge-secrets"]["s3-secret-key"]),
         )
         base = publish(open_store(settings), write_base(tmp_path / "base"), "dates", 1)
-        document = document_of(all_of_them.serving, rollout_account(MANIFESTS), monkeypatch)
+        document = document_of(running.serving, rollout_account(MANIFESTS), monkeypatch)
         desired, revision = document.read()
         document.write(wanted(base, desired.generation + 1), revision)
         deadline = time.monotonic() + 300
-        while ask(f"{all_of_them.serving.reconciler_url}/status")["names"] != {"dates": base.versioned}:
-            assert time.monotonic() < deadline, all_of_them.serving.reconciler_log.read_text()
+        while ask(f"{running.serving.reconciler_url}/status")["names"] != {"dates": base.versioned}:
+            assert time.monotonic() < deadline, running.serving.reconciler_log.read_text()
             time.sleep(0.5)
         question = {"model": "dates", "prompt": "NL: 20 juni 1969", "max_tokens": 4, "temperature": 0}
-        url = all_of_them.urls["http://vllm.ml-inference.svc:8000"]
+        url = running.urls["http://vllm.ml-inference.svc:8000"]
         assert ask(f"{url}/v1/completions", question)["model"] == base.versioned
-        assert all_of_them.denied == []
+        assert running.denied == []
 
 
 def ask(url: str, body: dict | None = None) -> dict:
-    """What a server answers."""
+    """The JSON that a server responds with."""
     return dict(urllib3.request("POST" if body else "GET", url, json=body, timeout=60).json())

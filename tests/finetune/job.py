@@ -1,7 +1,6 @@
 """Training jobs for the tests: generated packed rows, and models of several architectures."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +95,7 @@ def start(recipe: Path, data: Path, out: Path, processes: int) -> subprocess.Pop
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return subprocess.Popen(
         [*program, "-m", "tasks.finetune", "--recipe", str(recipe), "--data", str(data), "--out", str(out)],
-        cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+        cwd=PROJECT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "train.py").write_text(TRAIN)
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     arguments = [str(here / "train.py"), str(here), str(ROWS), str(LENGTH)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     subprocess.run([*program, *arguments], check=True, env=environment, timeout=300)
     return here
 
@@ -166,7 +166,7 @@ def test_training_on_a_sharded_quantised_base_resumes_on_an_unsharded_one(place:
     sharded = json.dumps({**recipe, "nproc_per_node": 2, "parallelism": "fsdp"})
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     arguments = [str(tmp_path / "stopped.py"), str(place), str(tmp_path / "checkpoints"), sharded]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     subprocess.run([*program, *arguments], check=True, env=environment, timeout=300)
     losses = []
     for checkpoints, first in (("checkpoints", 1), ("others", 0)):
