@@ -20,6 +20,7 @@ from tests.apart.package import make_package
 from tests.apart.pods import Interrupt, Pods
 from tests.storage.servers import KEY, SECRET, client_of, rclone
 
+pytestmark = pytest.mark.long  # the long tests of this folder are what needs them
 FORGE = Path(__file__).parents[2]
 SMALL = '''
 import os
@@ -379,7 +380,6 @@ def test_writes_into_the_image_and_requests_over_quota_fail(flyte: Flyte) -> Non
     assert "exceeded quota: gpus, requested: requests.nvidia.com/gpu=5" in large.error
 
 
-@pytest.mark.long
 def test_the_workers_of_a_job_find_each_other(flyte: Flyte) -> None:
     execution = flyte.run("workflows.job.joining")
     assert execution.phase == "SUCCEEDED", execution.error

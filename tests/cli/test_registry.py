@@ -26,50 +26,45 @@ def settings(tmp_path: Path, recipe: Recipe) -> Settings:
     return settings
 
 
+def run(*command: str, status: int = 0) -> str:
+    """What a command prints, in this process."""
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == status, result.output
+    return result.output
+
+
 def test_an_empty_registry(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    assert "words: no such registered model" in error_of(forge("history", "words", home=home))
-    assert "words" in error_of(forge("rollback", "words", home=home))
+    assert "words" in error_of(forge("rollback", "words", home=tmp_path / "home"))
+    assert "words: no such registered model" in run("history", "words", status=1)
     for command in (["lineage", "models:/words@champion"], ["fetch", "models:/words/1"], ["prune", "words"]):
-        result = CliRunner().invoke(main, command)
-        assert result.exit_code == 1
-        assert "words" in result.output
-    result = CliRunner().invoke(main, ["prune"])
-    assert (result.exit_code, "0 packages" in result.output) == (0, True)
+        assert "words" in run(*command, status=1)
+    assert "0 packages" in run("prune")
 
 
 def test_a_registry_with_a_champion(settings: Settings) -> None:
-    home = settings.home
-    shown = forge("history", "dates", home=home).stdout
+    shown = forge("history", "dates", home=settings.home).stdout
     assert "dates: 3 versions" in shown
     assert "champion" in shown
-    shown = forge("lineage", "models:/dates@champion", home=home).stdout
+    shown = run("lineage", "models:/dates@champion")
     assert "dates version 2" in shown
     assert "rows from: s3://team/raw" in shown
-    fetched = forge("fetch", "models:/dates/1", home=home).stdout.strip()
-    assert (Path(fetched) / "manifest.json").is_file()
-    assert "no other version of dates" in error_of(forge("rollback", "dates", home=home))
+    assert (Path(run("fetch", "models:/dates/1").strip()) / "manifest.json").is_file()
+    assert "no other version of dates" in error_of(forge("rollback", "dates", home=settings.home))
 
 
 def test_prune_changes_nothing_without_apply(settings: Settings) -> None:
-    home, client = settings.home, open_registry(settings)
-    assert "0 packages" in forge("prune", "dates", home=home).stdout, "all are among the last ten"
+    client = open_registry(settings)
+    assert "0 packages" in run("prune", "dates"), "all are among the last ten"
     for options, left in (((), {"1", "2", "3"}), (("--apply",), {"2", "3"})):
-        done = forge("prune", "dates", "--keep", "1", "--days", "0", *options, home=home)
-        assert done.returncode == 0, done.stderr
-        assert "1 package" in done.stdout
+        assert "1 package" in run("prune", "dates", "--keep", "1", "--days", "0", *options)
         assert {str(version.version) for version in client.search_model_versions("name = 'dates'")} == left
 
 
 def test_ui_serves_the_embedded_registry_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
-    result = CliRunner().invoke(main, ["ui", "--port", "5001"])
-    assert result.exit_code == 0, result.output
-    assert "http://127.0.0.1:5001" in result.output
+    assert "http://127.0.0.1:5001" in run("ui", "--port", "5001")
     assert started[0][1:4] == ["-m", "mlflow", "ui"]
     assert (tmp_path / "home" / "mlflow" / "mlflow.db").exists()
     monkeypatch.setenv("FORGE_MLFLOW_URI", "http://mlflow:5000")
-    result = CliRunner().invoke(main, ["ui"])
-    assert result.exit_code == 1
-    assert "open http://mlflow:5000" in result.output
+    assert "open http://mlflow:5000" in run("ui", status=1)

@@ -87,7 +87,7 @@ def test_it_shows_registered_models_and_their_evaluation(tmp_path: Path, recipe:
     shown = run("project", "stage", "report", "registry", "evaluation")
     assert "Registered models: 1" in shown["registry"]
     assert "challenger" in shown["registry"]
-    assert "dates: pass, better" in shown["evaluation"]
+    assert "dates: passed: better" in shown["evaluation"]
     assert "score           0.75" in shown["evaluation"]
     assert "srcdoc=" in shown["evaluation"]
 

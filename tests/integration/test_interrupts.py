@@ -22,17 +22,6 @@ def assert_clean(home: Home, output: str) -> None:
             process.kill()
 
 
-def test_interrupt_during_training(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    home.write_recipe(training={"epochs": 20})
-    process = home.start()
-    output = wait_for(process, "train: ")
-    time.sleep(1)
-    output += home.interrupt(process)
-    assert process.returncode != 0
-    assert_clean(home, output)
-
-
 @pytest.mark.long
 def test_interrupt_of_each_stage_and_then_a_complete_run(tmp_path: Path) -> None:
     home = Home(tmp_path)

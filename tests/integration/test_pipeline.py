@@ -81,15 +81,10 @@ def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
     server = home.served()
     rows = [chat(f"question {number}", "answer") for number in range(1500)]
     path = write_jsonl(home.directory / "bad.jsonl", [*rows, *[{"question": "no answer"}] * 20])
-    for arguments, message in (
-        (["--data_path", str(home.directory / "nowhere.jsonl")], "no such file"),
-        (["--data_path", str(path)], "20 of 1520 rows cannot be used"),
-        (["--recipe", "tiny-cp"], "Did you mean"),
-    ):
-        status, output = home.run(*arguments)
-        assert status == 1
-        assert message in " ".join(output.replace("│", " ").split())
-        assert "Traceback" not in output
+    status, output = home.run("--data_path", str(path))
+    assert status == 1
+    assert "20 of 1520 rows cannot be used" in " ".join(output.replace("│", " ").split())
+    assert "Traceback" not in output
     assert versions(home) == ["1"]
     assert home.served() == server
 

@@ -130,7 +130,7 @@ def inputs(
             digest="e" * 64,
             items=2,
             verdict="passed",
-            reason="better",
+            reason="passed: better",
             report=f"{evaluated}/report.html",
             **scores,
             **common,
