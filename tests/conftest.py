@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from forge.core.contracts import Base, Champion, Dataset, Evaluation, Model, Sou
 from forge.core.logs import LOGGERS
 from forge.core.recipe import Recipe
 from forge.core.settings import Settings
+from forge.registry import mlflow_registry
 from forge.storage import DirectoryStore
 
 # Tests run in parallel, and a thread of OpenMP that waits for work keeps a core busy. Set before torch is imported.
@@ -52,6 +55,39 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _migrate_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy the tables of an embedded registry from the first one. MLflow's migrations take more than a second."""
+    tables = tmp_path_factory.mktemp("tables") / "mlflow.db"
+
+    def configure_client() -> None:  # open_registry calls it before it imports MLflow, which few tests need
+        configured()
+        from mlflow.store.db import utils
+
+        migrate = utils._initialize_tables
+
+        def initialize(engine: Any) -> None:
+            if tables.exists():
+                copy_database(tables, engine.url.database)
+            else:
+                migrate(engine)
+                copy_database(engine.url.database, tables)
+
+        patch.setattr(utils, "_initialize_tables", initialize)
+        patch.setattr(mlflow_registry, "configure_client", configured)
+
+    configured = mlflow_registry.configure_client
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_registry, "configure_client", configure_client)
+        yield
+
+
+def copy_database(source: Path | str, target: Path | str) -> None:
+    """Copy a SQLite database that may be in use."""
+    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as written:
+        read.backup(written)
 
 
 @pytest.fixture(scope="session")
