@@ -14,8 +14,7 @@ DOMAIN ?= development
 PACKAGE ?= .forge/package.tgz
 IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(REGISTRY)/forge-trainer:$(TAG)
 # Test files run in parallel; the tests of one file in order, since they share what the file has set up.
-PARALLEL ?= -n 3 --dist loadfile
-PARALLEL_LONG ?= -n 2 --dist loadfile
+PARALLEL ?= -n 3 --dist loadgroup --no-loadscope-reorder
 # What `make test-unit` runs.
 UNIT ?= tests/test_house.py tests/capacity tests/cluster tests/core tests/images tests/summary
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Give the images' registry: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }
@@ -99,7 +98,7 @@ test-unit: .venv ## Run the fast tests, in under a minute
 	$(BIN)/pytest $(PARALLEL) -m "not long" $(ARGS) $(UNIT)
 
 test-long: setup .venv-harness ## Run the long tests: real servers, and interruptions at every stage
-	$(BIN)/pytest $(PARALLEL_LONG) -m long $(ARGS)
+	$(BIN)/pytest $(PARALLEL) -m long $(ARGS)
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from forge.storage import DirectoryStore
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ.update(ONE_THREAD)
 PROJECT = Path(__file__).parent.parent
+SLOWEST = ("apart", "finetune", "integration")
 SMALL = {
     "name": "dates",
     "data": {"source": "demonstration", "demonstration": {"rows": 1200}, "max_seq_len": 128},
@@ -34,6 +35,14 @@ SMALL = {
     # After seconds of training it answers badly.
     "gate": {"metric": "nll", "min_json_validity": 0.0, "min_finished": 0.0},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what shares a fixture on one worker (--dist loadgroup), and start with the folders that take longest."""
+    for item in items:
+        shared = "used_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("used_cluster" if shared else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.path.parent.name not in SLOWEST)
 
 
 @pytest.fixture(autouse=True)

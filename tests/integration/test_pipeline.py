@@ -89,10 +89,6 @@ def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:
     assert home.served() == server
 
 
-def test_model_ruined_by_its_learning_rate_is_rejected(home: Home) -> None:
-    assert_rejected(home, training={"learning_rate": 1.0})
-
-
 @pytest.mark.long
 def test_model_ruined_by_wrong_answers_is_rejected(home: Home) -> None:
     rows = [json.loads(line) for line in (dataset(home) / "heldout.jsonl").read_text().splitlines()]
