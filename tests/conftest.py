@@ -37,6 +37,7 @@ SMALL = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what shares a fixture on one worker (--dist loadgroup), and start with the folders that take longest."""
     for item in items:
