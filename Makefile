@@ -14,7 +14,7 @@ DOMAIN ?= development
 PACKAGE ?= .forge/package.tgz
 IMAGES = --image pipeline=$(REGISTRY)/forge-pipeline:$(TAG) --image trainer=$(REGISTRY)/forge-trainer:$(TAG)
 # Test files run in parallel; the tests of one file in order, since they share what the file has set up.
-PARALLEL ?= -n 3 --dist loadgroup --no-loadscope-reorder
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # What `make test-unit` runs.
 UNIT ?= tests/test_house.py tests/capacity tests/cluster tests/core tests/images tests/summary
 NEEDS_REGISTRY := { [ -n "$(REGISTRY)" ] || { echo "Give the images' registry: make $(MAKECMDGOALS) REGISTRY=registry.example.org/team" >&2; exit 1; }; }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from forge.core.contracts import Base, Champion, Dataset, Evaluation, Model, Source
 from forge.core.logs import LOGGERS
@@ -37,12 +38,21 @@ SMALL = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
+class Scheduling(LoadFileScheduling):
+    """Runs the tests of a file on one worker, in order, and those of two files too that share a cluster of minutes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = nodeid.partition("::")[0]
+        return file.replace("apart/test_mutations", "apart/test_pipeline")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Distribute the tests over the workers."""
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what shares a fixture on one worker (--dist loadgroup), and start with the folders that take longest."""
-    for item in items:
-        shared = "used_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("used_cluster" if shared else item.nodeid.partition("::")[0]))
+    """Start with the folders that take longest."""
     items.sort(key=lambda item: item.path.parent.name not in SLOWEST)
 
 
