@@ -32,3 +32,10 @@ def digest_directory(directory: Path, exclude: Collection[str] = ()) -> tuple[st
     with ThreadPoolExecutor(THREADS) as pool:  # hashlib releases the GIL
         files = dict(zip(names, pool.map(lambda name: digest_file(directory / name), names), strict=True))
     return digest_json(files), files
+
+
+def digest_model(directory: Path) -> str:
+    """The digest of a model's directory, without what tools keep there for themselves, such as .cache and .git."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*"))
+    hidden = {path.as_posix() for path in paths if any(part.startswith(".") for part in path.parts)}
+    return digest_directory(directory, exclude=hidden)[0]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 TIMEOUT = 10  # seconds for the Hub to answer
 
 
@@ -102,3 +103,20 @@ def _translate_hub_errors(name: str) -> Iterator[None]:
                 "format or models:/name@champion"
             ),
         ) from None
+
+
+def check_unquantised(config: dict[str, Any], where: str) -> None:
+    """Raise ForgeError if a model's config.json says that its weights are quantised already: they cannot be trained."""
+    if quantisation := config.get("quantization_config"):
+        raise ForgeError(
+            f"its weights are quantised already ({quantisation.get('quant_method', 'unknown method')})",
+            where=where,
+            fix="name the original model; training.method qlora quantises it to 4 bits",
+        )
+
+
+def generation_ends(directory: Path) -> set[int]:
+    """The end tokens in a model's generation config, which servers stop at; empty if it has none."""
+    path = directory / GENERATION_CONFIG
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from forge.core.digest import digest_directory
+from forge.core.digest import digest_model
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.models.hub import download_model, model_config, parse_config, weight_bytes
@@ -19,7 +19,7 @@ def fetch_served(served: Served, settings: Settings, store: Store) -> Path:
     """
     if served.directory:
         check_directory(served.directory)
-        if digest_directory(served.directory)[0] != served.digest:
+        if digest_model(served.directory) != served.digest:
             raise ForgeError(
                 "was changed since its adapter was trained on it",
                 where=f"base model {served.directory}",

@@ -32,6 +32,11 @@ def is_remote(source: str) -> bool:
     return source.startswith((S3, HUB))
 
 
+def is_hidden(*names: str) -> bool:
+    """Whether one of a path's names is hidden (.name, _name), as those are that programs keep for themselves."""
+    return any(name.startswith((".", "_")) and name != ".." for name in names)
+
+
 def identify(source: str, settings: Settings, suffixes: tuple[str, ...]) -> tuple[str, str]:
     """The source's URI, pinned to a commit on the Hub, and the digest of its contents. Nothing is downloaded.
 
@@ -144,12 +149,13 @@ def _patterns(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, ...]) -> list[File]:
-    """The data files at a path (a file or a directory), sorted; raises ForgeError if there are none."""
+    """The data files at a path (a file, or those in a directory but hidden ones), sorted; ForgeError if none."""
     inside = path.rstrip("/") + "/" if path else ""
     selected = sorted(
         file
         for file in files
-        if (file.name == path or file.name.startswith(inside)) and file.name.lower().endswith(suffixes)
+        if file.name == path or (file.name.startswith(inside) and not is_hidden(*file.name[len(inside) :].split("/")))
+        if file.name.lower().endswith(suffixes)
     )
     if not selected:
         known = ", ".join(suffixes)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from forge.core.errors import ForgeError
-from forge.models.chat import ChatTokenizer, TemplateError, chat_format, load_tokenizer
+from forge.models.chat import ChatTokenizer, load_tokenizer
+from forge.models.chat_format import TemplateError, chat_format
 from forge.registry.packages import LocalBase
 from tasks.evaluate.items import Item
 
@@ -58,7 +59,7 @@ def ask_all(of: LocalBase, items: Sequence[Item], quiet: bool = False) -> list[A
 def ask(chat: ChatTokenizer, item: Item) -> Asked:
     """An item in a model's tokens; TemplateError if it cannot be trained on, and so not be scored."""
     prompt = chat.prompt(item.messages, item.tools)
-    whole, trained = chat.conversation(item.conversation, item.tools)
+    whole, trained = chat.conversation(item.conversation, item.tools, item.untrained)
     scored: list[int] = np.flatnonzero(trained).tolist()
     if not scored:
         raise TemplateError("nothing to train", "no token belongs to an assistant turn")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.core.contracts import Base, Champion, Model
-from forge.core.digest import digest_directory, digest_json
+from forge.core.digest import digest_json, digest_model
 from forge.core.errors import ForgeError
 from forge.core.settings import Settings
 from forge.registry.mlflow_registry import (
@@ -127,7 +127,7 @@ def merged_champion(package: Path, manifest: dict[str, Any], settings: Settings,
 
         if folder is None:
             base = local_base(Base(location=location, revision=revision), settings, store)
-        elif digest_directory(folder)[0] == revision:
+        elif digest_model(folder) == revision:
             base = LocalBase(str(folder))
         else:
             raise ForgeError(f"its base {folder} is missing or has changed, its digest is no longer {revision}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from forge.core.digest import digest_json
 from forge.core.recipe import Check
+from forge.models.conversation import has_scorable_answer
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Item:
     slice: str
     check: Check
     tools: list[dict[str, Any]] | None = None
+    untrained: tuple[int, ...] = ()  # indices of earlier assistant messages that are only read
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -35,21 +37,22 @@ def read_items(path: Path, most: int, check: Check | None) -> tuple[list[Item], 
 
     Rows are stored in the order of their digests, so the first ones are a random sample. `check` applies to rows that
     have none; if it is None, answers in JSON are compared as JSON and others exactly. Plain texts are skipped, and so
-    are answers with tool calls or reasoning_content: no check can score them.
+    are answers with tool calls or reasoning_content, which no check can score, and those that are not to be learned.
     """
     items: list[Item] = []
     skipped = 0
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            *messages, last = row.get("messages") or [{}]
-            if not messages or set(last) != {"role", "content"}:
+            untrained = tuple(row.get("untrained", ()))
+            if not has_scorable_answer(row.get("messages", ()), untrained):
                 skipped += 1
                 continue
+            *messages, last = row["messages"]
             item_check = (
                 Check.model_validate(row["check"]) if "check" in row else check or default_check(last["content"])
             )
-            items.append(Item(messages, last["content"], row["slice"], item_check, row.get("tools")))
+            items.append(Item(messages, last["content"], row["slice"], item_check, row.get("tools"), untrained))
             if len(items) == most:
                 break
     return items, skipped

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from forge.core.code_version import code_version
 from forge.core.contracts import Base
 from forge.core.digest import digest_directory
+from forge.models.hub import GENERATION_CONFIG
 from forge.models.weights import merge, save
 from forge.registry.packages import portable_name
 from forge.storage.lease import current_owner
@@ -36,11 +37,12 @@ def export(trainer: Trainer, directory: Path | None) -> None:
         return
     job = trainer.job
     dtype = DTYPES[job.training.precision]
+    ends = sorted(trainer.tokenizer.convert_tokens_to_ids(trainer.end_tokens))
     if trainer.adapter is not None:
-        save_adapter(trainer.adapter, weights, job.origin, directory / "adapter")
+        save_adapter(trainer.adapter, weights, job.origin, ends, directory / "adapter")
         merge(job.base, directory / "adapter", dtype, directory / "model", trainer.tokenizer)
     else:
-        save(trainer.model, weights, dtype, trainer.tokenizer, directory / "model")
+        save(trainer.model, weights, dtype, trainer.tokenizer, directory / "model", ends)
     if job.model.architecture is not None:
         base = build_model(job.model, job.base, trainer.tokenizer, trainer.context, job.training.seed, torch.float32)
         save(base, base.state_dict(), torch.float32, trainer.tokenizer, directory / "base")
@@ -48,8 +50,8 @@ def export(trainer: Trainer, directory: Path | None) -> None:
     (directory / CARD).write_text(json.dumps(card(trainer, digest), indent=2) + "\n")
 
 
-def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, directory: Path) -> None:
-    """Write an adapter as peft does, but reproducibly and without local paths."""
+def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, ends: list[int], directory: Path) -> None:
+    """Write an adapter as peft does, but reproducibly and without local paths; and the end tokens it has learned."""
     named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
     adapter.save_pretrained(directory, state_dict=named)
     (directory / "README.md").unlink()  # it names the base's local path; registration writes its own
@@ -57,6 +59,7 @@ def save_adapter(adapter: Any, weights: dict[str, Any], base: Base, directory: P
     config = json.loads(path.read_text())
     config |= {"base_model_name_or_path": portable_name(base), "target_modules": sorted(config["target_modules"])}
     path.write_text(json.dumps(config, indent=2) + "\n")
+    (directory / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": ends}) + "\n")
 
 
 def card(trainer: Trainer, digest: str) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, recipe = self.job.data, self.recipe
-        self.context: int = json.loads((data / "dataset.json").read_text())["context"]
+        card = json.loads((data / "dataset.json").read_text())
+        self.context: int = card["context"]
+        self.end_tokens: list[str] = card["end_tokens"]
         self.tokenizer = load_tokenizer(LocalBase(str(data / "tokenizer")))
         self.rows, self.heldout = PackedRows(data / "train"), PackedRows(data / "heldout")
         self.sampler = GlobalBatchSampler(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)

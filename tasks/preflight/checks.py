@@ -16,6 +16,7 @@ from tasks.preflight.data_checks import absolute_uri, check_data
 from tasks.preflight.model_checks import (
     check_memory,
     check_room_to_serve,
+    check_trainable_base,
     check_training,
     find_base,
     open_base,
@@ -96,6 +97,7 @@ def check_model(checks: Checks, recipe: Recipe, settings: Settings | None, store
     base = checks.run(lambda: find_base(recipe.model, settings, store))
     local = checks.run(open_base, base, settings, store)
     config = checks.run(trained_config, recipe, local)
+    checks.run(check_trainable_base, recipe, local, config)
     checks.run(check_memory, recipe, config, gpus)
     if recipe.serving.rollout:
         checks.run(check_room_to_serve, recipe, base, config, settings)

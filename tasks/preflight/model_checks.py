@@ -1,22 +1,31 @@
 """Checks of the base model, and of the GPUs that train and serve the model."""
 
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from forge.capacity.model_size import architecture_config, measure_model
 from forge.capacity.training_memory import check_fit
 from forge.cluster.gpus import GPU, on_cluster, training_gpus
 from forge.cluster.nodes import TrainingShape, check_cluster_has, find_shape
 from forge.core.contracts import Base
-from forge.core.digest import digest_directory
+from forge.core.digest import digest_model
 from forge.core.errors import ForgeError
 from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
 from forge.core.settings import Settings, path_of
-from forge.models.hub import CONFIG, model_config, pin_revision
+from forge.models.chat import load_tokenizer
+from forge.models.chat_format import chat_format
+from forge.models.conversation import Renderer
+from forge.models.hub import CONFIG, check_unquantised, generation_ends, model_config, pin_revision
 from forge.registry.packages import LocalBase, directory_of, is_registered, local_base, registered_base
 from forge.serving.rollout_check import check_rollout
 from forge.serving.targets import read_serving
 from forge.storage import Store
 from tasks.preflight.data_checks import not_shared
+
+LFS_POINTER = b"version https://git-lfs"
+QUESTION_AND_ANSWER = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
 
 
 def check_training(recipe: TrainingRecipe, settings: Settings | None = None) -> list[GPU]:
@@ -72,7 +81,7 @@ def find_base(recipe: ModelRecipe, settings: Settings | None = None, store: Stor
             where=where,
             fix="save it with save_pretrained (pickled weights are not loaded)",
         )
-    digest, _ = digest_directory(directory)
+    digest = digest_model(directory)
     if recipe.revision not in (None, digest):
         raise ForgeError(
             f"its digest is {digest}, and model.revision is {recipe.revision}",
@@ -87,6 +96,68 @@ def open_base(base: Base, settings: Settings, store: Store) -> LocalBase:
     if is_registered(base.location):
         return LocalBase(str(store.path(base.location)))  # find_base has just verified it
     return local_base(base, settings, store)
+
+
+def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]) -> None:
+    """Check what training would only find out after preprocessing: the base's files, tokenizer, sizes and end tokens.
+
+    Of a model on the Hub only the configuration is here, so its weights are not checked.
+    """
+    where = f"base model {base.location}"
+    check_unquantised(config, where)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions and recipe.data.max_seq_len > positions:
+        raise ForgeError(
+            f"has {positions} positions, and data.max_seq_len is {recipe.data.max_seq_len}",
+            where=where,
+            fix=f"set data.max_seq_len to {positions} or less",
+        )
+    directory = Path(base.location)
+    if not base.location or not directory.is_dir():
+        return
+    for file in sorted(directory.glob("*.safetensors")):
+        check_weights_file(file)
+    tokenizer = load_tokenizer(base)
+    form = chat_format(tokenizer, where)
+    vocabulary = config.get("vocab_size")
+    highest = max(tokenizer.get_vocab().values())
+    if vocabulary and highest >= vocabulary:
+        raise ForgeError(
+            f"its tokenizer has token {highest}, and its embeddings end at {vocabulary - 1} (vocab_size)",
+            where=where,
+            fix="use the tokenizer that belongs to it",
+        )
+    if form.templates and recipe.training.method != "full" and recipe.serving.rollout:
+        check_adapter_can_end(base, Renderer(form, where), tokenizer)
+
+
+def check_weights_file(file: Path) -> None:
+    """Raise ForgeError if a file of weights is not whole."""
+    with file.open("rb") as opened:
+        pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
+    fix = "run git lfs pull" if pointer else "copy it again"
+    if pointer:
+        raise ForgeError("is a pointer of git-lfs, not the weights", where=str(file), fix=fix)
+    try:
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ForgeError(f"is damaged ({error})", where=str(file), fix=fix) from None
+
+
+def check_adapter_can_end(base: LocalBase, renderer: Renderer, tokenizer: Any) -> None:
+    """Raise ForgeError if an adapter learns to end turns with a token at which its base's server does not stop."""
+    renderer.probe()
+    ends = renderer.render(QUESTION_AND_ANSWER, None).ends
+    known = generation_ends(Path(base.location)) | {tokenizer.eos_token_id}
+    learned = {tokenizer.convert_tokens_to_ids(token) for token in ends}
+    if not learned & known:
+        raise ForgeError(
+            f"its chat template ends turns with {', '.join(sorted(ends))}, which is not in eos_token_id of its "
+            "generation_config.json, and adapters are served with the base's: their answers would never end",
+            where=f"base model {base.location}",
+            fix=f"add {', '.join(map(str, sorted(learned)))} to eos_token_id there, or set training.method to full",
+        )
 
 
 def trained_config(recipe: Recipe, base: LocalBase) -> dict[str, Any]:

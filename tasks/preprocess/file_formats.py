@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forge.core.errors import ForgeError
-from tasks.preprocess.rows import EXAMPLE, Invalid, parse
+from tasks.preprocess.rows import EXAMPLE, Invalid, parse, without_nulls
 
 BLOCK = 4 << 20  # bytes of text in a block, roughly
 MAX_ROW = 64 << 20  # bytes
@@ -67,18 +67,12 @@ def _parse(line: bytes) -> Any:
 
 def _batch_row(batch: pa.RecordBatch, index: int) -> Any:
     try:
-        return _without_nulls({name: batch.column(name)[index].as_py() for name in batch.schema.names})
+        row = {name: batch.column(name)[index].as_py(maps_as_pydicts="strict") for name in batch.schema.names}
+        return without_nulls(row)
     except UnicodeDecodeError:
         return Invalid("not UTF-8", "a text column holds bytes that are not UTF-8; write the file again")
     except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # e.g. a timestamp out of range
         return Invalid("unreadable value", f"a column holds a value that cannot be read ({error}); write it as text")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop nulls: Parquet gives each message every key that any message has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def read_blocks(files: list[RawFile]) -> Iterator[Block]:

@@ -17,7 +17,8 @@ from forge.core.digest import digest_directory, digest_json
 from forge.core.errors import ForgeError, Problems
 from forge.core.recipe import DataRecipe
 from forge.core.settings import Settings
-from forge.models.chat import ChatFormat, chat_format, load_tokenizer
+from forge.models.chat import load_tokenizer
+from forge.models.chat_format import ChatFormat, chat_format
 from forge.registry.packages import LocalBase, local_base
 from forge.storage import Store
 from forge.storage.completed import find_completed, record_completed
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 CARD = "dataset.json"
 REPORT = "report.html"
 STAGE = "preprocess"
+MANY = 20  # documents by which a held-out side may be larger than the other
 SHOWN = 10  # rejected rows printed; all are in rejects.jsonl
 
 
@@ -202,6 +204,8 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
     spills: list[str] = []
     rejected: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
+    untrained: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
     for part in parts:
         documents = part.documents
         documents["spill"] += len(spills)
@@ -212,6 +216,8 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
         tables.append(documents)
         rejected.update(part.rejected)
         ignored.update(part.ignored)
+        untrained.update(part.untrained)
+        ends.update(part.ends)
     return SourcePart(
         parts[0].directory,
         np.concatenate(tables),
@@ -221,6 +227,8 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
         sum(part.rows for part in parts),
         dict(sorted(rejected.items())),
         dict(sorted(ignored.items())),
+        dict(sorted(untrained.items())),
+        dict(sorted(ends.items())),
     )
 
 
@@ -250,17 +258,35 @@ def _check_rejected(parts: list[SourcePart], part: SourcePart, data: DataRecipe,
 
 
 def _check_sides(chosen: Selection, data: DataRecipe, source: Source, part: SourcePart) -> None:
-    """Raise ForgeError if nothing is left to train on, or nothing is held out."""
+    """Raise ForgeError if nothing is left to train on, or nothing that can be evaluated is held out."""
     train, heldout = len(chosen.train), len(chosen.heldout)
     if train and heldout:
+        if not chosen.heldout["scorable"].any():
+            raise ForgeError(
+                f"none of the {heldout} held-out documents has an answer that can be scored: all are plain texts, "
+                "or end with a tool call, with reasoning or with an answer of weight 0",
+                where=f"data {source.uri}",
+                fix="name other rows in data.heldout_source",
+            )
+        if heldout > train + MANY and not data.heldout_source and data.heldout_fraction < 0.5:
+            raise ForgeError(
+                f"{heldout} of {train + heldout} documents would be held out, since {_grouping(data)}",
+                where=f"data {source.uri}",
+                fix="name a column that tells rows apart in data.group_column, or set data.heldout_source",
+            )
         return
     removed = "".join(f", {count} removed ({reason})" for reason, count in chosen.removed.items())
     field = "data.heldout_source" if data.heldout_source else "data.heldout_fraction"
+    why = "" if data.heldout_source else f" ({_grouping(data)})"
     raise ForgeError(
-        f"{part.rows} rows give {train} training and {heldout} held-out documents{removed}; neither may be empty",
+        f"{part.rows} rows give {train} training and {heldout} held-out documents{removed}; neither may be empty{why}",
         where=f"data {source.uri}",
-        fix=f"add rows, or change {field}",
+        fix=f"add rows, or change {field}" + ("" if data.heldout_source else " or data.group_column"),
     )
+
+
+def _grouping(data: DataRecipe) -> str:
+    return f"rows with the same {data.group_column}, or without one the same first question, stay together"
 
 
 def _write_rows(documents: np.ndarray, part: SourcePart, path: Path) -> None:

@@ -21,7 +21,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
-from forge.models.chat import ChatFormat, Renderer
+from forge.models.chat_format import ChatFormat
+from forge.models.conversation import Renderer
 from forge.storage.remote_files import is_remote
 from tasks.preprocess import worker
 from tasks.preprocess.file_formats import BLOCK, Block
@@ -48,6 +49,8 @@ class SourcePart:
     rows: int
     rejected: dict[str, int]
     ignored: dict[str, int]
+    untrained: dict[str, int]  # turns that are only read, by reason
+    ends: dict[str, int]  # control tokens that end trained turns, and in how many documents
 
     def save(self) -> None:
         """Write the table and the card into the directory, next to the files."""
@@ -119,6 +122,8 @@ class _Collector:
         self._slices: dict[str, int] = {}
         self._rejected: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
+        self._untrained: Counter[str] = Counter()
+        self._ends: Counter[str] = Counter()
 
     def add(self, result: BlockResult, reason: str) -> None:
         """Add a block's result; `reason` says which row format its source has."""
@@ -131,6 +136,8 @@ class _Collector:
             row = {"row": f"{result.block.name}:{number}", "reason": name, "message": message}
             self.rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._ignored.update(result.ignored)
+        self._untrained.update(result.untrained)
+        self._ends.update(result.ends)
         self._tables.append(self._renumbered(result))
 
     def _renumbered(self, result: BlockResult) -> np.ndarray:
@@ -156,6 +163,8 @@ class _Collector:
             self.rows,
             dict(sorted(self._rejected.items())),
             dict(sorted(self._ignored.items())),
+            dict(sorted(self._untrained.items())),
+            dict(sorted(self._ends.items())),
         )
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from forge.models.chat import Renderer, Span, TemplateError
+from forge.models.chat_format import TemplateError
+from forge.models.conversation import Rendered, Renderer
 from tasks.preprocess.rows import Invalid, Row
 
 
-def render_rows(renderer: Renderer, rows: Sequence[Row]) -> list[tuple[str, list[Span]] | Invalid]:
-    """Each row's text and the spans of characters that are trained, or why it is rejected."""
+def render_rows(renderer: Renderer, rows: Sequence[Row]) -> list[Rendered | Invalid]:
+    """Each row's text with its trained turns, or why it is rejected."""
     return [_render(renderer, row) for row in rows]
 
 
@@ -19,10 +20,10 @@ def reject_control_tokens(renderer: Renderer, row: Row) -> None:
         raise Invalid(error.reason, error.message) from None
 
 
-def _render(renderer: Renderer, row: Row) -> tuple[str, list[Span]] | Invalid:
+def _render(renderer: Renderer, row: Row) -> Rendered | Invalid:
     if row.text is not None:
         return renderer.plain(row.text)
     try:
-        return renderer.render(row.messages, row.tools)
+        return renderer.render(row.messages, row.tools, row.untrained)
     except TemplateError as error:
         return Invalid(error.reason, error.message)

@@ -11,6 +11,8 @@ from forge.core.recipe import DataRecipe
 from tasks.preprocess.file_formats import Block
 from tasks.preprocess.rows import (
     EXAMPLE,
+    LEARN,
+    MEDIA,
     Invalid,
     Row,
     check_column,
@@ -18,10 +20,14 @@ from tasks.preprocess.rows import (
     check_messages,
     check_text,
     check_tools,
+    parse_list,
     parse_text,
     printable,
+    reject_media,
 )
 
+BESIDE = ("system", "tools", "functions")  # columns beside a conversation
+KEPT = (*LEARN, *MEDIA, "reasoning_content")  # keys of a ShareGPT turn that a message has too
 PROBED_BLOCKS = 6  # searched for the first row of a known format
 SPEAKERS = {  # of ShareGPT and its variants
     "system": "system",
@@ -48,42 +54,52 @@ class RowFormat:
 
 
 def _chat(value: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _list_or_json(value["messages"]), "tools": value.get("tools")}
+    return {"messages": _with_system(parse_list(value["messages"], "messages"), value), "tools": _tools(value)}
 
 
 def _sharegpt(value: dict[str, Any]) -> dict[str, Any]:
     messages: Any = []
-    turns = _list_or_json(value["conversations"])
+    turns = parse_list(value["conversations"], "conversations")
     for number, turn in enumerate(turns if isinstance(turns, list) else [None], 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
+        if speaker is None and isinstance(turn, dict) and turn.get("role") is not None:
+            messages.append(turn)
+            continue
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise Invalid(
                 "unknown role", f"message {number}: from is {speaker!r}; it must be one of {', '.join(SPEAKERS)}"
             )
         text = turn.get("value")
         if speaker == "function_call":
-            call = parse_text(check_text(text, f"message {number} (function_call): value"))
+            where = f"message {number} (function_call): value"
+            call = parse_text(check_text(text, where), where)
             calls = call if isinstance(call, list) else [call]
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
         else:
-            messages.append({"role": SPEAKERS[speaker], "content": text})
-    if value.get("system"):
-        messages.insert(0, {"role": "system", "content": value["system"]})
-    return {"messages": messages, "tools": value.get("tools")}
+            message = {"role": SPEAKERS[speaker], "content": text}
+        messages.append(message | {name: turn[name] for name in KEPT if name in turn})
+    return {"messages": _with_system(messages, value), "tools": _tools(value)}
 
 
 def _prompt(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(value["prompt"], list):  # TRL's conversational format
-        completion = value["completion"] if isinstance(value["completion"], list) else [None]
-        return {"messages": [*value["prompt"], *completion], "tools": value.get("tools")}
-    return {"messages": _pair(value, "prompt", "completion")}
+        prompt, completion = parse_list(value["prompt"], "prompt"), parse_list(value["completion"], "completion")
+        messages = [*prompt, *(completion if isinstance(completion, list) else [None])]
+        return {"messages": _with_system(messages, value), "tools": _tools(value)}
+    return {"messages": _pair(value, "prompt", "completion"), "tools": _tools(value)}
 
 
 def _alpaca(value: dict[str, Any]) -> dict[str, Any]:
     instruction = check_text(value["instruction"], "instruction")
     if value.get("input"):
         instruction = f"{instruction}\n\n{check_text(value['input'], 'input')}"
-    return {"messages": _pair({**value, "instruction": instruction}, "instruction", "output")}
+    pair = _pair({**value, "instruction": instruction}, "instruction", "output")
+    earlier = []
+    for number, turn in enumerate(parse_list(value.get("history") or [], "history"), 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Invalid("wrong type", f"history, entry {number}: must be a list of a question and its answer")
+        earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return {"messages": [*pair[:-2], *earlier, *pair[-2:]], "tools": _tools(value)}
 
 
 def _text(value: dict[str, Any]) -> dict[str, Any]:
@@ -96,21 +112,34 @@ def _pair(value: dict[str, Any], question: str, answer: str) -> list[dict[str, A
         {"role": "user", "content": check_text(value[question], question)},
         {"role": "assistant", "content": check_text(value[answer], answer)},
     ]
-    system = value.get("system")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return _with_system(messages, value)
 
 
-def _list_or_json(value: Any) -> Any:
-    """A list, or its JSON text (as in CSV)."""
-    return parse_text(value) if isinstance(value, str) else value
+def _with_system(messages: Any, value: dict[str, Any]) -> Any:
+    """Messages with that of the column `system` in front, if a row has it."""
+    if not value.get("system") or not isinstance(messages, list):
+        return messages
+    if messages and isinstance(messages[0], dict) and "system" in (messages[0].get("role"), messages[0].get("from")):
+        raise Invalid("two system messages", "the row has a system message and a column system; remove one")
+    return [{"role": "system", "content": value["system"]}, *messages]
+
+
+def _tools(value: dict[str, Any]) -> Any:
+    """The tools of a row, or the functions that OpenAI's API had before them."""
+    if value.get("tools") or not value.get("functions"):
+        return value.get("tools")
+    functions = parse_list(value["functions"], "functions")
+    return (
+        [{"type": "function", "function": entry} for entry in functions] if isinstance(functions, list) else functions
+    )
 
 
 # The order decides when a row matches several.
 ROW_FORMATS = (
-    RowFormat("chat", ("messages",), ("tools",), _chat),
-    RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-    RowFormat("prompt", ("prompt", "completion"), ("system", "tools"), _prompt),
-    RowFormat("alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
+    RowFormat("chat", ("messages",), BESIDE, _chat),
+    RowFormat("sharegpt", ("conversations",), BESIDE, _sharegpt),
+    RowFormat("prompt", ("prompt", "completion"), BESIDE, _prompt),
+    RowFormat("alpaca", ("instruction", "output"), ("input", "history", *BESIDE), _alpaca),
     RowFormat("text", ("text",), (), _text),
 )
 
@@ -175,9 +204,10 @@ def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Count
     for column in value:
         if column not in used:
             ignored[printable(column)] += 1
+    reject_media(value, "the row")
     converted = row_format.convert(value)
     text = converted.get("text")
-    messages = [] if text is not None else check_messages(converted["messages"], ignored)
+    messages, untrained = ([], ()) if text is not None else check_messages(converted["messages"], ignored)
     tools = check_tools(converted.get("tools"))
     group, part = value.get(recipe.group_column), value.get(recipe.slice_column)
     judged = value.get(recipe.check_column)
@@ -188,6 +218,7 @@ def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Count
         group=check_column(group, recipe.group_column) if group is not None else prompt_of(messages, text),
         slice=check_column(part, recipe.slice_column) if part is not None else "all",
         check=check_judgement(judged, recipe.check_column) if judged is not None else "",
+        untrained=untrained,
     )
 
 

@@ -15,7 +15,12 @@ from forge.core.recipe import Check
 
 ROLES = ("system", "user", "assistant", "tool")
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+HALF = "half a character (a lone surrogate)"
+EACH_LINE = f"; each line must be one complete row: {EXAMPLE}"
 OPTIONAL = ("name", "tool_call_id", "reasoning_content")  # kept in a message, besides role, content and tool_calls
+RENAMED_ROLES = {"function": "tool", "developer": "system"}
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # keys of what is not text
+LEARN = ("weight", "loss", "train", "trainable")  # keys that say whether an assistant turn is trained
 
 
 class Invalid(Exception):
@@ -29,21 +34,31 @@ class Invalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation (`messages`, and the `tools` it may call) or one plain `text`."""
+    """One conversation (`messages`, and the `tools` it may call) or one plain `text`.
+
+    `untrained` are the indices of assistant messages that are only read, and `check` is how an answer is scored, as
+    JSON.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     text: str | None
     group: str
     slice: str
-    check: str = ""  # how an answer is scored, as JSON
+    check: str = ""
+    untrained: tuple[int, ...] = ()
 
     @property
     def content(self) -> dict[str, Any]:
         """What the model learns from, as JSON."""
         if self.text is not None:
             return {"text": self.text}
-        return {"messages": self.messages, **({"tools": self.tools} if self.tools else {})}
+        content: dict[str, Any] = {"messages": self.messages}
+        if self.tools:
+            content["tools"] = self.tools
+        if self.untrained:
+            content["untrained"] = list(self.untrained)
+        return content
 
     def texts(self) -> list[str]:
         """All text in the row; tool calls and tools as JSON."""
@@ -66,8 +81,7 @@ def canonical(value: Any) -> bytes:
         return orjson.dumps(value)
     except TypeError as error:
         if "surrogate" in str(error):
-            what = "a text holds half a character (a lone surrogate)"
-            raise Invalid("lone surrogate", f"{what}; fix the program that wrote the row") from None
+            raise Invalid("lone surrogate", f"a text holds {HALF}; fix the program that wrote the row") from None
         raise Invalid("not JSON", f"JSON that cannot be stored ({error}); simplify the row") from None
 
 
@@ -109,14 +123,40 @@ def parse(line: bytes) -> Any:
         return json.loads(text, object_pairs_hook=_no_duplicate_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         what = f"not valid JSON ({error.msg} at column {error.colno})"
-        raise Invalid("not JSON", f"{what}; each line must be one complete row: {EXAMPLE}") from None
+        raise Invalid("not JSON", what + EACH_LINE) from None
     except (ValueError, RecursionError) as error:
         raise Invalid("not JSON", f"JSON that cannot be read ({error}); simplify the row") from None
 
 
-def parse_text(text: str) -> Any:
-    """The value of JSON inside a string, checked as a line is."""
-    return parse(text.encode("utf-8", "surrogatepass"))
+def parse_text(text: str, what: str) -> Any:
+    """The value of JSON inside a string, checked as a line is; `what` names it in the Invalid."""
+    if not text.strip():
+        raise Invalid("empty content", f"{what} must not be empty")
+    try:
+        return parse(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise Invalid("lone surrogate", f"{what} holds {HALF}; fix the program that wrote the row") from None
+    except Invalid as invalid:
+        raise Invalid(invalid.reason, f"{what}: {invalid.message.removesuffix(EACH_LINE)}") from None
+
+
+def parse_list(value: Any, what: str) -> Any:
+    """A list; or its JSON text, as in CSV; or a list of JSON texts, as in Parquet files of Hugging Face's datasets."""
+    if isinstance(value, str):
+        value = parse_text(value, what)
+    if not isinstance(value, list):
+        return value
+    return [
+        parse_text(entry, f"{what}, entry {number}") if isinstance(entry, str) and entry.lstrip()[:1] == "{" else entry
+        for number, entry in enumerate(value, 1)
+    ]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the nulls in its objects: Arrow gives each object every key that any of them has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def check_text(value: Any, what: str) -> str:
@@ -128,16 +168,48 @@ def check_text(value: Any, what: str) -> str:
     return value
 
 
-def check_messages(values: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
+def check_messages(values: Any, ignored: Counter[str]) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
     """A conversation's messages, each with role, content and sometimes tool_calls; Invalid names the message.
 
-    `ignored` counts keys that are not used.
+    Also the indices of those that are not to be trained. `ignored` counts keys that are not used.
     """
     if not isinstance(values, list) or not values:
         raise Invalid("no conversation", f"no conversation: a row must hold a list of messages: {EXAMPLE}")
+    values = [_of_openai(value) for value in values]
     messages = [_message(value, f"message {number}", ignored) for number, value in enumerate(values, 1)]
     _check_order(messages)
-    return messages
+    untrained = tuple(
+        at for at, value in enumerate(values) if len(value) > 2 and not _learns(value, f"message {at + 1}")
+    )
+    if untrained and all(at in untrained for at, message in enumerate(messages) if message["role"] == "assistant"):
+        raise Invalid("nothing to train", "every assistant turn has weight 0 (or loss or train false); remove the row")
+    return messages, untrained
+
+
+def _of_openai(value: Any) -> Any:
+    """A message with names that OpenAI's API has had: function_call and the role function, and the role developer."""
+    if not isinstance(value, dict) or not (value.get("function_call") or value.get("role") in RENAMED_ROLES):
+        return value
+    role = value.get("role")
+    message = {**value, "role": RENAMED_ROLES.get(role, role) if isinstance(role, str) else role}
+    if call := message.pop("function_call", None):
+        message["tool_calls"] = [call]
+    return message
+
+
+def _learns(value: dict[str, Any], what: str) -> bool:
+    """Whether an assistant's message is trained, as its keys in LEARN say; other messages never are."""
+    learns = True
+    for name in LEARN:
+        entry = value.get(name)
+        if entry is None:
+            continue
+        if entry not in (0, 1):
+            raise Invalid("wrong type", f"{what}: {name} is {entry!r}; it must be 0 or 1, or false or true")
+        if entry and value["role"] != "assistant":
+            raise Invalid("not an assistant turn", f"{what}: {name} is {entry!r}, but only assistant turns are trained")
+        learns = learns and bool(entry)
+    return learns or value["role"] != "assistant"
 
 
 def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
@@ -146,6 +218,7 @@ def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
     role = value.get("role") if isinstance(value, dict) else None
     if role not in ROLES:
         raise Invalid("unknown role", f"{what}: role is {role!r}; it must be one of {', '.join(ROLES)}")
+    reject_media(value, what)
     calls = value.get("tool_calls")
     if calls and role != "assistant":
         raise Invalid("tool calls", f"{what} ({role}): only an assistant may have tool_calls")
@@ -160,14 +233,16 @@ def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
     for name, entry in value.items():
         if name in OPTIONAL and entry is not None:
             message[name] = check_text(entry, f"{what} ({role}): {name}")
-        elif role == "assistant" and name in ("weight", "train", "trainable") and not entry:
-            raise Invalid(
-                "turn not to be trained",
-                f"{what} has {name} {entry}, but every assistant turn is trained; remove the turn, or the key",
-            )
-        elif name not in ("role", "content", "tool_calls") and entry is not None:
+        elif name not in ("role", "content", "tool_calls", *LEARN) and entry is not None:
             ignored[f"messages.{printable(name)}"] += 1
     return message
+
+
+def reject_media(value: dict[str, Any], what: str) -> None:
+    """Raise Invalid if a row or a message has pictures, films or sounds."""
+    for name in MEDIA:
+        if value.get(name):
+            raise Invalid("not only text", f"{what} has {name}, and only text can be trained on; remove the row")
 
 
 def _is_plain(value: Any) -> bool:
@@ -196,6 +271,7 @@ def _content(value: Any, what: str) -> Any:
 def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
     """An assistant's tool calls, their arguments as objects."""
     checked = []
+    calls = parse_list(calls, f"{what}: tool_calls")
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -203,9 +279,11 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
             raise Invalid(
                 "tool calls", f'{what}: a tool call must be {{"function": {{"name": "...", "arguments": {{...}}}}}}'
             )
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = parse_text(arguments)
+            arguments = parse_text(arguments, f"{what}: the arguments of {name}") if arguments.strip() else {}
+        else:
+            arguments = without_nulls(arguments)
         if not isinstance(arguments, dict):
             raise Invalid("tool calls", f"{what}: the arguments of {name} must be a JSON object")
         entry: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -217,13 +295,13 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
 
 def check_tools(value: Any) -> list[dict[str, Any]] | None:
     """The tools that a conversation may call: a list of JSON schemas, or its JSON text."""
-    if isinstance(value, str):
-        value = parse_text(value)
+    value = parse_list(value, "tools") if value else None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Invalid("tool calls", "tools must be a list of JSON schemas")
-    return value
+    tools: list[dict[str, Any]] = without_nulls(value)
+    return tools
 
 
 def _check_order(messages: list[dict[str, Any]]) -> None:
@@ -256,7 +334,7 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
 def check_judgement(value: Any, name: str) -> str:
     """How a row's answer is scored, as JSON: a kind of `Check`, or an object (or its JSON text) with its fields."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = parse_text(value)
+        value = parse_text(value, name)
     if isinstance(value, str):
         value = {"kind": value}
     try:

@@ -10,7 +10,7 @@ from forge.core.digest import digest_file, digest_json
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
 from forge.core.settings import load_settings, path_of
-from forge.storage.remote_files import download_files, identify, is_remote
+from forge.storage.remote_files import download_files, identify, is_hidden, is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.file_formats import BLOCK, SUFFIXES, Block, RawFile, read_blocks
 
@@ -39,7 +39,8 @@ def _local_files(path: Path) -> list[RawFile]:
     elif path.exists():
         files = [path]
     elif glob.has_magic(str(path)):
-        files = sorted(file for name in glob.glob(str(path), recursive=True) if (file := Path(name)).is_file())
+        names = sorted(glob.glob(str(path), recursive=True), reverse=True)
+        files = sorted({os.path.realpath(name): Path(name) for name in names if Path(name).is_file()}.values())
     else:
         raise ForgeError(
             "no such file or directory",
@@ -63,15 +64,20 @@ def _check_file(file: Path) -> None:
 
 
 def _files_below(path: Path) -> list[Path]:
-    """All files in a directory and its subdirectories, except hidden ones (.name, _name)."""
+    """All files in a directory and its subdirectories, linked ones too, except hidden ones (.name, _name)."""
 
     def fail(error: OSError) -> None:
         raise error
 
     files = []
-    for directory, directories, names in os.walk(path, onerror=fail):
-        directories[:] = [name for name in directories if not name.startswith((".", "_"))]
-        files += [Path(directory, name) for name in names if not name.startswith((".", "_"))]
+    seen: set[str] = set()
+    for directory, directories, names in os.walk(path, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:  # a link to a directory above it
+            directories.clear()
+            continue
+        seen.add(real)
+        directories[:] = sorted(name for name in directories if not is_hidden(name))
+        files += [Path(directory, name) for name in names if not is_hidden(name)]
     return files
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from forge.models.chat import Span, exact_tokenizer, trained_mask
+from forge.models.chat import exact_tokenizer, trained_mask
+from forge.models.conversation import Span
 from tasks.preprocess.words import WORD, WordHashes
 
 TRAINED = np.uint32(1 << 31)  # set in a token that is trained on

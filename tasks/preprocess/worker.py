@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from forge.core.recipe import DataRecipe
-from forge.models.chat import ChatFormat, Renderer
+from forge.models.chat_format import ChatFormat
+from forge.models.conversation import Rendered, Renderer, has_scorable_answer
 from tasks.preprocess.file_formats import Block
 from tasks.preprocess.render import reject_control_tokens, render_rows
 from tasks.preprocess.row_formats import RowFormat, other_row_format, row_format_named, to_row
@@ -35,6 +36,7 @@ DOCUMENT = np.dtype(
         ("key", "S16"),  # digest of content, group and slice: the sort key
         ("content", "S16"),  # digest of what the model learns from
         ("heldout", "?"),
+        ("scorable", "?"),  # evaluation can score the last answer
         ("slice", "u2"),
         ("roles", "u2", len(ROLES)),  # messages of each role
         ("length", "u4"),  # tokens
@@ -71,12 +73,17 @@ class BlockResult:
     rejected: list[tuple[int, str, str]]
     other_shape: tuple[int, str] | None  # the first row whose format is not the source's: its number, its format
     ignored: Counter[str]
+    untrained: Counter[str]  # turns that are only read, by reason
+    ends: Counter[str]  # control tokens that end trained turns
 
 
 def in_heldout(group: str, fraction: float) -> bool:
     """Whether a group is held out. Only its hash decides, so new rows never move old ones across the split."""
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
     return number < int(fraction * 2**64)
+
+
+DIFFERING = "the chat template renders them differently once others follow, as without their reasoning"
 
 
 class CandidateRow(NamedTuple):
@@ -93,6 +100,7 @@ class EncodedDocument(NamedTuple):
     """A candidate with its tokens; those beyond `length` are truncated."""
 
     source: CandidateRow
+    rendered: Rendered
     encoded: Encoded
     length: int
 
@@ -124,11 +132,20 @@ class Worker:
                 candidates.append(self._candidate(number, row, side))
             except Invalid as invalid:
                 rejected.append((number, invalid.reason, invalid.message))
-        documents, slices = self._write(self._encode(candidates, rejected))
+        made = self._encode(candidates, rejected)
+        documents, slices = self._write(made)
+        untrained: Counter[str] = Counter()
+        ends: Counter[str] = Counter()
+        for document in made:
+            untrained["weight 0"] += len(document.source.row.untrained)
+            untrained[DIFFERING] += len(document.rendered.differing)
+            ends.update(document.rendered.ends)
         for file in self.files.values():
             file.flush()
         header = Block(block.order, block.name, block.first, [])
-        return BlockResult(header, count, documents, slices, self.spill, sorted(rejected), other_shape, ignored)
+        return BlockResult(
+            header, count, documents, slices, self.spill, sorted(rejected), other_shape, ignored, +untrained, ends
+        )
 
     def _candidate(self, number: int, row: Row, side: Side) -> CandidateRow:
         content, key = digests(row)
@@ -146,16 +163,16 @@ class Worker:
         while rows:
             pieces: list[CandidateRow] = []
             rendered = render_rows(self.renderer, [candidate.row for candidate in rows])
-            texts = [("", []) if isinstance(text, Invalid) else text for text in rendered]
-            batch = self.encoder.encode([text for text, _ in texts], [spans for _, spans in texts])
-            for candidate, text, encoded in zip(rows, rendered, batch, strict=True):
+            texts = [Rendered("", []) if isinstance(one, Invalid) else one for one in rendered]
+            batch = self.encoder.encode([one.text for one in texts], [one.spans for one in texts])
+            for candidate, one, encoded in zip(rows, rendered, batch, strict=True):
                 try:
-                    if isinstance(text, Invalid):
-                        raise text
+                    if isinstance(one, Invalid):
+                        raise one
                     self._check(candidate.row, encoded)
                     parts = self._parts(candidate.row, len(encoded.tokens))
-                    if len(parts) == 1:
-                        documents.append(self._fit(candidate, encoded))
+                    if parts[0] is candidate.row:
+                        documents.append(self._fit(candidate, one, encoded))
                     else:
                         side: Side = "heldout" if candidate.heldout else "train"
                         pieces += [self._candidate(candidate.number, part, side) for part in parts]
@@ -178,7 +195,7 @@ class Worker:
         recipe = self.job.recipe
         return split_row(row) if length > recipe.max_seq_len and recipe.overlong == "split" else [row]
 
-    def _fit(self, candidate: CandidateRow, encoded: Encoded) -> EncodedDocument:
+    def _fit(self, candidate: CandidateRow, rendered: Rendered, encoded: Encoded) -> EncodedDocument:
         """The document of a row, at most max_seq_len tokens long."""
         limit, policy = self.job.recipe.max_seq_len, self.job.recipe.overlong
         length = len(encoded.tokens)
@@ -195,7 +212,7 @@ class Worker:
             raise Invalid(
                 "nothing to train", "no assistant token is left to train on; fix the row or the chat template"
             )
-        return EncodedDocument(candidate, encoded, min(length, limit))
+        return EncodedDocument(candidate, rendered, encoded, min(length, limit))
 
     def _write(self, made: list[EncodedDocument]) -> tuple[np.ndarray, list[str]]:
         """Append the documents to the spills; returns their table [len(made)] of DOCUMENT, and the names of slices."""
@@ -207,6 +224,7 @@ class Worker:
         documents["key"] = [source.key for source in sources]
         documents["content"] = [source.content for source in sources]
         documents["heldout"] = [source.heldout for source in sources]
+        documents["scorable"] = [has_scorable_answer(source.row.messages, source.row.untrained) for source in sources]
         documents["slice"] = [slices.setdefault(source.row.slice, len(slices)) for source in sources]
         documents["roles"] = [_roles(source.row) for source in sources]
         documents["length"] = [document.length for document in made]
@@ -246,22 +264,32 @@ def _roles(row: Row) -> list[int]:
 
 
 def split_row(row: Row) -> list[Row]:
-    """Split a row in two: a conversation between turns, a text between words. [row] if that is impossible."""
+    """Split a row in two: a conversation between turns, a text between words. [row] if that is impossible.
+
+    A half that has nothing to train is left out. The row's check is that of its last answer.
+    """
     if row.text is not None:
         middle = row.text.find(" ", len(row.text) // 2)
         halves = [row.text[:middle], row.text[middle:]] if middle > 0 else [row.text]
         if not all(half.strip() for half in halves):
             return [row]
-        return [Row([], None, half, row.group, row.slice) for half in halves]
+        return [replace(row, text=half) for half in halves]
     system = [message for message in row.messages if message["role"] == "system"]
     turns = row.messages[len(system) :]
     starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
     if len(starts) == 1:
         return [row]
-    middle = starts[len(starts) // 2]
-    parts = [system + turns[:middle], system + turns[middle:]]
-    checks = ("", row.check)  # the check is of the last answer
-    return [Row(part, row.tools, None, row.group, row.slice, check) for part, check in zip(parts, checks, strict=True)]
+    head = len(system)
+    middle = head + starts[len(starts) // 2]
+    parts = []
+    for first, end, check in (
+        (head, middle, ""),
+        (middle, len(row.messages), row.check),
+    ):  # a check is of the last turn
+        untrained = tuple(at - first + head for at in row.untrained if first <= at < end)
+        if sum(message["role"] == "assistant" for message in row.messages[first:end]) > len(untrained):
+            parts.append(replace(row, messages=system + row.messages[first:end], check=check, untrained=untrained))
+    return parts
 
 
 _worker: Worker | None = None

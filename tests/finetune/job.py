@@ -72,7 +72,9 @@ def write_data(directory: Path, rows: int = 48, seed: int = 0) -> Path:
         np.save(shard / "trained.npy", trained)
         np.save(shard / "document.npy", document.astype(np.uint16))
     byte_tokenizer(CONTEXT).save_pretrained(directory / "tokenizer")
-    (directory / "dataset.json").write_text(json.dumps({"digest": "made", "context": CONTEXT}))
+    (directory / "dataset.json").write_text(
+        json.dumps({"digest": "made", "context": CONTEXT, "end_tokens": ["<|end|>"]})
+    )
     return directory
 
 

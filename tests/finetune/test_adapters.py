@@ -115,7 +115,8 @@ def test_peft_gives_the_logits_of_sharded_training(place: Path) -> None:
 
 def test_adapter_contains_no_local_path(place: Path) -> None:
     adapter = place / "out" / "adapter"
-    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    names = {path.name for path in adapter.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == ""
     assert config["target_modules"] == sorted(config["target_modules"]), "peft has them in a set, whose order varies"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.finetune.job import curve, run, start, write_data, write_recipe
 
-KILLS = 20
+KILLS = int(os.environ.get("FORGE_TEST_KILLS", "6"))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_kills_at_random_moments_do_not_change_a_bit(data: Path, tmp_path: Path)
         assert steps == sorted(steps), output
     assert len(steps) == KILLS, f"it finished before the last kill: {steps}"
     run(recipe, data, tmp_path / "cut", 2)
-    assert len(set(steps)) > 5, f"kills must hit different steps: {steps}"
+    assert len(set(steps)) > KILLS // 3, f"kills must hit different steps: {steps}"
     whole, cut_weights = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut_weights[name]) for name in whole)
     assert [point["loss"] for point in curve(tmp_path / "whole")] == [
@@ -94,7 +94,7 @@ def test_kills_at_random_moments_do_not_change_a_bit(data: Path, tmp_path: Path)
 @pytest.mark.long
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_run_resumes_with_fewer_and_with_more_processes(parallelism: str, data: Path, tmp_path: Path) -> None:
-    training = {"epochs": 60, "checkpoint_steps": 2, "parallelism": parallelism, "learning_rate": 1e-3}
+    training = {"epochs": 20, "checkpoint_steps": 2, "parallelism": parallelism, "learning_rate": 1e-3}
     recipes = {n: write_recipe(tmp_path / f"{n}.yaml", nproc_per_node=n, **training) for n in (1, 2)}
     run(recipes[2], data, tmp_path / "whole", 2)
     seen = [0]

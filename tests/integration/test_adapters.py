@@ -127,7 +127,7 @@ def test_adapter_is_packaged_without_its_base(adapted: Adapted) -> None:
     whole = adapted.store.path(adapted.model.uri) / "model"
     assert manifest["model_digest"] == digest_directory(whole)[0]
     paths = {file["path"] for file in manifest["files"]}
-    assert paths == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert paths == {"README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
     config = json.loads((adapted.package / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"models/dates/sha256-{adapted.first.digest}"
     assert str(adapted.settings.home) not in json.dumps(config)

@@ -28,6 +28,7 @@ class Family:
     build: Callable[[str], Any]  # from the template
     turn: Callable[[str], str]
     last_turn: Callable[[str], str] | None = None  # if it differs from earlier ones
+    earlier: bool = True  # whether turns before the last are trained: not if the template drops their reasoning
     system: bool = True
     cases: dict[str, Case] = field(default_factory=dict)  # beside those that all families share
 
@@ -35,8 +36,8 @@ class Family:
         """A conversation of user and assistant in turn, the user first."""
         messages = conversation(*contents, system=system)
         answers = contents[1::2]
-        trained = [self.turn(answer) for answer in answers[:-1]] + [(self.last_turn or self.turn)(answers[-1])]
-        return Case(messages, trained)
+        trained = [self.turn(answer) for answer in answers[:-1] if self.earlier]
+        return Case(messages, [*trained, (self.last_turn or self.turn)(answers[-1])])
 
     def all_cases(self) -> dict[str, Case]:
         """The shared conversations and the family's own."""
@@ -134,13 +135,17 @@ FAMILIES = {
         _chatml(*QWEN),
         lambda content: f"{content}<|im_end|>",
         lambda content: f"{NO_THINKING}{content}<|im_end|>",
+        earlier=False,
         cases={
-            "tools": Case(
-                tool_messages(), [f"{QWEN_CALL}<|im_end|>", f"{NO_THINKING}It is 10:42.<|im_end|>"], [CLOCK]
-            ),
+            "tools": Case(tool_messages(), [f"{NO_THINKING}It is 10:42.<|im_end|>"], [CLOCK]),
             "thinking": Case(
                 conversation("a", "<think>\nhm\n</think>\n\nb", "c", "<think>\nso\n</think>\n\nd"),
-                ["b<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"],
+                ["<think>\nso\n</think>\n\nd<|im_end|>"],
+            ),
+            "thinking before an earlier tool call": Case(
+                [*tool_messages("<think>\nhm\n</think>\n\n"), *conversation("c", "d")],
+                [f"{NO_THINKING}d<|im_end|>"],
+                [CLOCK],
             ),
             "reasoning_content": Case(
                 [*conversation("a"), {"role": "assistant", "content": "b", "reasoning_content": "hm"}],
@@ -181,7 +186,9 @@ FAMILIES = {
                     " It is 10:42.</s>",
                 ],
                 [CLOCK],
-            )
+            ),
+            # The tools move to the last user message: an earlier turn was preceded by other text when it was written.
+            "tools in two turns": Case(conversation("a", "b", "c", "d"), [" d</s>"], [CLOCK]),
         },
     ),
     "phi-3": Family(

@@ -7,7 +7,9 @@ import pytest
 from tokenizers import AddedToken, processors
 
 from forge.core.errors import ForgeError
-from forge.models.chat import GENERATION, Renderer, byte_tokenizer, chat_format, load_tokenizer
+from forge.models.chat import byte_tokenizer, load_tokenizer
+from forge.models.chat_format import chat_format
+from forge.models.conversation import GENERATION, Renderer
 from forge.registry.packages import LocalBase
 from tasks.preprocess.render import render_rows
 from tasks.preprocess.rows import Invalid, Row
@@ -30,7 +32,7 @@ def encode(tokenizer: Any, conversation: Row) -> tuple[np.ndarray, np.ndarray]:
     (rendered,) = render_rows(Renderer(form, "base model test"), [conversation])
     if isinstance(rendered, Invalid):
         raise rendered
-    (document,) = Encoder(form.tokenizer).encode([rendered[0]], [rendered[1]])
+    (document,) = Encoder(form.tokenizer).encode([rendered.text], [rendered.spans])
     return document.tokens & ~TRAINED, (document.tokens & TRAINED) > 0
 
 
@@ -115,14 +117,6 @@ def test_generation_blocks_are_trained_with_their_end_token(template: str) -> No
         assert trained_text(tokenizer, conversation) == "".join(f"{answer}<|eot_id|>" for answer in answers)
 
 
-def test_a_block_that_begins_at_token_0_trains_its_own_tokens_alone() -> None:
-    """In transformers#47325, a span that ends at token 0 masks the whole sequence."""
-    template = "{% generation %}{{ 'x' }}{% endgeneration %}{{ '<|eot_id|>' + messages[0]['content'] }}"
-    tokens, trained = encode(byte_level(LLAMA3_SPECIALS, template), row("words that are only read", "b"))
-    # There is nothing to predict the first token from, so it is not a target.
-    assert trained.tolist() == [False, True] + [False] * (len(tokens) - 2)
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -130,7 +124,15 @@ def test_a_block_that_begins_at_token_0_trains_its_own_tokens_alone() -> None:
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "never stop"),
         ("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ raise_exception('no') }}", "no"),
         (with_block("message['content'] | trim", "'\n'"), "never stop"),
-        ("{% generation %}{{ messages[0].content + eos_token }}{% endgeneration %}", "marks 'ask<|eot_id|>'"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ messages[0].content + m.content "
+            "+ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+            "marks 'askanswer<|eot_id|>'",
+        ),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}",
+            "marks 'assistant: answer<|eot_id|>' as the assistant's turn",
+        ),
         ("{{ bos_token if add_generation_prompt else '' }}" + CHATML, "differently than in a server's prompt"),
         ("{% if %}", "cannot be used"),
     ],
@@ -144,11 +146,11 @@ def test_a_template_whose_turns_cannot_be_found_is_an_error(template: str, messa
 
 
 def test_a_template_that_renders_the_last_turn_differently() -> None:
-    """Like Qwen 3's, which drops the reasoning of all turns but the last."""
+    """Like Qwen 3's, which drops the reasoning of all turns but the last: a server has no turn written without it."""
     think = "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
     thinking = LLAMA3.replace("+ message['content'] | trim", f"+ {think} + message['content'] | trim")
     tokenizer = byte_level(LLAMA3_SPECIALS, thinking)
-    assert trained_text(tokenizer, row("a", "b", "c", "d")) == "b<|eot_id|><think>\n\n</think>\n\nd<|eot_id|>"
+    assert trained_text(tokenizer, row("a", "b", "c", "d")) == "<think>\n\n</think>\n\nd<|eot_id|>"
 
 
 def test_an_end_token_that_absorbs_the_line_break_after_it_is_trained() -> None:
@@ -172,8 +174,8 @@ def test_labels_do_not_depend_on_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
     assert (trained_text(llama3(), conversation), trained_text(byte_tokenizer(64), conversation)) == cached
 
 
-def test_tool_calls_are_trained_where_reasoning_is_shown_in_the_last_turn_only() -> None:
-    """As in Qwen 3."""
+def test_tool_calls_are_only_read_where_reasoning_is_shown_in_the_last_turn_only() -> None:
+    """As in Qwen 3: a server has the call written after <think>, and then shows it without."""
     think = "{{ '<think>\n\n</think>\n\n' if loop.last and message.role == 'assistant' else '' }}"
     tokenizer = byte_level(
         ["<|endoftext|>", "<|im_end|>", "<|im_start|>"],
@@ -186,9 +188,15 @@ def test_tool_calls_are_trained_where_reasoning_is_shown_in_the_last_turn_only()
         {"role": "assistant", "content": "It is 10:42."},
     ]
     decoded = trained_text(tokenizer, Row(messages, None, None, "g", "s"))
-    assert decoded.count("<|im_end|>") == 2
-    assert decoded.startswith("<tool_call>")
-    assert decoded.endswith("<think>\n\n</think>\n\nIt is 10:42.<|im_end|>")
+    assert decoded == "<think>\n\n</think>\n\nIt is 10:42.<|im_end|>"
+
+
+def test_a_template_must_mark_every_turn() -> None:
+    template = with_block("message['content'] | trim + '<|eot_id|>'", "''").replace(
+        "== 'assistant'", "== 'assistant' and loop.last"
+    )
+    with pytest.raises(Invalid, match="marks 1 of 2 assistant turns"):
+        encode(byte_level(LLAMA3_SPECIALS, template), row("a", "b", "c", "d"))
 
 
 def test_templates_write_the_pinned_date() -> None:

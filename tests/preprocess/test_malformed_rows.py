@@ -75,13 +75,23 @@ LINES = {  # a line among good ones, and its error message
     "a tool answer without a call": (messages(("user", "a"), ("tool", "b"), ("assistant", "c")), "message 2 (tool)"),
     "a call without a name": (call(arguments={}), 'a tool call must be {"function"'),
     "arguments not an object": (call(name="f", arguments=[1]), "the arguments of f must be a JSON object"),
-    "arguments not JSON": (call(name="f", arguments="{"), "not valid JSON"),
+    "arguments not JSON": (call(name="f", arguments="{"), "message 2: the arguments of f: not valid JSON"),
     "arguments too large a number": (call(name="f", arguments={"n": 2**70}), "cannot be stored"),
     "a call by the user": (
         b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}\n', "only an assistant may have"),
-    "a turn not to be trained": (
+    "no turn to be trained": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}\n',
-        "message 2 has weight 0, but every assistant turn is trained"),
+        "every assistant turn has weight 0 (or loss or train false); remove the row"),
+    "half a weight": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}\n',
+        "message 2: weight is 0.5; it must be 0 or 1"),
+    "a user's turn to be trained": (
+        b'{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "b"}]}\n',
+        "message 1: train is True, but only assistant turns are trained"),
+    "pictures beside the messages": (
+        messages(("user", "a"), ("assistant", "b"), images=["a.png"]), "the row has images, and only text"),
+    "two system messages": (
+        messages(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "message and a column system"),
     "a call that the template leaves out": (call(name="f", arguments={}), "leaves out the row's tool calls"),
     "tools that the template leaves out": (
         messages(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]), "leaves out the row's tools"),
@@ -152,7 +162,8 @@ FILES = {  # a whole file: its name, its content, and the error message
     "a Parquet column twice": ("rows.parquet", doubled_parquet, "two columns have the same name"),
     "an array with an endless number": ("rows.json", b"[" + b"9" * 5000 + b"]", "not valid JSON (a number"),
     "lone surrogate in a function call": (
-        "rows.jsonl", b'{"conversations": [{"from": "function_call", "value": "\\ud83d"}]}\n', ":1: not UTF-8"),
+        "rows.jsonl", b'{"conversations": [{"from": "function_call", "value": "\\ud83d"}]}\n',
+        ":1: message 1 (function_call): value holds half a character"),
     "a CSV that is not UTF-8": ("rows.csv", b"prompt,completion\na,\xe9\n", "not UTF-8 text"),
     "a CSV with a byte order mark": ("rows.csv", b"\xef\xbb\xbfprompt,completion\na,b\n", "byte order mark"),
     "a CSV without a header": ("rows.csv", b",b\n1,2\n", "the first line must name each column once"),
@@ -160,7 +171,10 @@ FILES = {  # a whole file: its name, its content, and the error message
     "an unclosed quote": ("rows.csv", b'prompt,completion\na,"b\n', "not valid CSV"),
     "too many fields": ("rows.csv", b"prompt,completion\na,b,c\n", "rows.csv:2: 3 fields, but the header has 2"),
     "an empty field": ("rows.tsv", b"prompt\tcompletion\na\t\n", "rows.tsv:2: no conversation"),
-    "messages in CSV that are not JSON": ("rows.csv", b"messages\n[1\n", "rows.csv:2: not valid JSON"),
+    "history that is no pair": (
+        "rows.jsonl", b'{"instruction": "a", "output": "b", "history": [["c"]]}\n',
+        ":1: history, entry 1: must be a list of a question and its answer"),
+    "messages in CSV that are not JSON": ("rows.csv", b"messages\n[1\n", "rows.csv:2: messages: not valid JSON"),
     "an unknown suffix": ("rows.txt", GOOD, "unknown file type"),
     "two row formats": (
         "rows.jsonl", GOOD + b'{"prompt": "a", "completion": "b"}\n',

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from forge.core.recipe import DataRecipe
 from forge.storage import DirectoryStore
 from tasks.preprocess.file_formats import RawFile, read_blocks
 from tasks.preprocess.row_formats import ROW_FORMATS, detect_row_format, row_format_named, to_row
-from tasks.preprocess.rows import Invalid, digests
+from tasks.preprocess.rows import Invalid, Row, digests
 from tasks.preprocess.sources import find_files
 from tasks.preprocess.worker import heldout_row, split_row
 from tests.conftest import chat, write_jsonl
@@ -25,6 +26,7 @@ from tests.preprocess.datasets import prepare_file
 RECIPE = DataRecipe(max_seq_len=128)
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+NO_ARGUMENTS = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,77 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             "chat",
             [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
+        # As OpenAI's API had calls and system messages.
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    CHAT[0],
+                    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+                    {"role": "function", "name": "f", "content": "1"},
+                    CHAT[1],
+                ]
+            },
+            "chat",
+            [
+                {"role": "system", "content": "s"},
+                CHAT[0],
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "1", "name": "f"},
+                CHAT[1],
+            ],
+        ),
+        ({"messages": CHAT, "system": "s"}, "chat", [{"role": "system", "content": "s"}, *CHAT]),
+        ({"messages": [json.dumps(message) for message in CHAT]}, "chat", CHAT),  # as datasets' List(Json()) in Parquet
+        ({"conversations": CHAT}, "sharegpt", CHAT),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "s"},
+            "prompt",
+            [{"role": "system", "content": "s"}, *CHAT],
+        ),
+        (
+            {"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]},
+            "alpaca",
+            [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+                *CHAT,
+            ],
+        ),
+        (
+            {
+                "messages": [
+                    CHAT[0],
+                    {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": ""}]},
+                ]
+            },
+            "chat",
+            [
+                CHAT[0],
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}],
+                },
+            ],
+        ),
+        # Arrow gives every object the keys of all, with nulls.
+        (
+            {
+                "messages": [
+                    {**CHAT[0], "tool_calls": None, "weight": None},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": None, "function": {"name": "f", "arguments": {"x": 1, "y": None}}}],
+                    },
+                ],
+                "tools": None,
+            },
+            "chat",
+            [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        ),
     ],
 )
 def test_row_formats_are_detected_and_converted(value: dict, row_format: str, messages: list) -> None:
@@ -87,6 +160,57 @@ def test_row_formats_are_detected_and_converted(value: dict, row_format: str, me
     assert detected is not None
     assert detected.name == row_format
     assert to_row(value, detected, RECIPE, Counter()).messages == messages
+
+
+TOOL = {"name": "f", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "a", "completion": "b", "tools": [TOOL]},
+        {"prompt": "a", "completion": "b", "tools": json.dumps([TOOL])},
+        {"prompt": "a", "completion": "b", "tools": [json.dumps(TOOL)]},
+        {"instruction": "a", "output": "b", "tools": [{**TOOL, "default": None}]},
+        {"messages": CHAT, "tools": [TOOL]},
+    ],
+)
+def test_tools_beside_any_format_are_read(value: dict) -> None:
+    row_format = detect_row_format(value)
+    assert row_format is not None
+    assert to_row(value, row_format, RECIPE, Counter()).tools == [TOOL]
+
+
+def test_functions_are_tools() -> None:
+    row = to_row({"messages": CHAT, "functions": [TOOL]}, ROW_FORMATS[0], RECIPE, Counter())
+    assert row.tools == [{"type": "function", "function": TOOL}]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"trainable": False, "weight": 1}])
+@pytest.mark.parametrize("row_format", ["chat", "sharegpt"])
+def test_turns_can_be_left_out_of_training(row_format: str, mark: dict) -> None:
+    if row_format == "chat":
+        turns = [CHAT[0], {**CHAT[1], **mark}, {**CHAT[0], "weight": None}, {**CHAT[1], "weight": 1}]
+        value: dict = {"messages": turns}
+    else:
+        pairs = [({"from": "human", "value": "a"}, {"from": "gpt", "value": "b"})] * 2
+        value = {"conversations": [pairs[0][0], {**pairs[0][1], **mark}, *pairs[1]]}
+    row = to_row(value, row_format_named(row_format), RECIPE, Counter())
+    assert row.messages == CHAT * 2
+    assert row.untrained == (1,)
+    assert digests(row) != digests(replace(row, untrained=()))
+
+
+def test_a_split_row_keeps_what_is_not_trained() -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": str(n)} for n in range(8)]
+    row = Row([{"role": "system", "content": "s"}, *turns], None, None, "g", "s", '"exact"', (2, 6))
+    first, second = split_row(row)
+    assert [message["content"] for message in first.messages] == ["s", "0", "1", "2", "3"]
+    assert [message["content"] for message in second.messages] == ["s", "4", "5", "6", "7"]
+    assert (first.untrained, second.untrained) == ((2,), (2,))
+    assert (first.check, second.check) == ("", '"exact"')
+    (only,) = split_row(replace(row, untrained=(2, 4)))
+    assert (only.messages[1]["content"], only.untrained) == ("4", ())
 
 
 def test_plain_text_row() -> None:
@@ -178,6 +302,8 @@ def test_endless_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_directories_and_globs(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
     for name in ("b.jsonl", "a.csv", "deep/c.parquet", "README.md", "_SUCCESS", ".hidden/d.jsonl", "E.JSONL.GZ"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
