@@ -1,1 +1,1 @@
-"""What the stages share, and what runs beside vLLM: plain Python that never imports flytekit or a stage."""
+"""What the stages share, and what runs next to vLLM: plain Python that never imports flytekit or a stage."""

@@ -44,6 +44,11 @@ class DataRecipe(Section):
     row_format: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="the format of the rows; auto detects it from the first row"
     )
+    turns: Literal["strict", "merge", "drop-leading"] = Field(
+        "strict",
+        description="what to do with conversations in which user and assistant do not alternate: reject them (strict), "
+        "merge successive messages of one role, or drop the assistant's messages before the first of the user",
+    )
     max_seq_len: int = Field(ge=16, le=131_072, description="tokens in a packed row, and the longest document allowed")
     overlong: Literal["reject", "split", "truncate"] = Field(
         "reject", description="what to do with longer rows: reject, split between turns, or truncate at the end"

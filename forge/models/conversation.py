@@ -1,8 +1,8 @@
 """Conversations as text: rendered with a model's chat template, and the assistant's turns in them.
 
-A turn is trained exactly as a server has the model write it. It begins where the prompt ends that a server makes of the
-messages before it, holds the whole message, and ends at the control token that ends it. A turn that the template
-renders differently once others follow, as templates do that drop earlier reasoning, is not trained.
+A turn is trained exactly as the model has to write it when it is served: from the end of the prompt that a server
+renders from the earlier messages, through the whole message, to the control token that ends the turn. A turn that the
+template renders differently once other messages follow, such as one whose reasoning it then drops, is not trained.
 """
 
 import json
@@ -34,8 +34,8 @@ def has_scorable_answer(messages: Messages, untrained: Collection[int]) -> bool:
 class Rendered(NamedTuple):
     """A conversation as text, and the spans of its trained turns, end tokens included.
 
-    `ends` are the control tokens that end them. `differing` are the indices of the messages that are not trained since
-    the template renders them differently once others follow.
+    `ends` are the control tokens that end those turns. `differing` are the indices of messages that are not trained,
+    because the template renders them differently once other messages follow.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Rendered(NamedTuple):
 
 
 class _Differs(TemplateError):
-    """The template renders a turn differently in the whole conversation than a server has the model write it."""
+    """The template renders a turn, or what comes before it, differently in the conversation than when it is served."""
 
 
 class Renderer:
@@ -87,7 +87,7 @@ class Renderer:
         """A conversation as text with its trained turns, without the assistant's messages at the indices `untrained`.
 
         Raises TemplateError if the template rejects the conversation, leaves some of it out, or hides where a turn
-        begins or ends, or if the last turn differs from what a server has the model write.
+        begins or ends, or if the last turn differs from what the model would write when it is served.
         """
         return self._as_template_takes_calls(messages, lambda given: self._turns(given, tools, untrained))
 
@@ -180,7 +180,7 @@ class Renderer:
             )
         begin = max(len(prompt), within[0])
         message, last = messages[at], at == len(messages) - 1
-        # Nearly all turns are plain, and end as the first one did that was looked at closely.
+        # Nearly all turns are plain, and end like the first one, which was checked the long way.
         key = (template, last)
         plain = len(message) == 2 and (last or messages[at + 1]["role"] == "user")
         if plain and (ending := self._endings.get(key)):

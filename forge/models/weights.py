@@ -63,8 +63,8 @@ def save(
 ) -> None:
     """Write weights, configuration and tokenizer in Hugging Face format.
 
-    `ends` are tokens that the model has learned to end a turn with. The generation config gets them, so that whoever
-    serves the model stops there; it is otherwise that of `causal`, even if transformers would not save it.
+    `ends` are tokens that the model has learned to end a turn with. The generation config gets them, so that servers
+    stop there. It is otherwise that of `causal`, even if transformers would not save it.
     """
     generation = causal.generation_config
     causal.generation_config = type(generation)()

@@ -7,8 +7,8 @@ import numpy as np
 
 from forge.core.recipe import DataRecipe
 from forge.models.chat_format import ChatFormat
+from tasks.preprocess.messages import ROLES
 from tasks.preprocess.read import SourcePart
-from tasks.preprocess.rows import ROLES
 from tasks.preprocess.select import Selection
 
 
@@ -27,7 +27,7 @@ def dataset_statistics(
         "rejected": part.rejected,
         "removed": chosen.removed,
         "ignored_columns": part.ignored,
-        "untrained_turns": part.untrained,
+        "turns": part.turns,
         "end_tokens": sorted(part.ends),
         "documents": {name: len(side) for name, side in sides.items()},
         "tokens": tokens,
@@ -87,8 +87,7 @@ def dataset_messages(card: dict[str, Any]) -> list[str]:
             lines.append(f"{sum(card[what].values()):,} {what}: {reasons}")
     if card["documents_cut"]:
         lines.append(f"{card['documents_cut']:,} truncated: {card['tokens_dropped']:,} tokens dropped")
-    for reason, count in largest_first(card["untrained_turns"]):
-        lines.append(f"{count:,} assistant turns not trained: {reason}")
+    lines += [f"{count:,} messages {reason}" for reason, count in largest_first(card["turns"])]
     if card["ignored_columns"]:
         lines.append(f"columns ignored: {', '.join(card['ignored_columns'])}")
     lines.append(

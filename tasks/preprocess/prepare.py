@@ -204,7 +204,7 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
     spills: list[str] = []
     rejected: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    untrained: Counter[str] = Counter()
+    turns: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     for part in parts:
         documents = part.documents
@@ -216,7 +216,7 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
         tables.append(documents)
         rejected.update(part.rejected)
         ignored.update(part.ignored)
-        untrained.update(part.untrained)
+        turns.update(part.turns)
         ends.update(part.ends)
     return SourcePart(
         parts[0].directory,
@@ -227,7 +227,7 @@ def _merge(parts: list[SourcePart], data: DataRecipe) -> SourcePart:
         sum(part.rows for part in parts),
         dict(sorted(rejected.items())),
         dict(sorted(ignored.items())),
-        dict(sorted(untrained.items())),
+        dict(sorted(turns.items())),
         dict(sorted(ends.items())),
     )
 

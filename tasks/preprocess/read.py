@@ -49,7 +49,7 @@ class SourcePart:
     rows: int
     rejected: dict[str, int]
     ignored: dict[str, int]
-    untrained: dict[str, int]  # turns that are only read, by reason
+    turns: dict[str, int]  # messages that are changed, dropped or not trained, by reason
     ends: dict[str, int]  # control tokens that end trained turns, and in how many documents
 
     def save(self) -> None:
@@ -122,7 +122,7 @@ class _Collector:
         self._slices: dict[str, int] = {}
         self._rejected: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
-        self._untrained: Counter[str] = Counter()
+        self._turns: Counter[str] = Counter()
         self._ends: Counter[str] = Counter()
 
     def add(self, result: BlockResult, reason: str) -> None:
@@ -136,7 +136,7 @@ class _Collector:
             row = {"row": f"{result.block.name}:{number}", "reason": name, "message": message}
             self.rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._ignored.update(result.ignored)
-        self._untrained.update(result.untrained)
+        self._turns.update(result.turns)
         self._ends.update(result.ends)
         self._tables.append(self._renumbered(result))
 
@@ -163,7 +163,7 @@ class _Collector:
             self.rows,
             dict(sorted(self._rejected.items())),
             dict(sorted(self._ignored.items())),
-            dict(sorted(self._untrained.items())),
+            dict(sorted(self._turns.items())),
             dict(sorted(self._ends.items())),
         )
 

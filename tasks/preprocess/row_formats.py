@@ -9,24 +9,20 @@ from typing import Any
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
 from tasks.preprocess.file_formats import Block
+from tasks.preprocess.messages import LEARN, MEDIA, check_messages, check_tools, reject_media
 from tasks.preprocess.rows import (
     EXAMPLE,
-    LEARN,
-    MEDIA,
     Invalid,
     Row,
     check_column,
     check_judgement,
-    check_messages,
     check_text,
-    check_tools,
     parse_list,
     parse_text,
     printable,
-    reject_media,
 )
 
-BESIDE = ("system", "tools", "functions")  # columns beside a conversation
+COMMON = ("system", "tools", "functions")  # columns next to a conversation, in every format
 KEPT = (*LEARN, *MEDIA, "reasoning_content")  # keys of a ShareGPT turn that a message has too
 PROBED_BLOCKS = 6  # searched for the first row of a known format
 SPEAKERS = {  # of ShareGPT and its variants
@@ -136,10 +132,10 @@ def _tools(value: dict[str, Any]) -> Any:
 
 # The order decides when a row matches several.
 ROW_FORMATS = (
-    RowFormat("chat", ("messages",), BESIDE, _chat),
-    RowFormat("sharegpt", ("conversations",), BESIDE, _sharegpt),
-    RowFormat("prompt", ("prompt", "completion"), BESIDE, _prompt),
-    RowFormat("alpaca", ("instruction", "output"), ("input", "history", *BESIDE), _alpaca),
+    RowFormat("chat", ("messages",), COMMON, _chat),
+    RowFormat("sharegpt", ("conversations",), COMMON, _sharegpt),
+    RowFormat("prompt", ("prompt", "completion"), COMMON, _prompt),
+    RowFormat("alpaca", ("instruction", "output"), ("input", "history", *COMMON), _alpaca),
     RowFormat("text", ("text",), (), _text),
 )
 
@@ -189,8 +185,10 @@ def other_row_format(value: Any, row_format: RowFormat, recipe: DataRecipe) -> R
     return None if detected is row_format else detected
 
 
-def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Counter[str]) -> Row:
-    """The checked row of a value in a given format; `ignored` counts columns that are not used.
+def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Counter[str], changed: Counter[str]) -> Row:
+    """The checked row of a value in a given format.
+
+    `ignored` counts columns that are not used, and `changed` messages that are merged or dropped.
 
     Raises Invalid with the reason and the fix.
     """
@@ -207,7 +205,10 @@ def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Count
     reject_media(value, "the row")
     converted = row_format.convert(value)
     text = converted.get("text")
-    messages, untrained = ([], ()) if text is not None else check_messages(converted["messages"], ignored)
+    messages: list[dict[str, Any]] = []
+    untrained: tuple[int, ...] = ()
+    if text is None:
+        messages, untrained = check_messages(converted["messages"], recipe.turns, ignored, changed)
     tools = check_tools(converted.get("tools"))
     group, part = value.get(recipe.group_column), value.get(recipe.slice_column)
     judged = value.get(recipe.check_column)

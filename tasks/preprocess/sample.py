@@ -38,7 +38,7 @@ def check_source(recipe: DataRecipe, source: str) -> str:
             try:
                 if other := other_row_format(value, row_format, recipe):
                     raise mixed_row_formats(where, other.name, reason)
-                row = to_row(value, row_format, recipe, Counter())
+                row = to_row(value, row_format, recipe, Counter(), Counter())
                 digests(row)
                 if recipe.secrets == "reject":
                     reject_secret("\n".join(row.texts()))

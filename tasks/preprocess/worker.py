@@ -22,9 +22,10 @@ from forge.core.recipe import DataRecipe
 from forge.models.chat_format import ChatFormat
 from forge.models.conversation import Rendered, Renderer, has_scorable_answer
 from tasks.preprocess.file_formats import Block
+from tasks.preprocess.messages import ROLES
 from tasks.preprocess.render import reject_control_tokens, render_rows
 from tasks.preprocess.row_formats import RowFormat, other_row_format, row_format_named, to_row
-from tasks.preprocess.rows import ROLES, Invalid, Row, canonical, digests
+from tasks.preprocess.rows import Invalid, Row, canonical, digests
 from tasks.preprocess.secrets import reject_secret
 from tasks.preprocess.tokens import TRAINED, Encoded, Encoder
 from tasks.preprocess.words import SHINGLE, signatures
@@ -73,7 +74,7 @@ class BlockResult:
     rejected: list[tuple[int, str, str]]
     other_shape: tuple[int, str] | None  # the first row whose format is not the source's: its number, its format
     ignored: Counter[str]
-    untrained: Counter[str]  # turns that are only read, by reason
+    turns: Counter[str]  # messages that are changed, dropped or not trained, by reason
     ends: Counter[str]  # control tokens that end trained turns
 
 
@@ -83,7 +84,8 @@ def in_heldout(group: str, fraction: float) -> bool:
     return number < int(fraction * 2**64)
 
 
-DIFFERING = "the chat template renders them differently once others follow, as without their reasoning"
+UNTRAINED = "not trained: their weight is 0"
+DIFFERING = "not trained: the chat template renders them differently once others follow, such as without reasoning"
 
 
 class CandidateRow(NamedTuple):
@@ -120,6 +122,7 @@ class Worker:
         rejected: list[tuple[int, str, str]] = []
         other_shape: tuple[int, str] | None = None
         ignored: Counter[str] = Counter()
+        turns: Counter[str] = Counter()
         candidates: list[CandidateRow] = []
         count = 0
         for number, value in block.values():
@@ -128,23 +131,22 @@ class Worker:
                 if other := other_row_format(value, row_format, self.job.recipe):
                     other_shape = other_shape or (number, other.name)
                     continue
-                row = to_row(value, row_format, self.job.recipe, ignored)
+                row = to_row(value, row_format, self.job.recipe, ignored, turns)
                 candidates.append(self._candidate(number, row, side))
             except Invalid as invalid:
                 rejected.append((number, invalid.reason, invalid.message))
         made = self._encode(candidates, rejected)
         documents, slices = self._write(made)
-        untrained: Counter[str] = Counter()
         ends: Counter[str] = Counter()
         for document in made:
-            untrained["weight 0"] += len(document.source.row.untrained)
-            untrained[DIFFERING] += len(document.rendered.differing)
+            turns[UNTRAINED] += len(document.source.row.untrained)
+            turns[DIFFERING] += len(document.rendered.differing)
             ends.update(document.rendered.ends)
         for file in self.files.values():
             file.flush()
         header = Block(block.order, block.name, block.first, [])
         return BlockResult(
-            header, count, documents, slices, self.spill, sorted(rejected), other_shape, ignored, +untrained, ends
+            header, count, documents, slices, self.spill, sorted(rejected), other_shape, ignored, +turns, ends
         )
 
     def _candidate(self, number: int, row: Row, side: Side) -> CandidateRow:

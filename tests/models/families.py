@@ -30,7 +30,7 @@ class Family:
     last_turn: Callable[[str], str] | None = None  # if it differs from earlier ones
     earlier: bool = True  # whether turns before the last are trained: not if the template drops their reasoning
     system: bool = True
-    cases: dict[str, Case] = field(default_factory=dict)  # beside those that all families share
+    cases: dict[str, Case] = field(default_factory=dict)  # in addition to those that all families share
 
     def case(self, *contents: str, system: str = "") -> Case:
         """A conversation of user and assistant in turn, the user first."""

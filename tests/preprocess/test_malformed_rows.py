@@ -62,6 +62,7 @@ LINES = {  # a line among good ones, and its error message
     "a message that is a string": (b'{"messages": ["a"]}\n', "message 1: role is None"),
     "unknown role": (messages(("human", "a"), ("assistant", "b")), "role is 'human'; it must be one of"),
     "role not a string": (messages((1, "a")), "role is 1"),  # type: ignore[arg-type]
+    "role a list": (messages((["user"], "a")), "role is ['user']"),  # type: ignore[arg-type]
     "content a number": (messages(("user", 1)), "message 1 (user): content must be a string, not a number"),
     "content null": (messages(("user", "a"), ("assistant", None)), "content must be a string, not missing"),
     "content blank": (messages(("user", " \n"), ("assistant", "b")), "content must not be empty"),
@@ -88,7 +89,7 @@ LINES = {  # a line among good ones, and its error message
     "a user's turn to be trained": (
         b'{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "b"}]}\n',
         "message 1: train is True, but only assistant turns are trained"),
-    "pictures beside the messages": (
+    "pictures next to the messages": (
         messages(("user", "a"), ("assistant", "b"), images=["a.png"]), "the row has images, and only text"),
     "two system messages": (
         messages(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "message and a column system"),

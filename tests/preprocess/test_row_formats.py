@@ -159,7 +159,7 @@ def test_row_formats_are_detected_and_converted(value: dict, row_format: str, me
     detected = detect_row_format(value)
     assert detected is not None
     assert detected.name == row_format
-    assert to_row(value, detected, RECIPE, Counter()).messages == messages
+    assert to_row(value, detected, RECIPE, Counter(), Counter()).messages == messages
 
 
 TOOL = {"name": "f", "parameters": {"type": "object"}}
@@ -178,11 +178,11 @@ TOOL = {"name": "f", "parameters": {"type": "object"}}
 def test_tools_beside_any_format_are_read(value: dict) -> None:
     row_format = detect_row_format(value)
     assert row_format is not None
-    assert to_row(value, row_format, RECIPE, Counter()).tools == [TOOL]
+    assert to_row(value, row_format, RECIPE, Counter(), Counter()).tools == [TOOL]
 
 
 def test_functions_are_tools() -> None:
-    row = to_row({"messages": CHAT, "functions": [TOOL]}, ROW_FORMATS[0], RECIPE, Counter())
+    row = to_row({"messages": CHAT, "functions": [TOOL]}, ROW_FORMATS[0], RECIPE, Counter(), Counter())
     assert row.tools == [{"type": "function", "function": TOOL}]
 
 
@@ -195,10 +195,38 @@ def test_turns_can_be_left_out_of_training(row_format: str, mark: dict) -> None:
     else:
         pairs = [({"from": "human", "value": "a"}, {"from": "gpt", "value": "b"})] * 2
         value = {"conversations": [pairs[0][0], {**pairs[0][1], **mark}, *pairs[1]]}
-    row = to_row(value, row_format_named(row_format), RECIPE, Counter())
+    row = to_row(value, row_format_named(row_format), RECIPE, Counter(), Counter())
     assert row.messages == CHAT * 2
     assert row.untrained == (1,)
     assert digests(row) != digests(replace(row, untrained=()))
+
+
+TWICE = [CHAT[0], {"role": "user", "content": "c"}, CHAT[1]]
+LEADING = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "Hello."}, *CHAT]
+
+
+def test_conversations_that_do_not_alternate_are_rejected_merged_or_shortened() -> None:
+    def read(messages: list, turns: str) -> tuple[list, tuple[int, ...], Counter[str]]:
+        changed: Counter[str] = Counter()
+        recipe = RECIPE.model_copy(update={"turns": turns})
+        row = to_row({"messages": messages}, ROW_FORMATS[0], recipe, Counter(), changed)
+        return row.messages, row.untrained, +changed
+
+    merged = [{"role": "user", "content": "a\n\nc"}, CHAT[1]]
+    assert read(TWICE, "merge") == (merged, (), {"merged with the message before": 1})
+    assert read(LEADING, "drop-leading") == (
+        [LEADING[0], *CHAT],
+        (),
+        {"dropped, before the user's first message": 1},
+    )
+    for messages, turns in ((TWICE, "strict"), (TWICE, "drop-leading"), (LEADING, "strict"), (LEADING, "merge")):
+        with pytest.raises(Invalid, match=r"user and assistant must alternate.* see data\.turns"):
+            read(messages, turns)
+    # What is learned and what is not is never merged, and its place moves with the others.
+    answers = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[1]]
+    with pytest.raises(Invalid, match="must alternate"):
+        read(answers, "merge")
+    assert read([*TWICE[:2], {**CHAT[1], "weight": 0}, *CHAT], "merge")[:2] == ([*merged, *CHAT], (1,))
 
 
 def test_a_split_row_keeps_what_is_not_trained() -> None:
@@ -214,15 +242,15 @@ def test_a_split_row_keeps_what_is_not_trained() -> None:
 
 
 def test_plain_text_row() -> None:
-    row = to_row({"text": "Once upon a time."}, row_format_named("text"), RECIPE, Counter())
+    row = to_row({"text": "Once upon a time."}, row_format_named("text"), RECIPE, Counter(), Counter())
     assert (row.text, row.messages) == ("Once upon a time.", [])
 
 
 def test_group_and_slice_have_defaults_and_unused_columns_are_counted() -> None:
     ignored: Counter[str] = Counter()
     first_turn = [{"role": "user", "content": "One  TWO"}, {"role": "assistant", "content": "x"}]
-    first = to_row({"messages": [*first_turn, *CHAT], "id": 7}, row_format_named("chat"), RECIPE, ignored)
-    second = to_row({"messages": CHAT, "group": 7, "slice": "s"}, row_format_named("chat"), RECIPE, ignored)
+    first = to_row({"messages": [*first_turn, *CHAT], "id": 7}, row_format_named("chat"), RECIPE, ignored, Counter())
+    second = to_row({"messages": CHAT, "group": 7, "slice": "s"}, row_format_named("chat"), RECIPE, ignored, Counter())
     assert (first.group, first.slice) == ("one two", "all")
     assert (second.group, second.slice) == ("7", "s")
     assert ignored == {"id": 1}
@@ -230,13 +258,13 @@ def test_group_and_slice_have_defaults_and_unused_columns_are_counted() -> None:
 
 def test_unused_keys_of_messages_are_counted() -> None:
     ignored: Counter[str] = Counter()
-    to_row({"messages": [{**CHAT[0], "time": "10:42"}, CHAT[1]]}, row_format_named("chat"), RECIPE, ignored)
+    to_row({"messages": [{**CHAT[0], "time": "10:42"}, CHAT[1]]}, row_format_named("chat"), RECIPE, ignored, Counter())
     assert ignored == {"messages.time": 1}
 
 
 def test_row_format_of_the_recipe_is_not_detected() -> None:
     with pytest.raises(Invalid, match="must have instruction and output"):
-        to_row({"messages": CHAT}, row_format_named("alpaca"), RECIPE, Counter())
+        to_row({"messages": CHAT}, row_format_named("alpaca"), RECIPE, Counter(), Counter())
 
 
 ROWS = [{"prompt": f'question {n}, "quoted"\nwith a line', "completion": f"answer {n} é"} for n in range(40)]
@@ -350,9 +378,9 @@ def test_row_format_and_ignored_columns_are_logged(
     ],
 )
 def test_row_can_say_how_its_answer_is_scored(column: object, check: str) -> None:
-    row = to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter())
+    row = to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter(), Counter())
     assert row.check == check
-    assert digests(row) != digests(to_row(chat("q", "a"), ROW_FORMATS[0], RECIPE, Counter()))
+    assert digests(row) != digests(to_row(chat("q", "a"), ROW_FORMATS[0], RECIPE, Counter(), Counter()))
     assert heldout_row(row)["check"] == json.loads(check)
 
 
@@ -367,10 +395,10 @@ def test_row_can_say_how_its_answer_is_scored(column: object, check: str) -> Non
 )
 def test_invalid_check_is_rejected(column: object, message: str) -> None:
     with pytest.raises(Invalid, match=re.escape(message)):
-        to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter())
+        to_row({**chat("q", "a"), "check": column}, ROW_FORMATS[0], RECIPE, Counter(), Counter())
 
 
 def test_last_part_of_a_split_row_keeps_the_check() -> None:
     row = to_row({"messages": [*chat("q", "a")["messages"], *chat("r", "b")["messages"]], "check": "json"},
-                 ROW_FORMATS[0], RECIPE, Counter())  # fmt: skip
+                 ROW_FORMATS[0], RECIPE, Counter(), Counter())  # fmt: skip
     assert [part.check for part in split_row(row)] == ["", '{"kind":"json"}']
