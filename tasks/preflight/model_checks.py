@@ -120,7 +120,8 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
     tokenizer = load_tokenizer(base)
     form = chat_format(tokenizer, where)
     vocabulary = config.get("vocab_size")
-    highest = max(tokenizer.get_vocab().values())
+    # Not the added tokens: Gemma 3's tokenizer has one for images, for which its text models have no embedding.
+    highest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values())
     if vocabulary and highest >= vocabulary:
         raise ForgeError(
             f"its tokenizer has token {highest}, and its embeddings end at {vocabulary - 1} (vocab_size)",
