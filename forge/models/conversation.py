@@ -56,10 +56,9 @@ class Renderer:
 
     def __init__(self, form: ChatFormat, where: str) -> None:
         self.form, self.where = form, where
-        tokens = sorted(form.special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._tokens = sorted(form.special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
         self._run = re.compile(rf"(?:\s|{self._special.pattern})*")
-        self._tail = re.compile(self._run.pattern + r"\Z")
         self._variables = {**form.special, "strftime_now": TODAY.strftime}
         self._marked = {text: bool(GENERATION.search(text)) for text in form.templates.values()}
         self._endings: dict[tuple[str, bool], str] = {}  # of plain turns, by template and whether the turn is the last
@@ -70,11 +69,17 @@ class Renderer:
             raise ForgeError(
                 "there is no chat template", where=self.where, fix="add chat_template.jinja, or use rows of plain text"
             )
-        messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "ask"},
+            {"role": "assistant", "content": "answer"},
+        ]
         try:
-            rendered = self._turns(messages, None, ())
-        except Exception as error:  # templates raise anything
-            raise ForgeError(f"the chat template cannot be used: {error}", where=self.where) from None
+            rendered = self.render(messages, None)
+        except TemplateError as error:
+            try:  # the prompt of some opens the reasoning, so every answer needs one
+                rendered = self.render([messages[0], {**messages[1], "reasoning_content": "because"}], None)
+            except TemplateError:
+                raise ForgeError(f"the chat template cannot be used: {error}", where=self.where) from None
         trained = "".join(rendered.text[begin:end] for begin, end in rendered.spans)
         if "ask" in trained or "assistant" in trained:
             raise ForgeError(
@@ -93,7 +98,7 @@ class Renderer:
 
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """The text that a server gives the model to answer these messages; TemplateError if the template rejects it."""
-        return self._as_template_takes_calls(messages, lambda given: self._compiled(tools)(given, True))
+        return self._as_template_takes_calls(messages, lambda given: self._prompt(given, tools))
 
     def plain(self, text: str) -> Rendered:
         """A plain text between the model's begin and end tokens; all but the begin token is trained."""
@@ -109,6 +114,15 @@ class Renderer:
                     "control token",
                     f"a text contains the model's control token {match.group()}, which it would not read as text",
                 )
+
+    def _prompt(self, messages: Messages, tools: Tools) -> str:
+        rendered = self._compiled(tools)
+        for at, message in enumerate(messages):  # so that the arguments of calls have the same form as in `render`
+            if "tool_calls" in message:
+                turn = rendered(messages[: at + 1], False).removeprefix(rendered(messages[:at], True))
+                if missing := _missing_calls(message["tool_calls"], turn):
+                    raise _left_out(missing)
+        return rendered(messages, True)
 
     def _compiled(self, tools: Tools) -> Render:
         render = _compile_jinja_template(self.form.template(tools)).render
@@ -131,16 +145,16 @@ class Renderer:
         rendered = self._compiled(tools)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         text, blocks = self._text_and_blocks(messages, tools, rendered, len(turns))
-        _check_context(messages, tools, text, untrained)
+        _check_context(messages, tools, text)
         spans: list[Span] = []
         ends: set[str] = set()
         differing: list[int] = []
         template = self.form.template(tools)
-        for at, block in zip(turns, blocks, strict=True):
+        for at in turns:
             if at in untrained:
                 continue
             try:
-                begin, end = self._turn(messages, at, rendered, template, text, block)
+                begin, end = self._turn(messages, at, rendered, template, text, blocks)
             except _Differs:
                 if at == len(messages) - 1:
                     raise
@@ -153,61 +167,75 @@ class Renderer:
     def _text_and_blocks(
         self, messages: Messages, tools: Tools, rendered: Render, turns: int
     ) -> tuple[str, Sequence[Span]]:
-        """The text, and where each turn may be: in its generation block and the control tokens after it, if any."""
+        """The text, and where turns may be: in generation blocks and the control tokens after them, if it has any."""
         template = self.form.template(tools)
         if not self._marked[template]:
             text = rendered(messages, False)
-            return text, [(0, len(text))] * turns
+            return text, [(0, len(text))]
         text, blocks = _render_with_assistant_indices(
             _compile_jinja_template(template), messages, tools, None, False, **self._variables
         )
-        if len(blocks) != turns:
+        if len(blocks) < turns:
             raise TemplateError(
                 "chat template",
                 f"the chat template marks {len(blocks)} of {turns} assistant turns; "
                 "put a {% generation %} block around each",
             )
-        return text, [(begin, self._run.match(text, len(text[:end].rstrip())).end()) for begin, end in blocks]  # type: ignore[union-attr]
+        joined: list[Span] = []
+        for begin, end in blocks:
+            run = self._run.match(text, len(text[:end].rstrip()))
+            after = run.end() if run else end
+            if joined and begin <= joined[-1][1]:  # such as one around the end token alone
+                joined[-1] = (joined[-1][0], after)
+            else:
+                joined.append((begin, after))
+        return text, joined
 
-    def _turn(self, messages: Messages, at: int, rendered: Render, template: str, text: str, within: Span) -> Span:
+    def _turn(
+        self, messages: Messages, at: int, rendered: Render, template: str, text: str, blocks: Sequence[Span]
+    ) -> Span:
         """The span of one turn. Raises _Differs, or another TemplateError if a part of the message is missing."""
         prompt = rendered(messages[:at], True)
         if not text.startswith(prompt):
             raise _Differs(
                 "chat template",
                 f"message {at + 1}: in the whole conversation, the chat template renders the messages before it "
-                "differently than in a server's prompt",
+                "differently than in a server's prompt; if that prompt opens <think>, rows need reasoning_content",
             )
+        within = next((block for block in blocks if block[1] > len(prompt)), None)
+        if within is None:
+            raise TemplateError("chat template", f"message {at + 1}: there is no {{% generation %}} block around it")
         begin = max(len(prompt), within[0])
         message, last = messages[at], at == len(messages) - 1
         # Nearly all turns are plain, and end like the first one, which was checked the long way.
         key = (template, last)
-        plain = len(message) == 2 and (last or messages[at + 1]["role"] == "user")
+        plain = len(message) == 2 and not THINK.search(message["content"])
+        plain = plain and (last or messages[at + 1]["role"] == "user")
         if plain and (ending := self._endings.get(key)):
             content = message["content"].strip()
             place = text.find(content, begin)
             after = place + len(content)
             while place >= 0 and text[after : after + 1].isspace() and not text.startswith(ending, after):
                 after += 1
-            if place >= 0 and text.startswith(ending, after):
+            if place >= 0 and text.startswith(ending, after) and not self._special.search(text, begin, place):
                 return begin, after + len(ending)
         so_far = text if last else rendered(messages[: at + 1], False)
         if missing := _missing(message, so_far[begin:]):
             raise _left_out(missing)
-        ends = [end for end in self._token_ends(so_far, begin) if end <= within[1]]
+        ends = self._token_ends(so_far, begin)
+        if ends and not last:
+            ends = [end for end in ends if text.startswith(so_far[:end])]
+            if not ends:
+                raise _Differs(
+                    "chat template",
+                    f"message {at + 1}: the chat template renders it differently once other messages follow",
+                )
+        ends = [end for end in ends if end <= within[1]]
         if not ends:
             raise TemplateError(
                 "chat template", "no control token ends the assistant's turn, so the model would never stop"
             )
-        if last:
-            end = self._end_of_last(messages, rendered, so_far, begin, ends)
-        else:
-            end = next((end for end in ends if text.startswith(so_far[:end])), 0)
-        if not end:
-            raise _Differs(
-                "chat template",
-                f"message {at + 1}: the chat template renders it differently once other messages follow",
-            )
+        end = self._end_of_last(messages, rendered, so_far, begin, ends) if last else ends[0]
         if plain:
             self._endings[key] = self._tail_of(so_far[begin:end])
         return begin, end
@@ -217,20 +245,24 @@ class Renderer:
         follows = {"role": "tool" if "tool_calls" in messages[-1] else "user", "content": "x"}
         try:
             followed = rendered([*messages, follows], False)
-        except Exception:  # the template takes no such message, so nothing is known about its end
+        except Exception:  # the template does not accept such a message
             return ends[0]
         return next((end for end in ends if text[max(begin, end - BEFORE_END) : end] in followed), ends[0])
 
     def _token_ends(self, text: str, begin: int) -> list[int]:
         """The ends of the control tokens at the end of a text, the last one first."""
-        match = self._tail.search(text, begin)
-        start = match.start() if match else len(text)
-        return [found.end() for found in self._special.finditer(text, start)][::-1]
+        ends = []
+        at = len(text.rstrip())
+        while token := next((token for token in self._tokens if text.endswith(token, begin, at)), ""):
+            ends.append(at)
+            at = len(text[: at - len(token)].rstrip())
+        return ends
 
     def _tail_of(self, turn: str) -> str:
         """The control tokens at the end of a turn."""
-        match = self._tail.search(turn)
-        return turn[match.start() :].lstrip() if match else ""
+        ends = self._token_ends(turn, 0)
+        first = next(token for token in self._tokens if turn.endswith(token, 0, ends[-1]))
+        return turn[ends[-1] - len(first) :]
 
 
 def _do(action: Callable[[Messages], Any], messages: Messages) -> Any:
@@ -260,7 +292,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _check_context(messages: Messages, tools: Tools, text: str, untrained: Collection[int]) -> None:
+def _check_context(messages: Messages, tools: Tools, text: str) -> None:
     """Raise TemplateError if the template left out tools, or what the model should read of a message.
 
     Earlier reasoning may be left out: the model does not read it either.
@@ -272,20 +304,20 @@ def _check_context(messages: Messages, tools: Tools, text: str, untrained: Colle
         answer = THINK.split(message["content"])[-1]
         if not _shows(text, answer.strip()):
             raise _left_out("text next to tool calls" if "tool_calls" in message else kind)
-        if "tool_calls" in message and (missing := _missing_calls(message["tool_calls"], text)):
+        if "tool_calls" in message and (missing := _missing_calls(message["tool_calls"], text, True)):
             raise _left_out(missing)
 
 
 def _missing(message: dict[str, Any], turn: str) -> str:
     """What a turn lacks of its message; "" if it is whole."""
     if not all(_shows(turn, part.strip()) for part in THINK.split(message["content"])):
-        return "text next to tool calls" if "tool_calls" in message else "text of an assistant turn"
+        return "text next to tool calls" if "tool_calls" in message else "assistant message"
     if not _shows(turn, message.get("reasoning_content", "").strip()):
         return "reasoning_content"
     return _missing_calls(message["tool_calls"], turn) if "tool_calls" in message else ""
 
 
-def _missing_calls(calls: Sequence[dict[str, Any]], text: str) -> str:
+def _missing_calls(calls: Sequence[dict[str, Any]], text: str, as_context: bool = False) -> str:
     names = [call["function"]["name"] for call in calls]
     if any(text.count(name) < names.count(name) for name in names):
         return "tool calls"
@@ -295,9 +327,13 @@ def _missing_calls(calls: Sequence[dict[str, Any]], text: str) -> str:
             arguments = json.loads(arguments)
         if not all(_shows(text, word) for word in _words(arguments)):
             return "arguments of tool calls"
-        if arguments and str(arguments) in text and json.dumps(arguments, ensure_ascii=False) not in text:
-            return "quotes of the arguments of tool calls"  # they are written as Python writes a dict
+        if not as_context and arguments and str(arguments) in text and _as_json(arguments) not in text:
+            return "arguments of tool calls as JSON: it writes them as Python does"
     return ""
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.core.errors import ForgeError
@@ -39,10 +40,10 @@ def load_causal(base: LocalBase, dtype: torch.dtype, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ForgeError(f"cannot be loaded: {reason}", where=where) from None
-    for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have weights that the model has not:")):
+    for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have weights that the model does not have:")):
         if names := sorted(found[keys]):
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise ForgeError(

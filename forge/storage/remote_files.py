@@ -33,7 +33,7 @@ def is_remote(source: str) -> bool:
 
 
 def is_hidden(*names: str) -> bool:
-    """Whether one of a path's names is hidden (.name, _name), as those are that programs keep for themselves."""
+    """Whether one of a path's names is hidden (.name, _name), like files that programs keep for themselves."""
     return any(name.startswith((".", "_")) and name != ".." for name in names)
 
 
@@ -149,7 +149,7 @@ def _patterns(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, ...]) -> list[File]:
-    """The data files at a path (a file, or those in a directory but hidden ones), sorted; ForgeError if none."""
+    """The data files at a path (a file, or a directory without its hidden files), sorted; ForgeError if none."""
     inside = path.rstrip("/") + "/" if path else ""
     selected = sorted(
         file

@@ -93,7 +93,7 @@ class Trainer:
         data, recipe = self.job.data, self.recipe
         card = json.loads((data / "dataset.json").read_text())
         self.context: int = card["context"]
-        self.end_tokens: list[str] = card["end_tokens"]
+        self.end_tokens: list[str] = card.get("end_tokens", [])
         self.tokenizer = load_tokenizer(LocalBase(str(data / "tokenizer")))
         self.rows, self.heldout = PackedRows(data / "train"), PackedRows(data / "heldout")
         self.sampler = GlobalBatchSampler(len(self.rows), recipe.global_batch_size, recipe.epochs, recipe.seed)

@@ -138,7 +138,7 @@ def check_weights_file(file: Path) -> None:
         pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     fix = "run git lfs pull" if pointer else "copy it again"
     if pointer:
-        raise ForgeError("is a pointer of git-lfs, not the weights", where=str(file), fix=fix)
+        raise ForgeError("is a git-lfs pointer, not the weights", where=str(file), fix=fix)
     try:
         with safe_open(file, "np"):
             pass

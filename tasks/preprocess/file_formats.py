@@ -71,7 +71,13 @@ def _batch_row(batch: pa.RecordBatch, index: int) -> Any:
         return without_nulls(row)
     except UnicodeDecodeError:
         return Invalid("not UTF-8", "a text column holds bytes that are not UTF-8; write the file again")
-    except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:  # e.g. a timestamp out of range
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        LookupError,
+        pa.ArrowException,
+    ) as error:  # e.g. a timestamp out of range
         return Invalid("unreadable value", f"a column holds a value that cannot be read ({error}); write it as text")
 
 

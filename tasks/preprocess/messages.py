@@ -63,18 +63,20 @@ def _without_leading(
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """The messages without what the assistant says before the user does."""
     head = 1 if messages[0]["role"] == "system" else 0
-    first = next((at for at, message in enumerate(messages) if message["role"] == "user"), head)
+    first = next((at for at in range(head, len(messages)) if messages[at]["role"] != "assistant"), head)
     changed[DROPPED] += first - head
     return messages[:head] + messages[first:], learns[:head] + learns[first:]
 
 
 def _of_openai(value: Any) -> Any:
-    """A message with names that OpenAI's API has had: function_call and the role function, and the role developer."""
+    """A message with what OpenAI's API has or had: function_call, and the roles function and developer."""
     role = value.get("role") if isinstance(value, dict) else None
     if not isinstance(role, str) or not (role in RENAMED_ROLES or value.get("function_call")):
         return value
     message = {**value, "role": RENAMED_ROLES.get(role, role)}
     if call := message.pop("function_call", None):
+        if message.get("tool_calls"):
+            raise Invalid("tool calls", "a message has tool_calls and function_call; remove one")
         message["tool_calls"] = [call]
     return message
 
@@ -101,7 +103,7 @@ def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
     if role not in ROLES:
         raise Invalid("unknown role", f"{what}: role is {role!r}; it must be one of {', '.join(ROLES)}")
     reject_media(value, what)
-    calls = value.get("tool_calls")
+    calls = parse_list(value.get("tool_calls"), f"{what}: tool_calls") if value.get("tool_calls") else None
     if calls and role != "assistant":
         raise Invalid("tool calls", f"{what} ({role}): only an assistant may have tool_calls")
     content = _content(value.get("content"), f"{what} ({role})")
@@ -113,15 +115,16 @@ def _message(value: Any, what: str, ignored: Counter[str]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = check_calls(calls, what)
     for name, entry in value.items():
-        if name in OPTIONAL and entry not in (None, ""):
-            message[name] = check_text(entry, f"{what} ({role}): {name}")
+        if name in OPTIONAL:
+            if entry is not None and not (isinstance(entry, str) and not entry.strip()):
+                message[name] = check_text(entry, f"{what} ({role}): {name}")
         elif name not in ("role", "content", "tool_calls", *LEARN) and entry is not None:
             ignored[f"messages.{printable(name)}"] += 1
     return message
 
 
 def reject_media(value: dict[str, Any], what: str) -> None:
-    """Raise Invalid if a row or a message has pictures, films or sounds."""
+    """Raise Invalid if a row or a message has images, video or audio."""
     for name in MEDIA:
         if value.get(name):
             raise Invalid("not only text", f"{what} has {name}, and only text can be trained on; remove the row")
@@ -148,7 +151,6 @@ def _content(value: Any, what: str) -> Any:
 def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
     """An assistant's tool calls, their arguments as objects."""
     checked = []
-    calls = parse_list(calls, f"{what}: tool_calls")
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -156,9 +158,11 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
             raise Invalid(
                 "tool calls", f'{what}: a tool call must be {{"function": {{"name": "...", "arguments": {{...}}}}}}'
             )
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            arguments = parse_text(arguments, f"{what}: the arguments of {name}") if arguments.strip() else {}
+        arguments = function.get("arguments")
+        if arguments is None or arguments == "":
+            arguments = {}
+        elif isinstance(arguments, str):
+            arguments = parse_text(arguments, f"{what}: the arguments of {name}")
         else:
             arguments = without_nulls(arguments)
         if not isinstance(arguments, dict):
@@ -170,12 +174,16 @@ def check_calls(calls: Any, what: str) -> list[dict[str, Any]]:
     return checked
 
 
+def _is_tool(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("function", value), dict)
+
+
 def check_tools(value: Any) -> list[dict[str, Any]] | None:
     """The tools that a conversation may call: a list of JSON schemas, or its JSON text."""
     value = parse_list(value, "tools") if value else None
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(_is_tool(tool) for tool in value):
         raise Invalid("tool calls", "tools must be a list of JSON schemas")
     tools: list[dict[str, Any]] = without_nulls(value)
     return tools

@@ -9,7 +9,7 @@ from typing import Any
 from forge.core.errors import ForgeError
 from forge.core.recipe import DataRecipe
 from tasks.preprocess.file_formats import Block
-from tasks.preprocess.messages import LEARN, MEDIA, check_messages, check_tools, reject_media
+from tasks.preprocess.messages import check_messages, check_tools, reject_media
 from tasks.preprocess.rows import (
     EXAMPLE,
     Invalid,
@@ -23,7 +23,6 @@ from tasks.preprocess.rows import (
 )
 
 COMMON = ("system", "tools", "functions")  # columns next to a conversation, in every format
-KEPT = (*LEARN, *MEDIA, "reasoning_content")  # keys of a ShareGPT turn that a message has too
 PROBED_BLOCKS = 6  # searched for the first row of a known format
 SPEAKERS = {  # of ShareGPT and its variants
     "system": "system",
@@ -73,7 +72,7 @@ def _sharegpt(value: dict[str, Any]) -> dict[str, Any]:
             message = {"role": "assistant", "content": "", "tool_calls": calls}
         else:
             message = {"role": SPEAKERS[speaker], "content": text}
-        messages.append(message | {name: turn[name] for name in KEPT if name in turn})
+        messages.append({name: entry for name, entry in turn.items() if name not in ("from", "value")} | message)
     return {"messages": _with_system(messages, value), "tools": _tools(value)}
 
 
@@ -91,7 +90,10 @@ def _alpaca(value: dict[str, Any]) -> dict[str, Any]:
         instruction = f"{instruction}\n\n{check_text(value['input'], 'input')}"
     pair = _pair({**value, "instruction": instruction}, "instruction", "output")
     earlier = []
-    for number, turn in enumerate(parse_list(value.get("history") or [], "history"), 1):
+    history = parse_list(value.get("history") or [], "history")
+    if not isinstance(history, list):
+        raise Invalid("wrong type", "history must be a list of pairs of a question and its answer")
+    for number, turn in enumerate(history, 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise Invalid("wrong type", f"history, entry {number}: must be a list of a question and its answer")
         earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -115,8 +117,11 @@ def _with_system(messages: Any, value: dict[str, Any]) -> Any:
     """Messages with that of the column `system` in front, if a row has it."""
     if not value.get("system") or not isinstance(messages, list):
         return messages
-    if messages and isinstance(messages[0], dict) and "system" in (messages[0].get("role"), messages[0].get("from")):
-        raise Invalid("two system messages", "the row has a system message and a column system; remove one")
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if first.get("role") in ("system", "developer"):
+        if first.get("content") == value["system"]:
+            return messages
+        raise Invalid("two system messages", "the row has a system message and another column system; remove one")
     return [{"role": "system", "content": value["system"]}, *messages]
 
 

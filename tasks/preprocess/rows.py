@@ -146,10 +146,20 @@ def parse_list(value: Any, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the nulls in its objects: Arrow gives each object every key that any of them has."""
+    """A value without the nulls in its objects: Arrow gives each object every key that any of them has.
+
+    Raises Invalid if it is nested too deeply.
+    """
+    try:
+        return _without_nulls(value)
+    except RecursionError:
+        raise Invalid("not JSON", "JSON that is nested too deeply; simplify the row") from None
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def check_text(value: Any, what: str) -> str:

@@ -85,7 +85,7 @@ def in_heldout(group: str, fraction: float) -> bool:
 
 
 UNTRAINED = "not trained: their weight is 0"
-DIFFERING = "not trained: the chat template renders them differently once others follow, such as without reasoning"
+DIFFERING = "not trained: the chat template renders them differently later, for example without their reasoning"
 
 
 class CandidateRow(NamedTuple):

@@ -139,6 +139,73 @@ def test_arguments_are_text_for_a_template_that_takes_text(write: str) -> None:
     assert call_turn == '<tool_call>clock {"zone": "UTC"}</tool_call><|im_end|>'
 
 
+def test_turns_do_not_depend_on_the_rows_before() -> None:
+    """A template that strips reasoning from earlier turns, after plain rows that have taught it how turns end."""
+    strips = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1].strip() }}"
+    )
+    answer = "<think>\n\n</think>\n\nYes."
+    messages = conversation("Is it?", answer, "And this, which is long?", answer)
+    known = renderer(strips)
+    known.render(conversation("a", "b", "c", "d"), None)
+    for one in (known, renderer(strips)):
+        rendered = one.render(messages, None)
+        assert [rendered.text[begin:end] for begin, end in rendered.spans] == [f"{answer}<|im_end|>"]
+        assert rendered.differing == (1,)
+    qwen = Renderer(chat_format(tokenizer_of("qwen-3"), "test"), "test")
+    reply = "<tool_response>\nx\n</tool_response>"
+    qwen.render(conversation("a", "<think>\nr\n</think>\n\nb", reply, "<think>\ns\n</think>\n\nd"), None)
+    assert qwen.render(conversation("a", "b", "c", "d"), None).differing == (1,)
+
+
+def test_blocks_of_a_template_that_strips_reasoning() -> None:
+    block = "{% generation %}{{ (m.content if loop.last else m.content.split('</think>')[-1]) + '<|im_end|>\n' }}"
+    template = "{% for m in messages %}" + HEADER + "{% if m.role == 'assistant' %}" + block + "{% endgeneration %}"
+    template += "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + PROMPT
+    rendered = renderer(template).render(conversation("a", "<think>r</think>b", "c", "<think>s</think>d"), None)
+    assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["<think>s</think>d<|im_end|>"]
+    assert rendered.differing == (1,)
+
+
+def test_a_block_around_the_last_token_alone() -> None:
+    """As in TRL's template for training Phi 3."""
+    block = "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    template = "{% for m in messages %}" + HEADER + "{% if m.role == 'assistant' %}" + block + "{% else %}"
+    template += "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    template += "{% if not add_generation_prompt %}{% generation %}{{ '<|endoftext|>' }}{% endgeneration %}{% endif %}"
+    assert trained(template + PROMPT, conversation("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_prompt_that_opens_the_reasoning_needs_reasoning() -> None:
+    shown = "{{ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content }}"
+    template = CHATML.replace("{{ m.content }}", shown, 1).replace(
+        "assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"
+    )
+    renderer(template).probe()
+    assert trained(template, asked("b", reasoning_content="since")) == ["since</think>b<|im_end|>"]
+    with pytest.raises(TemplateError, match="if that prompt opens <think>, rows need reasoning_content"):
+        trained(template, asked("b"))
+
+
+def test_a_prompt_has_its_calls_in_the_form_in_which_they_are_trained() -> None:
+    one = renderer(CHATML.replace("(c.function.arguments | tojson)", "c.function.arguments"))
+    messages = with_call()
+    assert one.render(messages, None).text.startswith(one.prompt(messages[:-1], None))
+
+
+def test_a_user_may_write_as_python_does() -> None:
+    template = CHATML.replace("(c.function.arguments | tojson)", "(c.function.arguments | tojson(indent=1))")
+    messages = with_call()
+    messages[0] = {"role": "user", "content": "{'zone': 'UTC'}"}
+    assert len(trained(template, messages)) == 2
+
+
+def test_many_spaces_take_no_time() -> None:
+    messages = with_call()
+    messages[1]["tool_calls"][0]["function"]["arguments"] = {"zone": " " * 200_000 + "UTC"}
+    assert len(trained(CHATML, messages)) == 2
+
+
 def test_turns_that_are_not_to_be_learned_are_only_read() -> None:
     rendered = renderer(CHATML).render(conversation("a", "wrong", "no", "right"), None, untrained=(1,))
     assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["right<|im_end|>"]

@@ -54,7 +54,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
     ("change", "says"),
     [
         (lambda weights: weights.pop(DOWN), f"its files lack {DOWN}; copy it again"),
-        (lambda weights: weights.update({"other.weight": torch.ones(2)}), "that the model has not: other.weight;"),
+        (
+            lambda weights: weights.update({"other.weight": torch.ones(2)}),
+            "that the model does not have: other.weight;",
+        ),
     ],
 )
 def test_a_base_with_other_weights_than_its_config_says_is_an_error(change: Any, says: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_whole_base_passes(training: dict[str, Any], base: Path) -> None:
     [
         (
             write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
-            "model.safetensors: is a pointer of git-lfs, not the weights; run git lfs pull",
+            "model.safetensors: is a git-lfs pointer, not the weights; run git lfs pull",
         ),
         (write("model.safetensors", b"\x10"), "model.safetensors: is damaged"),
         (write("tokenizer.json", b"{}"), "the tokenizer cannot be loaded"),

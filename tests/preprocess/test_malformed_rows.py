@@ -83,6 +83,18 @@ LINES = {  # a line among good ones, and its error message
     "no turn to be trained": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}\n',
         "every assistant turn has weight 0 (or loss or train false); remove the row"),
+    "tools nested too deeply": (
+        messages(("user", "a"), ("assistant", "b")).replace(
+            b'"messages"', b'"tools": [' + b'{"a": ' * 600 + b"1" + b"}" * 600 + b'], "messages"'),
+        "JSON that is nested too deeply"),
+    "a tool whose function is a text": (
+        messages(("user", "a"), ("assistant", "b"), tools=[{"function": "f"}]), "tools must be a list of JSON schemas"),
+    "no calls, as text, and no answer": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": "[]"}]}\n',
+        "message 2 (assistant): content must not be empty"),
+    "calls in two ways": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}], '
+        b'"function_call": {"name": "f"}}]}\n', "has tool_calls and function_call; remove one"),
     "half a weight": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}\n',
         "message 2: weight is 0.5; it must be 0 or 1"),
@@ -92,7 +104,7 @@ LINES = {  # a line among good ones, and its error message
     "pictures next to the messages": (
         messages(("user", "a"), ("assistant", "b"), images=["a.png"]), "the row has images, and only text"),
     "two system messages": (
-        messages(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "message and a column system"),
+        messages(("system", "s"), ("user", "a"), ("assistant", "b"), system="t"), "message and another column system"),
     "a call that the template leaves out": (call(name="f", arguments={}), "leaves out the row's tool calls"),
     "tools that the template leaves out": (
         messages(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]), "leaves out the row's tools"),
@@ -175,6 +187,8 @@ FILES = {  # a whole file: its name, its content, and the error message
     "history that is no pair": (
         "rows.jsonl", b'{"instruction": "a", "output": "b", "history": [["c"]]}\n',
         ":1: history, entry 1: must be a list of a question and its answer"),
+    "history that is a number": (
+        "rows.jsonl", b'{"instruction": "a", "output": "b", "history": 5}\n', ":1: history must be a list of pairs"),
     "messages in CSV that are not JSON": ("rows.csv", b"messages\n[1\n", "rows.csv:2: messages: not valid JSON"),
     "an unknown suffix": ("rows.txt", GOOD, "unknown file type"),
     "two row formats": (
