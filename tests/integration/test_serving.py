@@ -142,7 +142,7 @@ def test_where_vllms_engine_dies_nothing_is_said_to_serve_until_it_does_again(se
     (engine,) = [one for one in running.processes() if "EngineCore" in " ".join(one.cmdline())]
     engine.kill()
     said: list[str] = []
-    while not any("is started again" in one for one in said):
+    while (now := LocalServer(server.settings).running()) is None or now.pid == running.pid:
         actual = server.target.status()
         said += [actual.waiting] if actual and actual.waiting not in said[-1:] else []
         time.sleep(0.02)
