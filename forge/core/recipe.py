@@ -32,6 +32,9 @@ class Demonstration(Section):
     )
 
 
+Turns = Literal["strict", "merge", "drop-leading"]
+
+
 class DataRecipe(Section):
     """How raw rows become packed rows."""
 
@@ -44,7 +47,7 @@ class DataRecipe(Section):
     row_format: Literal["auto", "chat", "prompt", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="the format of the rows; auto detects it from the first row"
     )
-    turns: Literal["strict", "merge", "drop-leading"] = Field(
+    turns: Turns = Field(
         "strict",
         description="what to do with conversations in which user and assistant do not alternate: reject them (strict), "
         "merge successive messages of one role, or drop the assistant's messages before the first of the user",

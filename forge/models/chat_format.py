@@ -1,7 +1,7 @@
 """The chat format of a tokenizer: its templates and special tokens, as text that other processes can be given."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,11 @@ from forge.core.errors import ForgeError
 
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]] | None
+
+
+def has_scorable_answer(messages: Messages, untrained: Collection[int]) -> bool:
+    """Whether a check can score a conversation's last message: a text without calls or reasoning, and to be learned."""
+    return len(messages) > 1 and messages[-1].keys() == {"role", "content"} and len(messages) - 1 not in untrained
 
 
 class TemplateError(Exception):

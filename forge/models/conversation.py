@@ -26,11 +26,6 @@ THINK = re.compile(r"</?think>")
 BEFORE_END = 32  # characters that are compared together with the end of a turn
 
 
-def has_scorable_answer(messages: Messages, untrained: Collection[int]) -> bool:
-    """Whether a check can score a conversation's last message: a text without calls or reasoning, and to be learned."""
-    return len(messages) > 1 and messages[-1].keys() == {"role", "content"} and len(messages) - 1 not in untrained
-
-
 class Rendered(NamedTuple):
     """A conversation as text, and the spans of its trained turns, end tokens included.
 
@@ -63,8 +58,8 @@ class Renderer:
         self._marked = {text: bool(GENERATION.search(text)) for text in form.templates.values()}
         self._endings: dict[tuple[str, bool], str] = {}  # of plain turns, by template and whether the turn is the last
 
-    def probe(self) -> None:
-        """Try the template on a small conversation; ForgeError if its assistant turn cannot be found."""
+    def probe(self) -> Rendered:
+        """The rendering of a small conversation; ForgeError if its assistant turn cannot be found."""
         if not self.form.templates:
             raise ForgeError(
                 "there is no chat template", where=self.where, fix="add chat_template.jinja, or use rows of plain text"
@@ -87,6 +82,7 @@ class Renderer:
                 where=self.where,
                 fix="add the turn's header if add_generation_prompt is set, or fix the {% generation %} block",
             )
+        return rendered
 
     def render(self, messages: Messages, tools: Tools, untrained: Collection[int] = ()) -> Rendered:
         """A conversation as text with its trained turns, without the assistant's messages at the indices `untrained`.
@@ -161,7 +157,7 @@ class Renderer:
                 differing.append(at)
                 continue
             spans.append((begin, end))
-            ends.add(next(token for token in self._special.findall(text[begin:end])[::-1]))
+            ends.add(self._special.findall(text[begin:end])[-1])
         return Rendered(text, spans, frozenset(ends), tuple(differing))
 
     def _text_and_blocks(
@@ -280,13 +276,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
     calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
+        {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
@@ -353,7 +343,7 @@ def _words(value: Any) -> Iterator[str]:
 
 def _shows(text: str, part: str) -> bool:
     """Whether a text holds another, as it is or as it is in JSON."""
-    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
+    return part in text or _as_json(part)[1:-1] in text or json.dumps(part)[1:-1] in text
 
 
 def _left_out(what: str) -> TemplateError:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 TIMEOUT = 10  # seconds for the Hub to answer
 
@@ -44,15 +45,15 @@ def model_config(model: LocalBase) -> dict[str, Any]:
     return parse_config(path.read_bytes(), model.location)
 
 
-def parse_config(data: bytes, name: str) -> dict[str, Any]:
-    """The content of a model's config.json; raises ForgeError if it is not a JSON object."""
+def parse_config(data: bytes, name: str, file: str = CONFIG) -> dict[str, Any]:
+    """The content of a model's config.json, or of another file; raises ForgeError if it is not a JSON object."""
     try:
         config = json.loads(data)
     except ValueError:
         config = None
     if not isinstance(config, dict):
         raise ForgeError(
-            f"its {CONFIG} is not a JSON object", where=f"base model {name}", fix="save it with save_pretrained"
+            f"its {file} is not a JSON object", where=f"base model {name}", fix="save it with save_pretrained"
         )
     return config
 
@@ -115,8 +116,18 @@ def check_unquantised(config: dict[str, Any], where: str) -> None:
         )
 
 
-def generation_ends(directory: Path) -> set[int]:
-    """The end tokens in a model's generation config, which servers stop at; empty if it has none."""
+def generation_ends(directory: Path, config: dict[str, Any]) -> set[int]:
+    """The end tokens at which servers stop: those of a model's generation config, or without one of its config.json."""
     path = directory / GENERATION_CONFIG
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    found = parse_config(path.read_bytes(), str(directory), GENERATION_CONFIG) if path.exists() else config
+    ends = found.get("eos_token_id")
     return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of a model's weights: those that its index names, or without one all safetensors."""
+    index = directory / INDEX
+    if not index.exists():
+        return sorted(directory.glob("*.safetensors"))
+    names = parse_config(index.read_bytes(), str(directory), INDEX).get("weight_map", {}).values()
+    return sorted(directory / name for name in set(names))

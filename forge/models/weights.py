@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from forge.core.errors import ForgeError
 from forge.models.chat import load_tokenizer
-from forge.models.hub import GENERATION_CONFIG, check_unquantised
+from forge.models.hub import GENERATION_CONFIG
 from forge.registry.packages import LocalBase
 
 SHOWN = 3  # names of weights in a message
@@ -29,8 +29,6 @@ def load_causal(base: LocalBase, dtype: torch.dtype, **options: Any) -> Any:
     """
     where = f"base model {base.location}"
     try:
-        config = AutoConfig.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
-        check_unquantised(config.to_dict(), where)
         causal, found = AutoModelForCausalLM.from_pretrained(
             base.location,
             revision=base.revision or None,

@@ -9,7 +9,7 @@ from rich.progress import Progress, TaskID
 
 from forge.cluster.gpus import check_gpus_seen
 from forge.core.contracts import Champion, Dataset, Evaluation, Model
-from forge.core.digest import digest_directory, digest_model
+from forge.core.digest import digest_directory
 from forge.core.errors import ForgeError
 from forge.core.recipe import EvaluationRecipe, GateRecipe
 from forge.core.settings import Settings
@@ -138,7 +138,7 @@ def evaluated_base(model: Model, settings: Settings, store: Store) -> tuple[Loca
     base = model.base
     if not base.revision:  # the random initial weights, in the store
         path = store.path(base.location)
-        return LocalBase(str(path)), digest_model(path)
+        return LocalBase(str(path)), digest_directory(path)[0]
     local, digest = local_base(base, settings, store), base.revision
     if is_registered(base.location):  # the digest of its own evaluation, whose answers may be cached
         digest = str(store.manifest(base.location).get("model_digest", digest))

@@ -7,7 +7,7 @@ from typing import Any
 
 from forge.core.digest import digest_json
 from forge.core.recipe import Check
-from forge.models.conversation import has_scorable_answer
+from forge.models.chat_format import has_scorable_answer
 
 
 @dataclass(frozen=True)

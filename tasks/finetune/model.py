@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from forge.capacity.model_size import architecture_config
 from forge.core.errors import ForgeError
 from forge.core.recipe import Lora, ModelRecipe
-from forge.models.hub import local_directory
+from forge.models.hub import INDEX, check_unquantised, local_directory
 from forge.models.weights import load_causal
 from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import checkpoint_error
@@ -62,12 +62,15 @@ def build_quantised(base: LocalBase, dtype: torch.dtype, device: torch.device) -
 
 
 def load_config(base: LocalBase) -> Any:
-    """The base model's configuration."""
+    """The base model's configuration; raises ForgeError if it cannot be loaded, or its weights are quantised."""
+    where = f"base model {base.location}"
     try:
-        return AutoConfig.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base.location, revision=base.revision or None, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ForgeError(f"cannot be loaded: {reason}", where=f"base model {base.location}") from None
+        raise ForgeError(f"cannot be loaded: {reason}", where=where) from None
+    check_unquantised(config.to_dict(), where)
+    return config
 
 
 def build_empty(base: LocalBase, dtype: torch.dtype) -> Any:
@@ -108,7 +111,7 @@ def load_sharded(model: Any, base: LocalBase, device: torch.device) -> None:
 
 def weight_names(directory: Path) -> set[str]:
     """Names of the weights in a directory's safetensors."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.exists():
         return set(json.loads(index.read_text())["weight_map"])
     from safetensors import safe_open

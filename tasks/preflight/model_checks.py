@@ -5,6 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from forge.capacity.decoder_shape import read_shape
 from forge.capacity.model_size import architecture_config, measure_model
 from forge.capacity.training_memory import check_fit
 from forge.cluster.gpus import GPU, on_cluster, training_gpus
@@ -17,7 +18,7 @@ from forge.core.settings import Settings, path_of
 from forge.models.chat import load_tokenizer
 from forge.models.chat_format import chat_format
 from forge.models.conversation import Renderer
-from forge.models.hub import CONFIG, check_unquantised, generation_ends, model_config, pin_revision
+from forge.models.hub import CONFIG, check_unquantised, generation_ends, model_config, pin_revision, weight_files
 from forge.registry.packages import LocalBase, directory_of, is_registered, local_base, registered_base
 from forge.serving.rollout_check import check_rollout
 from forge.serving.targets import read_serving
@@ -25,7 +26,6 @@ from forge.storage import Store
 from tasks.preflight.data_checks import not_shared
 
 LFS_POINTER = b"version https://git-lfs"
-QUESTION_AND_ANSWER = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
 
 
 def check_training(recipe: TrainingRecipe, settings: Settings | None = None) -> list[GPU]:
@@ -105,35 +105,39 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
     """
     where = f"base model {base.location}"
     check_unquantised(config, where)
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if positions and recipe.data.max_seq_len > positions:
+    shape = read_shape(config, where)
+    if shape.longest and recipe.data.max_seq_len > shape.longest:
         raise ForgeError(
-            f"has {positions} positions, and data.max_seq_len is {recipe.data.max_seq_len}",
+            f"has {shape.longest} positions, and data.max_seq_len is {recipe.data.max_seq_len}",
             where=where,
-            fix=f"set data.max_seq_len to {positions} or less",
+            fix=f"set data.max_seq_len to {shape.longest} or less",
         )
     directory = Path(base.location)
     if not base.location or not directory.is_dir():
         return
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         check_weights_file(file)
     tokenizer = load_tokenizer(base)
     form = chat_format(tokenizer, where)
-    vocabulary = config.get("vocab_size")
     # Not the added tokens: Gemma 3's tokenizer has one for images, for which its text models have no embedding.
     highest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values())
-    if vocabulary and highest >= vocabulary:
+    if highest >= shape.vocabulary:
         raise ForgeError(
-            f"its tokenizer has token {highest}, and its embeddings end at {vocabulary - 1} (vocab_size)",
+            f"its tokenizer has token {highest}, and its embeddings end at {shape.vocabulary - 1} (vocab_size)",
             where=where,
             fix="use the tokenizer that belongs to it",
         )
-    if form.templates and recipe.training.method != "full" and recipe.serving.rollout:
-        check_adapter_can_end(base, Renderer(form, where), tokenizer)
+    served_with_base = recipe.training.method != "full" and recipe.serving.rollout
+    if served_with_base and form.templates and recipe.data.row_format != "text":
+        ends = Renderer(form, where).probe().ends
+        known = generation_ends(directory, config) | {tokenizer.eos_token_id}
+        check_adapter_can_end(where, {token: tokenizer.convert_tokens_to_ids(token) for token in ends}, known)
 
 
 def check_weights_file(file: Path) -> None:
-    """Raise ForgeError if a file of weights is not whole."""
+    """Raise ForgeError if a file of weights is missing or not whole."""
+    if not file.is_file():
+        raise ForgeError("is missing", where=str(file), fix="copy it again")
     with file.open("rb") as opened:
         pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     fix = "run git lfs pull" if pointer else "copy it again"
@@ -146,18 +150,18 @@ def check_weights_file(file: Path) -> None:
         raise ForgeError(f"is damaged ({error})", where=str(file), fix=fix) from None
 
 
-def check_adapter_can_end(base: LocalBase, renderer: Renderer, tokenizer: Any) -> None:
-    """Raise ForgeError if an adapter learns to end turns with a token at which its base's server does not stop."""
-    renderer.probe()
-    ends = renderer.render(QUESTION_AND_ANSWER, None).ends
-    known = generation_ends(Path(base.location)) | {tokenizer.eos_token_id}
-    learned = {tokenizer.convert_tokens_to_ids(token) for token in ends}
-    if not learned & known:
+def check_adapter_can_end(where: str, learned: dict[str, int], known: set[int]) -> None:
+    """Raise ForgeError if an adapter learns to end turns with none of the tokens at which its base's server stops.
+
+    `learned` are those end tokens with their numbers, and `known` those of the base.
+    """
+    if not known & set(learned.values()):
         raise ForgeError(
-            f"its chat template ends turns with {', '.join(sorted(ends))}, which is not in eos_token_id of its "
+            f"its chat template ends turns with {', '.join(sorted(learned))}, which is not in eos_token_id of its "
             "generation_config.json, and adapters are served with the base's: their answers would never end",
-            where=f"base model {base.location}",
-            fix=f"add {', '.join(map(str, sorted(learned)))} to eos_token_id there, or set training.method to full",
+            where=where,
+            fix=f"add {', '.join(map(str, sorted(learned.values())))} to eos_token_id there, or set training.method "
+            "to full",
         )
 
 

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
+from forge.core.recipe import Turns
 from tasks.preprocess.rows import EXAMPLE, Invalid, check_text, parse_list, parse_text, printable, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -13,7 +14,6 @@ DROPPED = "dropped, before the user's first message"
 RENAMED_ROLES = {"function": "tool", "developer": "system"}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # keys of what is not text
 LEARN = ("weight", "loss", "train", "trainable")  # keys that say whether an assistant turn is trained
-Turns = Literal["strict", "merge", "drop-leading"]
 
 
 def check_messages(

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from forge.core.recipe import DataRecipe
-from forge.models.chat_format import ChatFormat
-from forge.models.conversation import Rendered, Renderer, has_scorable_answer
+from forge.models.chat_format import ChatFormat, has_scorable_answer
+from forge.models.conversation import Rendered, Renderer
 from tasks.preprocess.file_formats import Block
 from tasks.preprocess.messages import ROLES
 from tasks.preprocess.render import reject_control_tokens, render_rows
@@ -284,10 +284,7 @@ def split_row(row: Row) -> list[Row]:
     head = len(system)
     middle = head + starts[len(starts) // 2]
     parts = []
-    for first, end, check in (
-        (head, middle, ""),
-        (middle, len(row.messages), row.check),
-    ):  # a check is of the last turn
+    for first, end, check in ((head, middle, ""), (middle, len(row.messages), row.check)):
         untrained = tuple(at - first + head for at in row.untrained if first <= at < end)
         if sum(message["role"] == "assistant" for message in row.messages[first:end]) > len(untrained):
             parts.append(replace(row, messages=system + row.messages[first:end], check=check, untrained=untrained))

@@ -92,6 +92,27 @@ def test_an_adapter_needs_a_base_whose_server_stops_at_its_end_token(base: Path)
     check(base, training=LORA)
 
 
+def test_without_a_generation_config_servers_stop_at_the_end_tokens_of_the_config(base: Path) -> None:
+    edit(base, "tokenizer_config.json", eos_token="<|pad|>")
+    (base / "generation_config.json").unlink()
+    edit(base, "config.json", eos_token_id=[0, END])
+    check(base, training=LORA)
+
+
+def test_positions_include_the_factor_of_their_scaling(base: Path) -> None:
+    edit(base, "config.json", max_position_embeddings=32, rope_parameters={"rope_type": "linear", "factor": 4.0})
+    check(base)
+
+
+def test_the_files_of_an_index_must_be_there_and_others_do_not_matter(base: Path) -> None:
+    (base / "consolidated.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    edit(base, "model.safetensors.index.json", weight_map={"a": "model.safetensors"})
+    check(base)
+    edit(base, "model.safetensors.index.json", weight_map={"a": "model.safetensors", "b": "model-2.safetensors"})
+    with pytest.raises(ForgeError, match=r"model-2\.safetensors: is missing; copy it again"):
+        check(base)
+
+
 def test_what_tools_keep_next_to_a_base_makes_it_no_other_base(base: Path) -> None:
     revision = find_base(ModelRecipe(base=str(base))).revision
     assert revision == digest_directory(base)[0]
