@@ -1,7 +1,9 @@
 """Memory-mapped packed rows, in an order that only the seed decides."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows as int64 tensors [rows, context].
+    """Packed rows, or documents padded on the right, as int64 tensors [rows, length].
 
-    `positions` restart with each document: models in transformers then keep attention within documents. `targets` are
-    the tokens to predict at each position, IGNORED where none is trained.
+    `positions` restart with each document: most models in transformers then keep attention within documents. `targets`
+    are the tokens to predict at each position, IGNORED where none is trained.
     """
 
     tokens: torch.Tensor
@@ -25,6 +27,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device))
+
+    def untrained(self) -> "Batch":
+        """The same batch without targets."""
+        return Batch(self.tokens, self.positions, torch.full_like(self.targets, IGNORED))
 
 
 class PackedRows:
@@ -44,23 +50,56 @@ class PackedRows:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def _rows(self, shards: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
-        shard_of = np.searchsorted(self._first, rows, side="right") - 1
-        return np.stack([shards[shard][row - self._first[shard]] for row, shard in zip(rows, shard_of, strict=True)])
+    def spans(self, rows: np.ndarray, packed: bool) -> np.ndarray:
+        """What a model reads at once: whole rows, or their documents one by one, the longest first.
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The given rows, ready for the model."""
-        tokens = torch.from_numpy(self._rows(self._tokens, rows).astype(np.int64))
-        document = torch.from_numpy(self._rows(self._document, rows).astype(np.int64))
+        Returns an int64 array [spans, 3] of row, first token, and one past the last.
+        """
+        context = self._tokens[0].shape[1]
+        if packed:
+            return np.stack([rows, np.zeros_like(rows), np.full_like(rows, context)], axis=1)
+        found: list[tuple[int, int, int]] = []
+        for row in rows.tolist():
+            document = self._row(self._document, row)
+            edges = [*np.flatnonzero(np.diff(document, prepend=0)).tolist(), context]
+            found += [(row, a, b) for a, b in pairwise(edges) if document[a] > 0]
+        return np.array(sorted(found, key=lambda span: span[1] - span[2]), dtype=np.int64)
+
+    def _row(self, shards: list[np.ndarray], row: int) -> np.ndarray:
+        shard = int(np.searchsorted(self._first, row, side="right")) - 1
+        found: np.ndarray = shards[shard][row - self._first[shard]]
+        return found
+
+    def batch(self, spans: np.ndarray) -> Batch:
+        """The given spans, ready for the model."""
+        shape = len(spans), int((spans[:, 2] - spans[:, 1]).max())
+        arrays = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for at, (row, begin, end) in enumerate(spans.tolist()):
+            for array, shards in zip(arrays, (self._tokens, self._document, self._trained), strict=True):
+                array[at, : end - begin] = self._row(shards, row)[begin:end]
+        tokens, document, trained = map(torch.from_numpy, arrays)
         targets = torch.full_like(tokens, IGNORED)
-        trained = torch.from_numpy(self._rows(self._trained, rows))[:, 1:]
-        targets[:, :-1][trained] = tokens[:, 1:][trained]
+        targets[:, :-1][trained[:, 1:]] = tokens[:, 1:][trained[:, 1:]]
         return Batch(tokens, positions(document), targets)
+
+
+def micro_batches(spans: np.ndarray, tokens: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """This rank's spans for each forward pass, padded to at most `tokens`; every rank has the same number of them.
+
+    A rank for which none is left gets the first one, marked False: it only takes part.
+    """
+    at = 0
+    while at < len(spans):
+        longest = int(spans[at, 2] - spans[at, 1])
+        group = spans[at : at + world_size * max(1, tokens // longest)]
+        mine = group[rank::world_size]
+        yield (mine, True) if len(mine) else (group[:1], False)
+        at += len(group)
 
 
 def positions(document: torch.Tensor) -> torch.Tensor:
     """Position of each token in its document: int64 [rows, context], from document numbers of the same shape."""
-    place = torch.arange(document.shape[1]).expand_as(document)
+    place = torch.arange(document.shape[1], device=document.device).expand_as(document)
     first = torch.ones_like(document, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     return place - torch.where(first, place, 0).cummax(dim=1).values

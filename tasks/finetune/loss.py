@@ -1,13 +1,17 @@
 """The loss: cross entropy on trained tokens, without materialising all logits."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from forge.capacity.training_memory import LOSS_CHUNK
 from forge.core.errors import ForgeError
 from tasks.finetune.data import IGNORED, Batch
+
+LAST = 32  # positions whose logits the model computes itself, to check the loss
 
 
 class TrainedTokenLoss(nn.Module):
@@ -18,28 +22,36 @@ class TrainedTokenLoss(nn.Module):
         self.model = model
         config = model.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for name in ("logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ForgeError(
-                    f"it scales its logits ({name}), which Forge does not support yet",
-                    where=f"base model of type {config.model_type}",
-                    fix="choose a model of another architecture",
-                )
+        # Three names of one thing: Cohere's and Falcon-H1's multiply the logits, Granite's divides them.
+        scales = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+        self.scale = math.prod(float(scale) for scale in scales if isinstance(scale, int | float))
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ForgeError(
                 "training.lora.target_modules names the output layer, which Forge cannot adapt yet", fix="leave it out"
             )
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of a batch of packed rows."""
-        hidden = self.model.base_model(
-            input_ids=batch.tokens, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
+    @property
+    def decoder(self) -> Any:
+        """The model without its output layer. Of those that are their own `base_model`, it is the part below."""
+        return self.model.model if self.model.base_model is self.model else self.model.base_model
+
+    def forward(self, batch: Batch, by_model: bool = False) -> torch.Tensor:
+        """The loss of a batch; `by_model` takes the model's own logits, which only LAST positions have targets for."""
+        if by_model:
+            logits = self.model(
+                input_ids=batch.tokens, position_ids=batch.positions, use_cache=False, logits_to_keep=LAST
+            ).logits[:, -LAST:]
+            targets = batch.targets[:, -LAST:]
+            return functional.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
+            )
+        hidden = self.decoder(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).last_hidden_state
         trained = batch.targets != IGNORED
         head = self.model.get_output_embeddings()
         loss: torch.Tensor = LinearCrossEntropy.apply(
-            hidden[trained], head.weight, head.bias, batch.targets[trained], self.softcap
+            hidden[trained], head.weight, head.bias, batch.targets[trained], self.softcap, self.scale
         )
         return loss
 
@@ -60,6 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
+        scale: float,
     ) -> torch.Tensor:
         """Shapes: hidden [tokens, size], weight [vocabulary, size], bias [vocabulary], targets [tokens]."""
         device = hidden.device.type
@@ -77,6 +90,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = (inputs @ matrix.T).float()
                 if bias is not None:
                     logits += bias
+                if scale != 1:
+                    logits *= scale
                 if softcap:
                     logits = softcap * torch.tanh(logits / softcap)
                 slope = 1 - (logits / softcap) ** 2 if softcap else None
@@ -86,6 +101,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
                 if slope is not None:
                     gradient *= slope
+                if scale != 1:
+                    gradient *= scale
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
@@ -105,6 +122,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             (hidden * scale).to(hidden.dtype),
             None if weight is None else weight.mul_(scale).to(ctx.dtypes[0]),
             None if bias is None else bias.mul_(scale).to(ctx.dtypes[1]),
+            None,
             None,
             None,
         )

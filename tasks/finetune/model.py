@@ -1,14 +1,17 @@
 """The model: built from an architecture or loaded from a base model, with an adapter if the recipe has one."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from forge.capacity.model_size import architecture_config
@@ -37,6 +40,14 @@ def build_model(
         )
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     return load_causal(base, dtype)
+
+
+def freeze_unused(model: Any) -> None:
+    """Freeze what texts do not use, such as the part of a model that reads images: it gets no gradients."""
+    used = {id(weight) for part in (model.get_decoder(), model.get_output_embeddings()) for weight in part.parameters()}
+    for weight in model.parameters():
+        if id(weight) not in used:
+            weight.requires_grad_(False)
 
 
 def build_quantised(base: LocalBase, dtype: torch.dtype, device: torch.device) -> Any:
@@ -92,14 +103,10 @@ def load_sharded(model: Any, base: LocalBase, device: torch.device) -> None:
                 tensor.copy_(real[name])
     model.tie_weights()
     names = weight_names(directory)
-    state = {name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()}
-    expected = {name.replace(".base_layer.", ".") for name, _ in named if name not in real}
-    if missing := sorted(expected - names - set(model.all_tied_weights_keys or ())):
-        raise ForgeError(
-            f"its files name weights differently from the model ({missing[0]} is missing)",
-            where=f"base model {base.location}",
-            fix="set training.parallelism to ddp",
-        )
+    state = {_name_in_base(name): weight for name, weight in model.state_dict().items()}
+    expected = {_name_in_base(name) for name, _ in named if name not in real}
+    if expected - names - set(model.all_tied_weights_keys or ()):
+        return load_from_first_rank(model, base)
     state = {name: weight for name, weight in state.items() if name in expected & names}
     try:
         checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
@@ -107,6 +114,23 @@ def load_sharded(model: Any, base: LocalBase, device: torch.device) -> None:
         raise ForgeError(
             f"cannot be loaded ({checkpoint_error(error)})", where=f"base model {base.location}", fix="copy it again"
         ) from None
+
+
+def _name_in_base(name: str) -> str:
+    """The name in the base model of a weight that adapters are wrapped around."""
+    return re.sub(r"(\.base_layer)+\.", ".", name)
+
+
+def load_from_first_rank(model: Any, base: LocalBase) -> None:
+    """Load the weights of a sharded model whose files name or group them differently, as those of experts do.
+
+    The first rank reads all of them into its memory, renames them as transformers does, and sends each rank its part.
+    """
+    dtype = next(model.parameters()).dtype
+    whole = load_causal(base, dtype).state_dict() if distributed.get_rank() == 0 else {}
+    adapted = {_name_in_base(name): name for name in model.state_dict()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, {adapted[name]: weight for name, weight in whole.items()}, options=options)
 
 
 def weight_names(directory: Path) -> set[str]:
@@ -123,6 +147,18 @@ def weight_names(directory: Path) -> set[str]:
     return names
 
 
+def outside_decoder(model: Any) -> str | None:
+    """A regular expression for the linear layers that texts do not use, such as those that read images, if any."""
+    modules = dict(model.named_modules())
+    decoder = next(name for name, module in modules.items() if module is model.get_decoder())
+    head = model.get_output_embeddings()
+    unused = (
+        isinstance(module, torch.nn.Linear) and module is not head and not name.startswith(f"{decoder}.")
+        for name, module in modules.items()
+    )
+    return rf"(?!{re.escape(decoder)}\.).*" if decoder and any(unused) else None
+
+
 def add_adapter(model: Any, lora: Lora, seed: int) -> Any:
     """Freeze a model and add a low-rank adapter (fp32) that does not change its outputs yet.
 
@@ -137,6 +173,7 @@ def add_adapter(model: Any, lora: Lora, seed: int) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        exclude_modules=outside_decoder(model),
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )

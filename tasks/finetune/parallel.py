@@ -1,14 +1,16 @@
 """Parallelism: activation checkpointing, compilation, and replicating or sharding a model over the ranks."""
 
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from forge.capacity.training_memory import Parallelism
+from forge.core.errors import ForgeError
 from forge.core.recipe import TrainingRecipe
 from tasks.finetune.loss import TrainedTokenLoss
 from tasks.finetune.process_group import Rank
@@ -45,9 +47,9 @@ def parallelize(loss: TrainedTokenLoss, recipe: TrainingRecipe, rank: Rank, para
 
 
 def layers_of(model: Any) -> nn.ModuleList:
-    """The transformer's layers."""
+    """The decoder's layers."""
     count = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
 
 def sync_gradients(module: nn.Module, last: bool) -> None:
@@ -57,3 +59,25 @@ def sync_gradients(module: nn.Module, last: bool) -> None:
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = last
+
+
+def adapt_to_world_size(recipe: TrainingRecipe, world_size: int) -> TrainingRecipe:
+    """The recipe for this many processes; ForgeError if they cannot share the global batch evenly."""
+    share, rest = divmod(recipe.global_batch_size, world_size)
+    if rest or world_size % recipe.nodes:
+        raise ForgeError(
+            f"{recipe.global_batch_size} rows cannot be divided among {world_size} processes on {recipe.nodes} node(s)",
+            where="training.global_batch_size",
+            fix="change one of them",
+        )
+    micro = recipe.micro_batch_size
+    changes: dict[str, Any] = {"nproc_per_node": world_size // recipe.nodes}
+    return recipe.model_copy(update={**changes, "micro_batch_size": micro and math.gcd(micro, share)})
+
+
+def all_reduce_sum(value: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """A tensor summed over the ranks."""
+    value = value.detach().clone()
+    if rank.world_size > 1:
+        distributed.all_reduce(value)
+    return value

@@ -5,15 +5,14 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +26,7 @@ from forge.models.chat import load_tokenizer
 from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import Checkpoints
 from tasks.finetune.checkpoint_mirror import CheckpointMirror
-from tasks.finetune.data import GlobalBatchSampler, PackedRows
+from tasks.finetune.data import Batch, GlobalBatchSampler, PackedRows, micro_batches
 from tasks.finetune.flops import flops_per_token, peak_flops
 from tasks.finetune.gpu_monitor import CoolDown, gpu_temperature
 from tasks.finetune.loss import TrainedTokenLoss
@@ -37,11 +36,13 @@ from tasks.finetune.model import (
     build_empty,
     build_model,
     build_quantised,
+    freeze_unused,
     load_config,
     load_sharded,
 )
+from tasks.finetune.model_check import keeps_documents_apart
 from tasks.finetune.oom import explain_oom
-from tasks.finetune.parallel import parallelize, sync_gradients
+from tasks.finetune.parallel import adapt_to_world_size, all_reduce_sum, parallelize, sync_gradients
 from tasks.finetune.process_group import Rank, Stopped
 from tasks.finetune.progress_bar import TrainingProgress
 from tasks.finetune.schedule import lr_factor
@@ -80,6 +81,7 @@ class Trainer:
         self.recipe = adapt_to_world_size(job.training, rank.world_size)
         self._open_data()
         self._build_model()
+        self.packed = self._isolates_documents()
         self.optimizer = self._build_optimizer()
         self._cool_down = CoolDown(partial(gpu_temperature, rank.device), self.recipe.gpu_temperature_limit, rank.rank)
         self.checkpoints = Checkpoints(job.checkpoints, rank, self.recipe.keep_checkpoints, job.mirror)
@@ -113,10 +115,12 @@ class Trainer:
         else:
             model = build_model(job.model, job.base, self.tokenizer, self.context, recipe.seed, dtype)
             self.model = model.to(device)
+        freeze_unused(self.model)
         self.adapter = add_adapter(self.model, recipe.lora, recipe.seed) if recipe.lora else None
         self.parameters = self.model.num_parameters()
         self._flops_per_token = self._count_flops()
-        self.loss = parallelize(TrainedTokenLoss(self.model), recipe, self.rank, self._parallelism)
+        self._model_loss = TrainedTokenLoss(self.model)
+        self.loss = parallelize(self._model_loss, recipe, self.rank, self._parallelism)
         if empty:
             load_sharded(self.model, job.base, device)
         autocast = recipe.precision == "bf16" and not sharded  # FSDP casts by itself
@@ -129,6 +133,21 @@ class Trainer:
         smallest_gpu = min(find_gpus(), key=lambda gpu: gpu.memory, default=None) if cuda else None
         self._size = measure_model(config)
         self._parallelism = resolve_parallelism(self._size, self.recipe, self.context, smallest_gpu)
+
+    def _isolates_documents(self) -> bool:
+        """Whether the model can read packed rows; the same on all ranks."""
+        rank, recipe = self.rank, self.recipe
+        row = self.rows.batch(self.rows.spans(np.arange(1), packed=True)).tokens
+        tokens = row.expand(recipe.micro_batch_size or 1, -1).to(rank.device)
+        with self.autocast:
+            apart = keeps_documents_apart(self.loss, self._model_loss, tokens, recipe.precision)
+        isolates = all_reduce_sum(torch.tensor(float(apart), device=rank.device), rank).item() == rank.world_size
+        if rank.first and not isolates:
+            log.warning(
+                "%s reads across the documents of a packed row, so each is trained in a row of its own, which is slower",
+                type(self.model).__name__,
+            )
+        return isolates
 
     def _count_flops(self) -> float:
         size = self.model.config.get_text_config()
@@ -162,6 +181,7 @@ class Trainer:
         state, steps = self.state, self.sampler.steps
         if self.rank.first:
             log.info(self._banner())
+            self._warn_of_few_rows()
         self.loss.train()
         self._saved_at = time.monotonic()
         explanation = explain_oom(self._size, self.recipe, self.context, self._parallelism)
@@ -209,14 +229,11 @@ class Trainer:
 
         Returns its loss summed over all ranks (nats), and what `train_step` returns.
         """
-        rank, recipe = self.rank, self.recipe
-        mine = rows[rank.rank :: rank.world_size]
-        micro_batch_size = recipe.micro_batch_size or len(mine)
-        torch.manual_seed(hash((recipe.seed, step, rank.rank)))  # for dropout
+        rank = self.rank
+        torch.manual_seed(hash((self.recipe.seed, step, rank.rank)))  # for dropout
         total = torch.zeros((), device=rank.device)
-        for start in range(0, len(mine), micro_batch_size):
-            batch = self.rows.batch(mine[start : start + micro_batch_size]).to(rank.device)
-            sync_gradients(self.loss, last=start + micro_batch_size >= len(mine))
+        for batch, last in self._batches(self.rows, rows):
+            sync_gradients(self.loss, last)
             with self.autocast:
                 loss = self.loss(batch)
             # Every trained token of the global batch has the same weight. Gradients are averaged over the ranks, which
@@ -227,6 +244,15 @@ class Trainer:
         sums = torch.stack([total, total.new_tensor(stop), total.new_tensor(save)])
         loss_sum, stops, saves = all_reduce_sum(sums, rank).tolist()
         return loss_sum, stops > 0, saves > 0
+
+    def _batches(self, data: PackedRows, rows: np.ndarray) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share of rows, one forward pass at a time, and whether it is the last one."""
+        rank, share = self.rank, self.recipe.global_batch_size // self.rank.world_size
+        tokens = (self.recipe.micro_batch_size or share) * self.context
+        parts = list(micro_batches(data.spans(rows, self.packed), tokens, rank.rank, rank.world_size))
+        for number, (spans, takes_part) in enumerate(parts, 1):
+            batch = data.batch(spans)
+            yield (batch if takes_part else batch.untrained()).to(rank.device), number == len(parts)
 
     def _clip_gradients(self) -> float:
         """Clip the gradients to max_grad_norm; returns their norm before that."""
@@ -326,14 +352,9 @@ class Trainer:
         self.loss.eval()
         rows = np.arange(min(HELDOUT_ROWS, len(self.heldout)))
         total = torch.zeros((), device=rank.device)
-        micro_batch_size = self.recipe.micro_batch_size or self.recipe.global_batch_size // rank.world_size
-        # Every rank runs the same number of forward passes: those with no rows left repeat the first one, for nothing.
-        for start in range(0, len(rows), micro_batch_size * rank.world_size):
-            mine = rows[start : start + micro_batch_size * rank.world_size][rank.rank :: rank.world_size]
-            batch = self.heldout.batch(mine if len(mine) else rows[:1]).to(rank.device)
+        for batch, _ in self._batches(self.heldout, rows):
             with self.autocast:
-                loss = self.loss(batch)
-            total += loss if len(mine) else 0 * loss
+                total += self.loss(batch)
         self.loss.train()
         return all_reduce_sum(total, rank).item() / int(self.heldout.trained_tokens[rows].sum())
 
@@ -367,24 +388,13 @@ class Trainer:
             + (f"; resuming after step {step:,}" if step else "")
         )
 
-
-def adapt_to_world_size(recipe: TrainingRecipe, world_size: int) -> TrainingRecipe:
-    """The recipe for this many processes; ForgeError if they cannot share the global batch evenly."""
-    share, rest = divmod(recipe.global_batch_size, world_size)
-    if rest or world_size % recipe.nodes:
-        raise ForgeError(
-            f"{recipe.global_batch_size} rows cannot be divided among {world_size} processes on {recipe.nodes} node(s)",
-            where="training.global_batch_size",
-            fix="change one of them",
-        )
-    micro = recipe.micro_batch_size
-    changes: dict[str, Any] = {"nproc_per_node": world_size // recipe.nodes}
-    return recipe.model_copy(update={**changes, "micro_batch_size": micro and math.gcd(micro, share)})
-
-
-def all_reduce_sum(value: torch.Tensor, rank: Rank) -> torch.Tensor:
-    """A tensor summed over the ranks."""
-    value = value.detach().clone()
-    if rank.world_size > 1:
-        distributed.all_reduce(value)
-    return value
+    def _warn_of_few_rows(self) -> None:
+        rows, batch = len(self.rows), self.recipe.global_batch_size
+        if rows < batch:
+            log.warning(
+                "the data set has %d packed rows, fewer than training.global_batch_size (%d), so each step reads a row "
+                "%.0f times; lower it, or data.max_seq_len, to take more steps",
+                rows,
+                batch,
+                batch / rows,
+            )

@@ -1,5 +1,6 @@
 """A model's answers and NLL are those of plain transformers, and which held-out rows it answers."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from forge.core.errors import ForgeError
@@ -17,6 +19,7 @@ from tasks.evaluate.answer import Answer, TransformersEngine, answer_with_transf
 from tasks.evaluate.ask import Asked, ask, ask_all
 from tasks.evaluate.items import Item, digest_items, read_items
 from tests.conftest import Trained, chat, write_jsonl
+from tests.finetune.job import CONFIGS, write_base
 
 EXACT = Check(kind="exact")
 LONGER = Item(
@@ -56,6 +59,25 @@ def test_batched_answers_equal_those_of_single_prompts(directory: Path, items: l
     assert [(a.text, a.tokens, a.ended) for a in together] == [(a.text, a.tokens, a.ended) for a in alone]
     for one, other in zip(together, alone, strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+# https://github.com/huggingface/text-generation-inference/issues/1765
+def test_padding_is_not_penalised(tmp_path: Path) -> None:
+    """The padding token is often the end token, which a repetition penalty would keep from ending a padded answer."""
+    base = write_base(CONFIGS["llama"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end, tokenizer.pad_token = tokenizer.eos_token_id, None
+    tokenizer.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][end] *= 2.5  # so that answers do end
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "repetition_penalty": 1.3}))
+    engine = TransformersEngine(LocalBase(str(base)), EvaluationRecipe(max_new_tokens=24), "cpu")
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(8, 250, (4 + at % 29,), generator=draw).tolist() for at in range(48)]
+    together, alone = engine.generate(prompts), [engine.generate([prompt])[0] for prompt in prompts]
+    assert sum(tokens[-1] == end for tokens in alone) > 10
+    assert sum(one != other for one, other in zip(together, alone, strict=True)) <= 1  # a tie can go either way
 
 
 def test_two_devices_answer_like_one(directory: Path, items: list[Item]) -> None:

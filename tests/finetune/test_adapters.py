@@ -26,6 +26,7 @@ TRAIN = """
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -52,7 +53,7 @@ with process_group(here / "failure.json") as rank:
     assert isinstance(head, DTensor), "sharded"
     head, hidden = head.full_tensor(), []
     trainer.model.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
-    tokens = trainer.heldout.batch(torch.arange(rows).numpy()).tokens[:, :length]
+    tokens = trainer.heldout.batch(trainer.heldout.spans(np.arange(rows), packed=True)).tokens[:, :length]
     batch = Batch(tokens, torch.arange(length).expand(rows, length), tokens)
     with torch.no_grad():
         trainer.loss.eval()(batch)

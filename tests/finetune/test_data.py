@@ -25,7 +25,7 @@ def test_targets_are_the_next_trained_tokens(tmp_path) -> None:
         np.save(shard / "trained.npy", np.array(trained, dtype=bool))
         np.save(shard / "document.npy", np.array(document, dtype=np.uint16))
     rows = PackedRows(tmp_path)
-    batch = rows.batch(np.array([1, 0]))
+    batch = rows.batch(rows.spans(np.array([1, 0]), packed=True))
     assert batch.targets.tolist() == [[2, 3, 4, *[IGNORED] * 3], [IGNORED, 7, IGNORED, 9, IGNORED, IGNORED]]
     assert batch.tokens[0].tolist() == [1, 2, 3, 4, 0, 0]
     assert len(rows) == 3

@@ -29,9 +29,9 @@ def test_chunked_loss_and_gradients_equal_unchunked_ones(softcap: float | None, 
     for results, chunked in ((expected, False), (actual, True)):
         hidden, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
         if chunked:
-            loss = LinearCrossEntropy.apply(hidden, weight, bias if with_bias else None, targets, softcap)
+            loss = LinearCrossEntropy.apply(hidden, weight, bias if with_bias else None, targets, softcap, 0.5)
         else:
-            logits = functional.linear(hidden, weight, bias if with_bias else None)
+            logits = 0.5 * functional.linear(hidden, weight, bias if with_bias else None)
             logits = softcap * torch.tanh(logits / softcap) if softcap else logits
             loss = functional.cross_entropy(logits, targets, reduction="sum")
         (loss / 7).backward()
@@ -45,7 +45,7 @@ def test_loss_is_summed_in_fp32_under_bf16() -> None:
     hidden, weight = torch.randn(2000, 16), torch.randn(64, 16)
     targets = torch.randint(0, 64, (2000,))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = LinearCrossEntropy.apply(hidden, weight, None, targets, None)
+        loss = LinearCrossEntropy.apply(hidden, weight, None, targets, None, 1.0)
     exact = functional.cross_entropy(functional.linear(hidden, weight), targets, reduction="sum")
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
@@ -56,7 +56,7 @@ def test_packed_rows_have_the_loss_of_their_separate_documents(architecture: str
     base = write_base(CONFIGS[architecture], tmp_path / architecture)
     rows = PackedRows(write_data(tmp_path / "data") / "train")
     model = build_model(ModelRecipe(base=str(base)), LocalBase(str(base)), None, CONTEXT, 0, torch.float32)
-    batch = rows.batch(np.arange(3))
+    batch = rows.batch(rows.spans(np.arange(3), packed=True))
     packed = TrainedTokenLoss(model)(batch)
     packed.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_fifty_steps_equal_a_plain_loop(places: tuple[Path, Path], tmp_path: Pat
     )
     losses = []
     for step in range(50):
-        batch = trainer.rows.batch(trainer.sampler.rows_of(step))
+        batch = trainer.rows.batch(trainer.rows.spans(trainer.sampler.rows_of(step), packed=True))
         tokens, targets = padded(batch)
         logits = plain(input_ids=tokens, attention_mask=tokens != 0).logits  # token 0 is the padding
         total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -236,7 +237,7 @@ def test_exported_adapter_has_the_logits_of_training(shape: str, tmp_path: Path)
     lora = Lora(rank=4, alpha=8, use_rslora=True)
     trainer = trained(job(paths, tmp_path / "checkpoints", method="lora", lora=lora, epochs=1))
     export(trainer, tmp_path / "out")
-    tokens = trainer.heldout.batch(torch.arange(2).numpy()).tokens[:, :20]
+    tokens = trainer.heldout.batch(trainer.heldout.spans(np.arange(2), packed=True)).tokens[:, :20]
     with torch.no_grad():
         ours = trainer.model.eval()(input_ids=tokens).logits
         base = AutoModelForCausalLM.from_pretrained(paths[1])
@@ -256,7 +257,7 @@ def test_adapter_of_a_quantised_base_is_trained_exported_and_resumed(places: tup
     stopped(interrupted, after=6)
     assert same(trained(interrupted), whole)
     export(whole, tmp_path / "out")
-    tokens = whole.heldout.batch(torch.arange(2).numpy()).tokens[:, :20]
+    tokens = whole.heldout.batch(whole.heldout.spans(np.arange(2), packed=True)).tokens[:, :20]
     with torch.no_grad():
         ours = whole.model.eval()(input_ids=tokens).logits
         base = build_quantised(LocalBase(str(places[1])), torch.float32, torch.device("cpu"))

@@ -56,6 +56,11 @@ def test_a_whole_base_passes(training: dict[str, Any], base: Path) -> None:
             "model.safetensors: is a git-lfs pointer, not the weights; run git lfs pull",
         ),
         (write("model.safetensors", b"\x10"), "model.safetensors: is damaged"),
+        (
+            lambda base: edit(base, "config.json", model_type="qwen2_vl"),
+            "is of type qwen2_vl, which transformers does not load as a causal language model",
+        ),
+        # https://github.com/huggingface/tokenizers/issues/1297
         (write("tokenizer.json", b"{}"), "the tokenizer cannot be loaded"),
         (
             lambda base: edit(base, "config.json", vocab_size=100),
@@ -113,6 +118,7 @@ def test_the_files_of_an_index_must_be_there_and_others_do_not_matter(base: Path
         check(base)
 
 
+# https://github.com/huggingface/huggingface_hub/issues/2262
 def test_what_tools_keep_next_to_a_base_makes_it_no_other_base(base: Path) -> None:
     revision = find_base(ModelRecipe(base=str(base))).revision
     assert revision == digest_directory(base)[0]
