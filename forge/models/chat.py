@@ -14,7 +14,7 @@ import orjson
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from forge.core.errors import ForgeError
-from forge.models.chat_format import Messages, Tools, chat_format
+from forge.models.chat_format import Messages, Tools, chat_format, exact_tokenizer
 from forge.models.conversation import Renderer, Span
 from forge.registry.packages import LocalBase
 
@@ -69,15 +69,6 @@ def byte_tokenizer(context: int) -> Any:
     )
     fast.chat_template = BYTE_TEMPLATE
     return fast
-
-
-def exact_tokenizer(serialized: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json as it encodes rendered conversations: no truncation, padding or additions."""
-    tokenizer = Tokenizer.from_str(serialized)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.post_processor = None  # templates write the special tokens, and some processors shift offsets
-    return tokenizer
 
 
 def trained_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:

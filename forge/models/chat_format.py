@@ -1,5 +1,6 @@
 """The chat format of a tokenizer: its templates and special tokens, as text that other processes can be given."""
 
+import functools
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,16 @@ class TemplateError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+@functools.lru_cache(maxsize=2)  # large ones take a second, and a process needs one in several places
+def exact_tokenizer(serialized: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json as it encodes rendered conversations: no truncation, padding or additions."""
+    tokenizer = Tokenizer.from_str(serialized)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None  # templates write the special tokens, and some processors shift offsets
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class ChatFormat:
     @property
     def special_tokens(self) -> list[str]:
         """The control tokens, which no message may contain."""
-        tokens = Tokenizer.from_str(self.tokenizer).get_added_tokens_decoder().values()
+        tokens = exact_tokenizer(self.tokenizer).get_added_tokens_decoder().values()
         return [token.content for token in tokens if token.special]
 
     @property

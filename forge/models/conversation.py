@@ -5,9 +5,9 @@ renders from the earlier messages, through the whole message, to the control tok
 template renders differently once other messages follow, such as one whose reasoning it then drops, is not trained.
 """
 
-import json
+import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 # Private, but the public render_jinja_template takes twice as long: it copies each conversation to make sure that
@@ -16,13 +16,15 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 
 from forge.core.contracts import TODAY
 from forge.core.errors import ForgeError
-from forge.models.chat_format import ChatFormat, Messages, TemplateError, Tools
+from forge.models.chat_format import ChatFormat, Messages, TemplateError, Tools, exact_tokenizer
+from forge.models.left_out import THINK, as_json, check_context, left_out, missing_calls, missing_part
 
 Span = tuple[int, int]  # characters of a rendered conversation: first, and one past the last
 Render = Callable[[Messages, bool], str]  # of messages, with or without the generation prompt
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-THINK = re.compile(r"</?think>")
+ROLE = re.compile(r"assistant|model|bot", re.IGNORECASE)  # names of the role in a turn's header
+NEXT = re.compile(r"\s{0,32}\S{0,32}")  # the start of a turn, as much of it as may share a token with what is before
 BEFORE_END = 32  # characters that are compared together with the end of a turn
 
 
@@ -51,12 +53,16 @@ class Renderer:
 
     def __init__(self, form: ChatFormat, where: str) -> None:
         self.form, self.where = form, where
+        self._exact = exact_tokenizer(form.tokenizer)
         self._tokens = sorted(form.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
+        self._markup = re.compile(f"{self._special.pattern}|{THINK.pattern}")
         self._run = re.compile(rf"(?:\s|{self._special.pattern})*")
         self._variables = {**form.special, "strftime_now": TODAY.strftime}
         self._marked = {text: bool(GENERATION.search(text)) for text in form.templates.values()}
         self._endings: dict[tuple[str, bool], str] = {}  # of plain turns, by template and whether the turn is the last
+        self._openers: dict[str, str] = {}  # the control token that opens a turn's header, by template
+        self._joined = functools.lru_cache(maxsize=100_000)(self._share_a_token)
 
     def probe(self) -> Rendered:
         """The rendering of a small conversation; ForgeError if its assistant turn cannot be found."""
@@ -64,19 +70,29 @@ class Renderer:
             raise ForgeError(
                 "there is no chat template", where=self.where, fix="add chat_template.jinja, or use rows of plain text"
             )
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "ask"},
-            {"role": "assistant", "content": "answer"},
+        ask = {"role": "user", "content": "ask"}
+        answer = {"role": "assistant", "content": "answer"}
+        thinking = [  # the prompt of some opens the reasoning, so every answer needs one
+            {**answer, "reasoning_content": "because"},
+            {**answer, "content": "<think>\nbecause\n</think>\n\nanswer"},
         ]
         try:
-            rendered = self.render(messages, None)
+            rendered = self.render([ask, answer], None)
         except TemplateError as error:
-            try:  # the prompt of some opens the reasoning, so every answer needs one
-                rendered = self.render([messages[0], {**messages[1], "reasoning_content": "because"}], None)
-            except TemplateError:
+            for turn in thinking:
+                try:
+                    rendered = self.render([ask, turn], None)
+                    break
+                except TemplateError:
+                    pass
+            else:
                 raise ForgeError(f"the chat template cannot be used: {error}", where=self.where) from None
-        trained = "".join(rendered.text[begin:end] for begin, end in rendered.spans)
-        if "ask" in trained or "assistant" in trained:
+        ((begin, end),) = rendered.spans
+        trained = rendered.text[begin:end]
+        before = re.split("because|answer", trained)[0].lstrip()
+        # A token such as <|im_start|>, which opens other messages too, opens this one's header.
+        opener = self._special.match(before)
+        if "ask" in trained or ROLE.search(before) or (opener and opener.group() in rendered.text[:begin]):
             raise ForgeError(
                 f"the chat template marks {trained!r} as the assistant's turn; it should mark the answer and end token",
                 where=self.where,
@@ -90,11 +106,11 @@ class Renderer:
         Raises TemplateError if the template rejects the conversation, leaves some of it out, or hides where a turn
         begins or ends, or if the last turn differs from what the model would write when it is served.
         """
-        return self._as_template_takes_calls(messages, lambda given: self._turns(given, tools, untrained))
+        return self._as_template_takes(messages, lambda given: self._turns(given, tools, untrained))
 
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """The text that a server gives the model to answer these messages; TemplateError if the template rejects it."""
-        return self._as_template_takes_calls(messages, lambda given: self._prompt(given, tools))
+        return self._as_template_takes(messages, lambda given: self._prompt(given, tools))
 
     def plain(self, text: str) -> Rendered:
         """A plain text between the model's begin and end tokens; all but the begin token is trained."""
@@ -116,8 +132,8 @@ class Renderer:
         for at, message in enumerate(messages):  # so that the arguments of calls have the same form as in `render`
             if "tool_calls" in message:
                 turn = rendered(messages[: at + 1], False).removeprefix(rendered(messages[:at], True))
-                if missing := _missing_calls(message["tool_calls"], turn):
-                    raise _left_out(missing)
+                if missing := missing_calls(message["tool_calls"], turn):
+                    raise left_out(missing)
         return rendered(messages, True)
 
     def _compiled(self, tools: Tools) -> Render:
@@ -125,8 +141,17 @@ class Renderer:
         fixed = {**self._variables, "tools": tools, "documents": None}
         return lambda messages, prompt: render(fixed, messages=messages, add_generation_prompt=prompt)
 
-    def _as_template_takes_calls(self, messages: Messages, action: Callable[[Messages], Any]) -> Any:
-        """Do something with messages, the arguments of tool calls as objects, or as JSON if the template needs that."""
+    def _as_template_takes(self, messages: Messages, action: Callable[[Messages], Any]) -> Any:
+        """Do something with messages as a server gives them to the template.
+
+        Reasoning is there under both of its names, and the arguments of tool calls as objects, or as JSON if the
+        template needs that.
+        """
+        if any("reasoning_content" in message for message in messages):  # as transformers does
+            messages = [
+                {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
+                for message in messages
+            ]
         try:
             return _do(action, messages)
         except TemplateError as error:
@@ -141,7 +166,7 @@ class Renderer:
         rendered = self._compiled(tools)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         text, blocks = self._text_and_blocks(messages, tools, rendered, len(turns))
-        _check_context(messages, tools, text)
+        check_context(messages, tools, text, self._markup)
         spans: list[Span] = []
         ends: set[str] = set()
         differing: list[int] = []
@@ -196,13 +221,14 @@ class Renderer:
             raise _Differs(
                 "chat template",
                 f"message {at + 1}: in the whole conversation, the chat template renders the messages before it "
-                "differently than in a server's prompt; if that prompt opens <think>, rows need reasoning_content",
+                f"differently than in a server's prompt{_hint(prompt, messages[at])}",
             )
         within = next((block for block in blocks if block[1] > len(prompt)), None)
         if within is None:
             raise TemplateError("chat template", f"message {at + 1}: there is no {{% generation %}} block around it")
         begin = max(len(prompt), within[0])
         message, last = messages[at], at == len(messages) - 1
+        self._check_start(text, begin, at, message, self._opener(messages, rendered, template))
         # Nearly all turns are plain, and end like the first one, which was checked the long way.
         key = (template, last)
         plain = len(message) == 2 and not THINK.search(message["content"])
@@ -216,8 +242,8 @@ class Renderer:
             if place >= 0 and text.startswith(ending, after) and not self._special.search(text, begin, place):
                 return begin, after + len(ending)
         so_far = text if last else rendered(messages[: at + 1], False)
-        if missing := _missing(message, so_far[begin:]):
-            raise _left_out(missing)
+        if missing := missing_part(message, so_far[begin:], self._markup):
+            raise left_out(missing)
         ends = self._token_ends(so_far, begin)
         if ends and not last:
             ends = [end for end in ends if text.startswith(so_far[:end])]
@@ -236,9 +262,50 @@ class Renderer:
             self._endings[key] = self._tail_of(so_far[begin:end])
         return begin, end
 
+    def _opener(self, messages: Messages, rendered: Render, template: str) -> str:
+        """The control token that opens the header of the assistant's turns; "" if there is none."""
+        if template not in self._openers:
+            first = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+            shown, prompt = rendered(messages[:first], False), rendered(messages[:first], True)
+            same = next(
+                (at for at, pair in enumerate(zip(shown, prompt, strict=False)) if pair[0] != pair[1]), len(shown)
+            )
+            headers = (token.group() for token in self._special.finditer(prompt) if token.end() > same)
+            self._openers[template] = next(headers, "")
+        return self._openers[template]
+
+    def _check_start(self, text: str, begin: int, at: int, message: dict[str, Any], opener: str) -> None:
+        """Raise _Differs if a turn starts with its header, or inside a token: a model would not write it so."""
+        start = NEXT.match(text, begin)
+        after = start.group() if start else ""
+        if opener and after.lstrip().startswith(opener):
+            raise _Differs(
+                "chat template",
+                f"message {at + 1}: a server's prompt lacks the header of the turn, {opener}, so the model would have "
+                "to write it",
+            )
+        window = max(0, begin - 64)
+        token = text.rfind(opener, window, begin) if opener else -1
+        if token < 0:
+            token = max((match.start() for match in self._special.finditer(text, window, begin)), default=window)
+        before = text[token:begin]
+        if self._joined(before, after):
+            raise _Differs(
+                "chat template",
+                f"message {at + 1}: its start, {after[:16]!r}, shares a token with the end of the prompt, "
+                f"{before[-16:]!r}, which a server's prompt has as other tokens"
+                + (_hint(before, message) or "; remove the white space at the start of the answer"),
+            )
+
+    def _share_a_token(self, before: str, after: str) -> bool:
+        """Whether two texts, one after the other, have other tokens than the first one has by itself."""
+        ids: list[int] = self._exact.encode(before, add_special_tokens=False).ids
+        return self._exact.encode(before + after, add_special_tokens=False).ids[: len(ids)] != ids
+
     def _end_of_last(self, messages: Messages, rendered: Render, text: str, begin: int, ends: list[int]) -> int:
         """Where the last turn ends: after the last control token that it also has once another message follows."""
-        follows = {"role": "tool" if "tool_calls" in messages[-1] else "user", "content": "x"}
+        content = "y" if messages[-1]["content"].endswith("x") else "x"  # so that it does not end as the turn does
+        follows = {"role": "tool" if "tool_calls" in messages[-1] else "user", "content": content}
         try:
             followed = rendered([*messages, follows], False)
         except Exception:  # the template does not accept such a message
@@ -271,80 +338,23 @@ def _do(action: Callable[[Messages], Any], messages: Messages) -> Any:
         raise TemplateError("chat template", f"the chat template rejects the row: {reason}") from None
 
 
+def _hint(prompt: str, message: dict[str, Any]) -> str:
+    """What to change if a prompt opens or closes the reasoning, and the turn does not go on from there."""
+    reasons = "reasoning_content" in message or THINK.search(message["content"])
+    if prompt.rstrip().endswith("<think>"):
+        needed = "the template must go on with the row's reasoning" if reasons else "rows need reasoning_content"
+        return f": that prompt opens <think>, so {needed}"
+    if prompt.rstrip().endswith("</think>") and reasons:
+        return ": that prompt ends with an empty <think> block, so rows must have no reasoning"
+    return ""
+
+
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose tool calls have their arguments as JSON text, as the OpenAI API has them."""
     if "tool_calls" not in message:
         return message
     calls = [
-        {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
+        {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
-
-
-def _check_context(messages: Messages, tools: Tools, text: str) -> None:
-    """Raise TemplateError if the template left out tools, or what the model should read of a message.
-
-    Earlier reasoning may be left out: the model does not read it either.
-    """
-    if any(not _shows(text, str(tool.get("function", tool).get("name", ""))) for tool in tools or []):
-        raise _left_out("tools")
-    for message in messages:
-        kind = "tool results" if message["role"] == "tool" else f"{message['role']} message"
-        answer = THINK.split(message["content"])[-1]
-        if not _shows(text, answer.strip()):
-            raise _left_out("text next to tool calls" if "tool_calls" in message else kind)
-        if "tool_calls" in message and (missing := _missing_calls(message["tool_calls"], text, True)):
-            raise _left_out(missing)
-
-
-def _missing(message: dict[str, Any], turn: str) -> str:
-    """What a turn lacks of its message; "" if it is whole."""
-    if not all(_shows(turn, part.strip()) for part in THINK.split(message["content"])):
-        return "text next to tool calls" if "tool_calls" in message else "assistant message"
-    if not _shows(turn, message.get("reasoning_content", "").strip()):
-        return "reasoning_content"
-    return _missing_calls(message["tool_calls"], turn) if "tool_calls" in message else ""
-
-
-def _missing_calls(calls: Sequence[dict[str, Any]], text: str, as_context: bool = False) -> str:
-    names = [call["function"]["name"] for call in calls]
-    if any(text.count(name) < names.count(name) for name in names):
-        return "tool calls"
-    for call in calls:
-        arguments = call["function"]["arguments"]
-        if not isinstance(arguments, dict):
-            arguments = json.loads(arguments)
-        if not all(_shows(text, word) for word in _words(arguments)):
-            return "arguments of tool calls"
-        if not as_context and arguments and str(arguments) in text and _as_json(arguments) not in text:
-            return "arguments of tool calls as JSON: it writes them as Python does"
-    return ""
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _words(value: Any) -> Iterator[str]:
-    """All keys and values within a JSON value, as text."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield key
-            yield from _words(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _words(entry)
-    elif isinstance(value, str):
-        yield value
-    elif value is not None and not isinstance(value, bool):
-        yield json.dumps(value)
-
-
-def _shows(text: str, part: str) -> bool:
-    """Whether a text holds another, as it is or as it is in JSON."""
-    return part in text or _as_json(part)[1:-1] in text or json.dumps(part)[1:-1] in text
-
-
-def _left_out(what: str) -> TemplateError:
-    return TemplateError("chat template", f"the chat template leaves out the row's {what}; use one that renders them")

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from forge.models.chat import exact_tokenizer, trained_mask
+from forge.models.chat import trained_mask
+from forge.models.chat_format import exact_tokenizer
 from forge.models.conversation import Span
 from tasks.preprocess.words import WORD, WordHashes
 

@@ -9,9 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forge.core.errors import ForgeError
 from forge.models.chat_format import TemplateError, chat_format
 from forge.models.conversation import Renderer
-from tests.models.families import CLOCK, FAMILIES, call, conversation, tokenizer_of
+from forge.models.left_out import THINK
+from tests.models.families import CLOCK, FAMILIES, UNUSABLE, call, conversation, tokenizer_of
+from tests.models.families import byte_level as with_line_breaks
+from tests.models.table import families
+from tests.models.trained import TEXTS, check_trained, squashed, trained_turns
 from tests.preprocess.tokenizers import byte_level
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -53,6 +58,7 @@ def with_call(**more: Any) -> list[dict[str, Any]]:
     return [*asked(tool_calls=[call()], **more), {"role": "tool", "content": "10:42"}, *conversation("", "It is.")[1:]]
 
 
+# https://github.com/axolotl-ai-cloud/axolotl/issues/3088
 def test_an_earlier_turn_that_the_template_renders_without_its_reasoning_is_not_trained() -> None:
     rendered = renderer(THINKING).render(conversation("a", "first", "b", "last"), None)
     assert [rendered.text[begin:end] for begin, end in rendered.spans] == ["<think>\n\n</think>\n\nlast<|im_end|>"]
@@ -63,6 +69,7 @@ def test_an_earlier_turn_that_the_template_renders_without_its_reasoning_is_not_
     assert rendered.differing == (1,)
 
 
+# https://github.com/huggingface/trl/issues/5721
 def test_the_header_of_a_turn_is_not_trained_though_it_is_in_the_block() -> None:
     block = "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
     template = "{% for m in messages %}{% if m.role == 'assistant' %}" + block + "{% else %}" + HEADER
@@ -70,6 +77,7 @@ def test_the_header_of_a_turn_is_not_trained_though_it_is_in_the_block() -> None
     assert trained(template + PROMPT, conversation("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
 
 
+# As chat_templates/cohere2.jinja of https://github.com/huggingface/trl
 def test_of_two_tokens_that_end_a_turn_the_last_is_trained() -> None:
     template = (
         "{% for m in messages %}" + HEADER + "{% if m.role == 'assistant' %}"
@@ -88,6 +96,7 @@ def test_a_token_that_only_the_last_turn_has_is_not_trained() -> None:
     assert trained(template, conversation("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
 
 
+# https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/5389
 @pytest.mark.parametrize("reasoning", ["", "so"])
 def test_an_answer_after_reasoning_in_control_tokens_is_trained_whole(reasoning: str) -> None:
     shown = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '' }}{{ m.content }}"
@@ -99,6 +108,7 @@ def test_an_answer_after_reasoning_in_control_tokens_is_trained_whole(reasoning:
 
 
 LEFT_OUT = {
+    # As chat_templates/lfm2.jinja of https://github.com/huggingface/trl
     "a call, though the tool's schema is shown": (
         CHATML.replace("in m.tool_calls or []", "in []"),
         with_call(),
@@ -110,6 +120,7 @@ LEFT_OUT = {
         "tool calls",
     ),
     "arguments": (CHATML.replace("(c.function.arguments | tojson)", "''"), with_call(), "arguments of tool calls"),
+    # As chat_templates/qwen2_5.jinja of https://github.com/huggingface/trl
     "reasoning before a call": (CHATML, with_call(reasoning_content="I need the clock"), "reasoning_content"),
     "reasoning of the answer": (CHATML, asked("b", reasoning_content="since"), "reasoning_content"),
     "the system message": (
@@ -132,6 +143,7 @@ def test_a_row_is_rejected_if_the_template_leaves_something_out(template: str, m
         trained(template, messages, tools)
 
 
+# https://github.com/oumi-ai/oumi/issues/2605
 @pytest.mark.parametrize("write", ["c.function.arguments", "(c.function.arguments ~ '')"])
 def test_arguments_are_text_for_a_template_that_takes_text(write: str) -> None:
     template = CHATML.replace("(c.function.arguments | tojson)", write)
@@ -183,7 +195,7 @@ def test_a_prompt_that_opens_the_reasoning_needs_reasoning() -> None:
     )
     renderer(template).probe()
     assert trained(template, asked("b", reasoning_content="since")) == ["since</think>b<|im_end|>"]
-    with pytest.raises(TemplateError, match="if that prompt opens <think>, rows need reasoning_content"):
+    with pytest.raises(TemplateError, match="that prompt opens <think>, so rows need reasoning_content"):
         trained(template, asked("b"))
 
 
@@ -219,23 +231,154 @@ def test_the_ends_of_turns_are_known() -> None:
     assert plain.text.endswith(*plain.ends)
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<>|[]"), min_size=1, max_size=30).filter(str.strip)
-RENDERERS = {name: Renderer(chat_format(tokenizer_of(name), "test"), "test") for name in FAMILIES}
+def test_a_turn_does_not_start_with_its_header() -> None:
+    """A template whose prompt lacks the header after a tool's result, as one of Gemma's."""
+    lacks = CHATML.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt and m.role == 'user' %}")
+    lacks = lacks.replace("{% endfor %}{% if add", "{% set _.m = m %}{% endfor %}{% set m = _.m %}{% if add")
+    template = "{% set _ = namespace(m=none) %}" + lacks
+    with pytest.raises(TemplateError, match=r"message 4: a server's prompt lacks the header of the turn, <\|im_start"):
+        trained(template, with_call())
+    rendered = renderer(template).render([*with_call(), *asked("b")], None)
+    assert rendered.differing == (3,)
+    assert [rendered.text[begin:end] for begin, end in rendered.spans][1:] == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize("role", ["model", "assistant", "bot", "x"])
+@pytest.mark.parametrize("block", [True, False])
+def test_a_header_in_the_turn_is_found_by_the_probe(role: str, block: bool) -> None:
+    """If no prompt has it, a served model would have to write it."""
+    turn = "{{ '<|im_start|>" + role + "\n' + m.content + '<|im_end|>\n' }}"
+    if block:
+        turn = "{% generation %}" + turn + "{% endgeneration %}"
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}" + turn + "{% else %}" + HEADER
+    template += "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    with pytest.raises(ForgeError, match="it should mark the answer and end token; add the turn's header"):
+        renderer(template).probe()
+    renderer(template + PROMPT.replace("assistant", role)).probe()
+
+
+@pytest.mark.parametrize("name", ["Model: ", "ASSISTANT: ", "<|chatbot|>"])
+def test_a_header_of_words_in_the_turn_is_found_by_the_probe(name: str) -> None:
+    template = (
+        "{% for m in messages %}{{ ('User: ' if m.role == 'user' else '" + name + "') + m.content + '<|im_end|>\n' }}"
+    )
+    template += "{% endfor %}"
+    with pytest.raises(ForgeError, match="it should mark the answer and end token; add the turn's header"):
+        renderer(template, [*SPECIALS, "<|chatbot|>"]).probe()
+    renderer(template + "{{ '" + name.strip() + "' if add_generation_prompt }}", [*SPECIALS, "<|chatbot|>"]).probe()
+
+
+def test_a_template_that_takes_reasoning_in_the_content_alone_can_be_used() -> None:
+    """As TRL's for training distilled DeepSeek R1."""
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert renderer(template).probe().spans
+    (turn,) = trained(template, asked("<think>\nsince\n</think>\n\nb"))
+    assert turn == "since\n</think>\n\nb<|im_end|>"
+    with pytest.raises(TemplateError, match="so the template must go on with the row's reasoning"):
+        trained(template, asked("b", reasoning_content="since"))
+
+
+@pytest.mark.parametrize("answer", ["\nb", "\n\nb"])
+def test_a_turn_that_shares_a_token_with_its_prompt_is_not_trained(answer: str) -> None:
+    """A server's prompt ends with one line break, and the whole text has a token of two there."""
+    one = Renderer(chat_format(with_line_breaks(SPECIALS, CHATML), "test"), "test")
+    with pytest.raises(TemplateError, match=r"message 2: its start, .* shares a token with the end of the prompt"):
+        one.render(asked(answer), None)
+    assert one.render([*asked(answer), *asked("c")], None).differing == (1,)
+    assert one.render(asked(" b"), None).differing == ()
+
+
+def test_a_prompt_that_opens_the_reasoning_with_a_line_break_needs_reasoning() -> None:
+    one = Renderer(chat_format(tokenizer_of("qwen-3.5"), "test"), "test")
+    with pytest.raises(TemplateError, match="opens <think>, so rows need reasoning_content"):
+        one.render(asked("b"), None)
+    small = Renderer(chat_format(tokenizer_of("qwen-3.5, small"), "test"), "test")
+    with pytest.raises(TemplateError, match="an empty <think> block, so rows must have no reasoning"):
+        small.render(asked("b", reasoning_content="since"), None)
+
+
+def test_a_template_that_takes_reasoning_as_thinking_gets_it() -> None:
+    """As transformers gives it to templates, which some of LFM2's and gpt-oss read."""
+    template = CHATML.replace("{{ m.content }}", "{{ '<think>' + (m.thinking or '') + '</think>' + m.content }}", 1)
+    messages = asked("b", reasoning_content="since")
+    assert trained(template, messages) == ["<think>since</think>b<|im_end|>"]
+    tokenizer = byte_level(SPECIALS, template)
+    shown = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert renderer(template).render(messages, None).text == shown
+
+
+@pytest.mark.parametrize("reasoning", ["im", "e", "b", "end", "<think>"])
+def test_reasoning_is_not_found_in_the_answer_or_in_a_token(reasoning: str) -> None:
+    with pytest.raises(TemplateError, match="leaves out the row's reasoning_content"):
+        trained(CHATML, asked("be", reasoning_content=reasoning))
+
+
+def test_text_before_the_reasoning_is_not_found_in_a_tag() -> None:
+    """Qwen 3 drops what comes before <think>."""
+    one = Renderer(chat_format(tokenizer_of("qwen-3"), "test"), "test")
+    with pytest.raises(TemplateError, match="leaves out the row's assistant message"):
+        one.render(asked("t<think>since</think>b"), None)
+
+
+def test_a_users_text_must_be_whole_though_it_has_a_tag() -> None:
+    drops = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}", 1)
+    with pytest.raises(TemplateError, match="leaves out the row's user message"):
+        trained(drops, conversation("What is </think>?", "A tag."))
+
+
+def test_a_call_is_not_found_in_the_name_of_another() -> None:
+    template = CHATML.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    with pytest.raises(TemplateError, match="leaves out the row's tool calls"):
+        trained(template, asked(tool_calls=[call("clocks"), call("clock")]))
+
+
+@pytest.mark.parametrize("answer", ["x", "y", "xx"])
+def test_a_short_answer_ends_as_any_other(answer: str) -> None:
+    """Phi 3 writes a token after the last message, whoever wrote it."""
+    one = Renderer(chat_format(tokenizer_of("phi-3"), "test"), "test")
+    rendered = one.render(asked(answer), None)
+    assert [rendered.text[begin:end] for begin, end in rendered.spans] == [f"{answer}<|end|>"]
+
+
+def test_calls_and_answers_may_end_with_different_tokens() -> None:
+    """As in Llama 3.1, where <|eom_id|> ends a message after which the turn goes on."""
+    ends = "{{ ('<|eom|>' if m.tool_calls else '<|im_end|>') + '\n' }}"
+    template = CHATML.replace("{{ '<|im_end|>\n' }}{% endfor %}{% if add", ends + "{% endfor %}{% if add")
+    one = renderer(template, [*SPECIALS, "<|eom|>"])
+    assert one.render(with_call(), None).ends == {"<|eom|>", "<|im_end|>"}
+    assert one.render(with_call()[:2], None).ends == {"<|eom|>"}
+    tools = {name: FAMILIES[name].cases["tools"] for name in ("gpt-oss", "deepseek-v3")}
+    found = {
+        name: Renderer(chat_format(tokenizer_of(name), "test"), "test").render(case.messages, case.tools).ends
+        for name, case in tools.items()
+    }
+    assert found == {"gpt-oss": {"<|call|>", "<|return|>"}, "deepseek-v3": {"<｜end▁of▁sentence｜>"}}
+
+
+PLAIN = TEXTS.map(lambda text: THINK.sub("", text).strip()).filter(bool)
 
 
 @settings(deadline=None, max_examples=60)
-@given(family=st.sampled_from(sorted(FAMILIES)), contents=st.lists(WORDS, min_size=2, max_size=8))
-def test_every_trained_turn_is_a_whole_answer_and_its_end(family: str, contents: list[str]) -> None:
-    """For any texts, in every family: the answer, whole, and then control tokens alone."""
-    contents = contents[: len(contents) // 2 * 2]
-    rendered = RENDERERS[family].render(conversation(*contents), None)
-    answers = contents[1::2]
-    left = [answer for at, answer in enumerate(answers) if 2 * at + 1 not in rendered.differing]
-    assert len(rendered.spans) == len(left) >= 1
-    for (begin, end), answer in zip(rendered.spans, left, strict=True):
-        turn = rendered.text[begin:end]
-        before, _, after = turn.rpartition(answer.strip())
-        assert before.strip() in ("", "<think>\n\n</think>")
-        assert after.strip() in rendered.ends
-    prompt = RENDERERS[family].prompt(conversation(*contents[:-1]), None)
-    assert rendered.spans[-1][0] == len(prompt)
+@given(family=st.sampled_from(sorted(name for name in FAMILIES if FAMILIES[name].plain)), data=st.data())
+def test_every_trained_turn_is_a_whole_answer_and_its_end(family: str, data: st.DataObject) -> None:
+    """For any texts, in every family: the tokens are those of the answer, whole, and of its end."""
+    contents = data.draw(st.lists(PLAIN, min_size=2, max_size=8).filter(lambda texts: len(texts) % 2 == 0))
+    turns = trained_turns(families()[family], conversation(*contents))
+    write = FAMILIES[family].turn
+    for turn, answer in zip(turns[:-1], contents[1:-1:2], strict=True):
+        assert (turn and squashed(turn)) in (None, squashed(write(answer)))
+    write = FAMILIES[family].last_turn or write
+    assert squashed(turns[-1] or "") == squashed(write(contents[-1]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(family=st.sampled_from(sorted([*FAMILIES, *UNUSABLE])), data=st.data())
+def test_a_trained_turn_has_all_of_its_message(family: str, data: st.DataObject) -> None:
+    """For any texts, also with white space around them and with reasoning, unless the row is rejected."""
+    messages = conversation(
+        *data.draw(st.lists(TEXTS, min_size=2, max_size=4).filter(lambda texts: len(texts) % 2 == 0))
+    )
+    for message in messages[1::2]:
+        if reasoning := data.draw(st.none() | TEXTS):
+            message["reasoning_content"] = reasoning
+    check_trained(families()[family], messages)

@@ -50,6 +50,7 @@ def test_a_generation_config_that_transformers_would_not_save_is_kept(base: Path
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
+# https://github.com/huggingface/transformers/issues/48722
 @pytest.mark.parametrize(
     ("change", "says"),
     [
