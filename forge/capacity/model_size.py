@@ -42,22 +42,22 @@ class ModelSize:
     def adapter(self, lora: Lora) -> int:
         """Parameters of an adapter: two matrices per target module, as peft creates them.
 
-        Raises ForgeError if the model has none of lora.target_modules.
+        Raises ForgeError if the model lacks one of lora.target_modules. The output layer is none of them.
         """
         names = lora.target_modules
-        chosen = [
-            (inputs, outputs)
-            for name, inputs, outputs in self.linears
-            if names == ["all-linear"] or any(name == one or name.endswith(f".{one}") for one in names)
-        ]
-        if not chosen:
+        found = {
+            one: [size for name, *size in self.linears if name == one or name.endswith(f".{one}")] for one in names
+        }
+        if names == ["all-linear"]:
+            found = {"all-linear": [size for _, *size in self.linears]}
+        if missing := [one for one, sizes in found.items() if not sizes]:
             known = sorted({name.rsplit(".", 1)[-1] for name, _, _ in self.linears})
             raise ForgeError(
-                "the base model has no such modules",
-                where=f"training.lora.target_modules {names}",
+                "the base model has no such linear layers that can be adapted",
+                where=f"training.lora.target_modules {missing}",
                 fix=f"its linear layers are {', '.join(known)} (or take all-linear)",
             )
-        return sum(lora.rank * (inputs + outputs) for inputs, outputs in chosen)
+        return sum(lora.rank * sum(size) for sizes in found.values() for size in sizes)
 
 
 def architecture_config(architecture: Architecture, context: int) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from typing import Any
 
 from openai import BadRequestError, DefaultHttpxClient, OpenAI
 
+from forge.serving.vllm_client import as_server_reads
+
 
 def client_of(endpoint: str) -> OpenAI:
     """A client of our own server, which needs no key and is not behind a proxy."""
@@ -26,7 +28,7 @@ def chat(
     try:
         answer = client.chat.completions.create(
             model=name,
-            messages=messages,  # type: ignore[arg-type]
+            messages=as_server_reads(messages),  # type: ignore[arg-type]
             temperature=0,
             max_tokens=max_tokens,
             **shown,

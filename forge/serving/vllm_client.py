@@ -80,7 +80,8 @@ class VLLM:
 
     def tokens(self, versioned: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
         """The token IDs of a conversation's prompt, including the header of the answer (the generation prompt)."""
-        body: dict[str, Any] = {"model": versioned, "messages": messages, "add_generation_prompt": True}
+        shown = as_server_reads(messages)
+        body: dict[str, Any] = {"model": versioned, "messages": shown, "add_generation_prompt": True}
         if tools:
             body["tools"] = tools
         return [int(token) for token in self._post("/tokenize", body)["tokens"]]
@@ -102,6 +103,14 @@ class VLLM:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return _parsed(self.http.request("POST", f"{self.url}{path}", json=body, timeout=LOADING), path)
+
+
+def as_server_reads(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with their reasoning under the name that vLLM reads in requests, which it then gives templates too."""
+    return [
+        {**message, "reasoning": message["reasoning_content"]} if "reasoning_content" in message else message
+        for message in messages
+    ]
 
 
 def _parsed(answer: Any, path: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from forge.core.errors import ForgeError
@@ -117,8 +117,14 @@ class TransformersEngine:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise cannot_load(local.location, error) from None
         self.model: Any = model.to(device).eval()
-        ends = model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        # As vLLM does: of the generation config it reads only the end tokens and the penalty, and it also stops at the
+        # tokenizer's eos_token.
+        known = model.generation_config
+        ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
+        self.ends = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.ends), repetition_penalty=known.repetition_penalty
+        )
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)  # in tokens
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:

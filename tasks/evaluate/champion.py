@@ -68,11 +68,14 @@ def model_digest(model: Model, store: Store) -> str:
 
 
 def find_package(name: str, champion: Champion, store: Store) -> str:
-    """The digest of the champion's package. ForgeError if the package, or a registered base of it, is missing."""
+    """The digest of the champion's package. ForgeError if the package, or the base of an adapter, is missing."""
     try:
         manifest = store.manifest(champion.uri)
-        if manifest.get("kind") == ADAPTER and is_registered(manifest["base"]["location"]):
-            store.manifest(manifest["base"]["location"])
+        location = manifest["base"]["location"] if manifest.get("kind") == ADAPTER else ""
+        if is_registered(location):
+            store.manifest(location)
+        elif (folder := directory_of(location)) and not folder.is_dir():
+            raise ForgeError(f"its base {folder} is missing")
     except ForgeError as error:
         raise _champion_error(name, champion, error) from None
     return champion.digest or str(manifest["digest"])

@@ -3,14 +3,17 @@
 `training_pipeline` runs the task of the recipe's shape. Importing this module imports no torch.
 """
 
+import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from filelock import FileLock, Timeout
 from flytekit import Cache, FlyteContextManager, HashMethod, PythonFunctionTask, task
 from flytekit.core.base_task import IgnoreOutputs
 from flytekit.exceptions.user import FlyteUserRuntimeException
@@ -32,6 +35,8 @@ from tasks.task_pods import OnTrainingNodes, on_gpus
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+log = logging.getLogger(__name__)
 
 HOURS = 48  # timeout of a training
 RETRIES = 5  # after a node was drained or reclaimed; other failures are not retried
@@ -85,7 +90,8 @@ class TrainingTask(OnTrainingNodes, PytorchElasticFunctionTask):
         handlers = {number: signal.getsignal(number) for number in ELASTIC_SIGNALS}
         started = time.time()
         try:
-            model: Model = super().execute(**kwargs)
+            with job_lock(**kwargs) if local and "dataset" in kwargs else nullcontext():
+                model: Model = super().execute(**kwargs)
             # Count the start of the processes as well, as a rollout counts vLLM's start.
             return model.model_copy(update={"started": started, "seconds": time.time() - started})
         except IgnoreOutputs as error:
@@ -109,6 +115,26 @@ class TrainingTask(OnTrainingNodes, PytorchElasticFunctionTask):
                 del os.environ[name]
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def job_lock(dataset: Dataset, base: Base, model: ModelRecipe, training: TrainingRecipe) -> Iterator[None]:
+    """Let one run of a job at a time train on this machine: another one has the same checkpoints, and this result.
+
+    The launcher holds the lock, so no rank waits in a collective.
+    """
+    from tasks.finetune.run import job_key
+
+    checkpoints = load_settings().checkpoints
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(checkpoints / f"{job_key(dataset.digest, base, model, training)}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run on this machine trains the same model; waiting for it to end")
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def exit_error(error: "ChildFailedError", failure: Path) -> ForgeError:

@@ -144,7 +144,7 @@ class Trainer:
         isolates = all_reduce_sum(torch.tensor(float(apart), device=rank.device), rank).item() == rank.world_size
         if rank.first and not isolates:
             log.warning(
-                "%s reads across the documents of a packed row, so each is trained in a row of its own, which is slower",
+                "%s reads across documents in a packed row, so each is trained in a row of its own, which is slower",
                 type(self.model).__name__,
             )
         return isolates

@@ -128,9 +128,8 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
             where=where,
             fix="use the tokenizer that belongs to it",
         )
-    served_with_base = recipe.training.method != "full" and recipe.serving.rollout
-    if served_with_base and form.templates and recipe.data.row_format != "text":
-        ends = Renderer(form, where).probe().ends
+    ends = Renderer(form, where).probe().ends  # evaluation renders conversations, even if training has plain texts
+    if recipe.training.method != "full" and recipe.serving.rollout:
         known = generation_ends(directory, config) | {tokenizer.eos_token_id}
         check_adapter_can_end(where, {token: tokenizer.convert_tokens_to_ids(token) for token in ends}, known)
 

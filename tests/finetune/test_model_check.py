@@ -114,7 +114,7 @@ def test_a_model_that_reads_across_documents_is_trained_on_one_at_a_time(
 ) -> None:
     base, data = write_base(BLOOM, tmp_path / "base"), write_data(tmp_path / "data")
     trainer = train_here(base, data, tmp_path, micro_batch_size=2)
-    assert "BloomForCausalLM reads across the documents of a packed row" in caplog.text
+    assert "BloomForCausalLM reads across documents in a packed row" in caplog.text
     rows = trainer.sampler.rows_of(0)
     plain = AutoModelForCausalLM.from_pretrained(base)
     total = trained = 0.0

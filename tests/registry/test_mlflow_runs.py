@@ -9,6 +9,7 @@ from forge.registry.mlflow_registry import open_registry
 from forge.registry.mlflow_runs import experiment_id
 
 
+# https://github.com/mlflow/mlflow/issues/2690
 def test_a_deleted_experiment_is_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(home=tmp_path)
     client = open_registry(settings)
