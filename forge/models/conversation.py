@@ -67,9 +67,7 @@ class Renderer:
     def probe(self) -> Rendered:
         """The rendering of a small conversation; ForgeError if its assistant turn cannot be found."""
         if not self.form.templates:
-            raise ForgeError(
-                "there is no chat template", where=self.where, fix="add chat_template.jinja, or use rows of plain text"
-            )
+            raise ForgeError("there is no chat template", where=self.where, fix="add chat_template.jinja to it")
         ask = {"role": "user", "content": "ask"}
         answer = {"role": "assistant", "content": "answer"}
         thinking = [  # the prompt of some opens the reasoning, so every answer needs one

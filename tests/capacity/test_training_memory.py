@@ -326,9 +326,10 @@ def test_an_unknown_model_type_is_refused() -> None:
             measure_model(config)
 
 
-def test_missing_target_modules_are_refused(llama_8b: ModelSize) -> None:
-    with pytest.raises(ForgeError, match=r"its linear layers are down_proj, gate_proj, k_proj"):
-        llama_8b.adapter(Lora(target_modules=["query"]))
+@pytest.mark.parametrize("modules", [["query"], ["q_proj", "v_porj"], ["q_proj", "lm_head"]])
+def test_target_modules_that_cannot_be_adapted_are_an_error(modules: list[str], llama_8b: ModelSize) -> None:
+    with pytest.raises(ForgeError, match=rf"target_modules \['{modules[-1]}'\]: .* its linear layers are down_proj"):
+        llama_8b.adapter(Lora(target_modules=modules))
 
 
 def test_gpus_are_found_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,20 @@ def test_padding_is_not_penalised(tmp_path: Path) -> None:
     assert sum(one != other for one, other in zip(together, alone, strict=True)) <= 1  # a tie can go either way
 
 
+def test_answers_stop_where_the_servers_do_and_nothing_else_of_the_generation_config_counts(tmp_path: Path) -> None:
+    base = write_base(CONFIGS["llama"], tmp_path / "base")
+    end = AutoTokenizer.from_pretrained(base).eos_token_id
+    options = {"num_beams": 3, "suppress_tokens": list(range(6, 200)), "min_new_tokens": 20}
+    of = LocalBase(str(base))
+    found = []
+    for config in ({"eos_token_id": 0}, {"eos_token_id": 0, **options}):
+        (base / "generation_config.json").write_text(json.dumps(config))
+        engine = TransformersEngine(of, EvaluationRecipe(max_new_tokens=24), "cpu")
+        assert engine.ends == {0, end}
+        found.append(engine.generate([[60, 70, 80], [90]]))
+    assert found[0] == found[1]
+
+
 def test_two_devices_answer_like_one(directory: Path, items: list[Item]) -> None:
     """Two processes, here both on the CPU."""
     progress: list[int] = []

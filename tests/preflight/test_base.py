@@ -104,6 +104,12 @@ def test_without_a_generation_config_servers_stop_at_the_end_tokens_of_the_confi
     check(base, training=LORA)
 
 
+def test_a_base_needs_a_chat_template_whatever_is_trained(base: Path) -> None:
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ForgeError, match=r"there is no chat template; add chat_template\.jinja"):
+        check(base)
+
+
 def test_positions_include_the_factor_of_their_scaling(base: Path) -> None:
     edit(base, "config.json", max_position_embeddings=32, rope_parameters={"rope_type": "linear", "factor": 4.0})
     check(base)
