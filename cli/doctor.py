@@ -119,11 +119,11 @@ def check_harness(settings: "Settings") -> Diagnosis:
     """The environment of lm-evaluation-harness, which recipes with evaluation.harness_tasks need."""
     try:
         probe = [str(settings.harness_python), "-c", HARNESS]
-        done = subprocess.run(probe, capture_output=True, timeout=60, check=True, text=True)
+        done = subprocess.run(probe, capture_output=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         fix = "only recipes with evaluation.harness_tasks need it: make .venv-harness, or set FORGE_HARNESS_PYTHON"
         return Diagnosis("harness", "lm-evaluation-harness is not installed", fix, ok=False, optional=True)
-    return Diagnosis("harness", f"lm-evaluation-harness {done.stdout.strip()}")
+    return Diagnosis("harness", f"lm-evaluation-harness {done.stdout.decode(errors='replace').strip()}")
 
 
 def check_store(settings: "Settings") -> Diagnosis:
@@ -207,4 +207,4 @@ def check_writable(name: str, path: Path, fix: str) -> Diagnosis:
 
 def existing(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(one for one in (path, *path.parents) if os.path.exists(one))  # Path's own raises for a closed parent

@@ -5,6 +5,8 @@ import os
 
 import click
 
+from forge.core.errors import ForgeError
+
 
 @click.command()
 @click.option(
@@ -22,9 +24,14 @@ def run(data_path: str, recipe: str, overwrite_cache: bool) -> None:
     Stages whose inputs have not changed are not run again, and an interrupted run resumes. Prints the URL of the API
     that serves the model, or why the gate rejected it.
     """
+    from forge.core.settings import NO_TEXT, is_text, load_settings
     from forge.core.signals import keep_interrupts
 
     keep_interrupts()
+    load_settings()  # before Flyte is imported, which looks for its files in the user's home
+    for option, text in {"--data-path": data_path, "--recipe": recipe}.items():
+        if not is_text(text):
+            raise ForgeError(NO_TEXT, where=f"{option} {text}")
     from flytekit.loggers import logger
 
     from workflows.training_pipeline import training_pipeline

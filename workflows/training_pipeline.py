@@ -2,7 +2,7 @@
 
 from flytekit import conditional, workflow
 
-from forge.core.contracts import Base, Dataset, Evaluation, Model, Version
+from forge.core.contracts import Base, Dataset, Evaluation, Model
 from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
 from tasks.evaluate.task import current_champion, evaluate_model
 from tasks.finetune.task import TRAIN_ON
@@ -39,19 +39,23 @@ def training_pipeline(data_path: str = "", recipe: str = "tiny-cpu") -> str:
         name=plan.name, dataset=dataset, model=model, champion=champion, evaluation=plan.evaluation, gate=plan.gate
     ).with_overrides(node_name="evaluate")
     evaluation = judged.evaluation
+    # One conditional: run locally, flytekit would run both branches of one within a branch of another.
     return (
         conditional("gate")
-        .if_(judged.passed.is_true())
-        .then(
-            release(
-                recipe=plan.recipe, rollout=plan.rollout, started=plan.started, dataset=dataset, model=model,
-                evaluation=evaluation,
-            )
-        )
-        .else_()
+        .if_(judged.passed.is_false())
         .then(
             announce_rejection(
                 name=plan.name, started=plan.started, dataset=dataset, model=model, evaluation=evaluation
+            )
+        )
+        .elif_(plan.rollout.is_true())
+        .then(
+            release(recipe=plan.recipe, started=plan.started, dataset=dataset, model=model, evaluation=evaluation)
+        )
+        .else_()
+        .then(
+            release_challenger(
+                recipe=plan.recipe, started=plan.started, dataset=dataset, model=model, evaluation=evaluation
             )
         )
     )  # fmt: skip
@@ -68,29 +72,9 @@ def train_model(shape: str, dataset: Dataset, base: Base, model: ModelRecipe, tr
 
 
 @workflow
-def release(
-    recipe: Recipe, rollout: bool, started: float, dataset: Dataset, model: Model, evaluation: Evaluation
-) -> str:
-    """Register a model that passed the gate. If it is to be rolled out, serve it and return the API's base URL."""
+def release(recipe: Recipe, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
+    """Register a model that passed the gate, serve it, and return the API's base URL."""
     version = register_model(recipe=recipe, dataset=dataset, model=model, evaluation=evaluation)
-    return (
-        conditional("rollout")
-        .if_(rollout.is_true())  # type: ignore[attr-defined]
-        .then(
-            serve(recipe=recipe, started=started, dataset=dataset, model=model, evaluation=evaluation, version=version)
-        )
-        .else_()
-        .then(
-            announce_challenger(started=started, dataset=dataset, model=model, evaluation=evaluation, version=version)
-        )
-    )
-
-
-@workflow
-def serve(
-    recipe: Recipe, started: float, dataset: Dataset, model: Model, evaluation: Evaluation, version: Version
-) -> str:
-    """Serve a registered version and return the API's base URL."""
     deployment = roll_out(version=version, evaluation=evaluation, serving=recipe.serving)
     return summarise(
         started=started,
@@ -100,3 +84,10 @@ def serve(
         version=version,
         deployment=deployment,
     )
+
+
+@workflow
+def release_challenger(recipe: Recipe, started: float, dataset: Dataset, model: Model, evaluation: Evaluation) -> str:
+    """Register a model that passed the gate and is not to be rolled out; returns its version."""
+    version = register_model(recipe=recipe, dataset=dataset, model=model, evaluation=evaluation)
+    return announce_challenger(started=started, dataset=dataset, model=model, evaluation=evaluation, version=version)

@@ -6,11 +6,11 @@ publishing. Not timed: imports, and the digest of the source, which preflight co
 
 import json
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.preprocess.timer import Timer
 from forge.core.contracts import Base, Source
 from forge.core.recipe import DataRecipe
 from forge.core.settings import load_settings
@@ -25,14 +25,15 @@ def main(rows: str, tokenizer: str, context: int, heldout_fraction: float, folde
     store = DirectoryStore(Path(folder, "store"))
     source = Source(uri=Path(rows).absolute().as_uri(), digest=digest_source(recipe), store=store.identity)
     base = Base(location=Path(tokenizer).absolute().as_uri())
-    started = time.perf_counter()
-    dataset = prepare(source, recipe, base, store, load_settings())
-    seconds = time.perf_counter() - started
+    timer = Timer()
+    with timer:
+        dataset = prepare(source, recipe, base, store, load_settings())
     card = json.loads((store.path(dataset.uri) / "dataset.json").read_text())
     if card["rejected"] or card["removed"]:
         raise SystemExit(f"Forge rejected or removed rows: {card['rejected']} {card['removed']}")
     return {
-        "seconds": seconds,
+        "seconds": timer.seconds,
+        "cpu_seconds": timer.cpu_seconds,
         "documents": sum(card["documents"].values()),
         "tokens": sum(card["tokens"].values()),
         "trained_tokens": sum(card["trained_tokens"].values()),

@@ -6,7 +6,6 @@ packing. Not timed: imports, the model and the rest of the trainer.
 
 import json
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,22 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
+from benchmarks.preprocess.timer import Timer
 
-def main(rows: str, tokenizer: str, context: int, processes: int | None, folder: str) -> dict[str, Any]:
-    """Prepare the rows with the trainer; returns seconds, and the tokens before and after packing."""
+
+def main(rows: str, tokenizer: str, context: int, strategy: str, processes: int | None, folder: str) -> dict[str, Any]:
+    """Prepare the rows with the trainer; returns seconds, and the tokens before and after packing.
+
+    `parts` are what the packed rows consist of: documents, and the pieces of those that the strategy cuts.
+    """
     disable_progress_bars()
+    timer = Timer()
     seen: dict[str, Any] = {}
     prepare, pack = SFTTrainer._prepare_dataset, sft_trainer.pack_dataset
 
     def timed_prepare(*args: Any, **kwargs: Any) -> Dataset:
-        started = time.perf_counter()
-        seen["packed"] = prepare(*args, **kwargs)
-        seen["prepare_seconds"] = time.perf_counter() - started
+        with timer:
+            seen["packed"] = prepare(*args, **kwargs)
         return seen["packed"]
 
     def recording_pack(dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -42,35 +46,35 @@ def main(rows: str, tokenizer: str, context: int, processes: int | None, folder:
     model = LlamaForCausalLM(tiny)
     settings: dict[str, Any] = {
         "packing": True,
-        "packing_strategy": "bfd",
+        "packing_strategy": strategy,
         "assistant_only_loss": True,
         "dataset_num_proc": processes,
     }
     config = SFTConfig(
         output_dir=str(Path(folder, "output")), max_length=context, report_to=[], use_cpu=True, bf16=False, **settings
     )
-    started = time.perf_counter()
-    dataset = load_dataset("json", data_files=rows, split="train")
-    load_seconds = time.perf_counter() - started
+    with timer:
+        dataset = load_dataset("json", data_files=rows, split="train")
     SFTTrainer(model, args=config, train_dataset=dataset, processing_class=loaded)
     return {
-        "seconds": load_seconds + seen["prepare_seconds"],
-        "load_seconds": load_seconds,
+        "seconds": timer.seconds,
+        "cpu_seconds": timer.cpu_seconds,
         "documents": len(seen["documents"]),
         "tokens": count_tokens(seen["packed"]),
         "tokens_before": count_tokens(seen["documents"]),
         "trained_tokens": count_trained(seen["packed"]),
         "trained_tokens_before": count_trained(seen["documents"]),
         "packed_rows": len(seen["packed"]),
+        "parts": count_tokens(seen["packed"], "seq_lengths"),
         "settings": settings,
         "versions": {name: version(name) for name in ("trl", "datasets", "tokenizers", "transformers")},
     }
 
 
-def count_tokens(dataset: Dataset) -> int:
-    """Tokens in a data set of TRL."""
-    batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
-    return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+def count_tokens(dataset: Dataset, column: str = "input_ids") -> int:
+    """Tokens in a data set of TRL, or the entries of another column of lists."""
+    batches = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    return sum(pc.sum(pc.list_value_length(batch[column])).as_py() for batch in batches)
 
 
 def count_trained(dataset: Dataset) -> int:

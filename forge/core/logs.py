@@ -12,6 +12,8 @@ from typing import TextIO
 from pythonjsonlogger.json import JsonFormatter
 from rich.text import Text
 
+from forge.core.environment import replace_unencodable
+
 EXECUTION = "FLYTE_INTERNAL_EXECUTION_ID"  # set in Flyte's pods
 RUN_ID = "FORGE_RUN_ID"  # of a local run; set here and inherited by child processes
 LOGGERS = ("forge", "tasks")
@@ -21,6 +23,7 @@ TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 def start_logging(stage: str) -> None:
     """Write what Forge's modules log to stdout, as this stage's lines. Replaces the handler of an earlier stage."""
+    replace_unencodable()
     handler = _Stdout()
     handler.addFilter(_Context(stage, run_id()))
     handler.setFormatter(_json() if EXECUTION in os.environ else _Lines())
@@ -61,6 +64,11 @@ class _Stdout(logging.StreamHandler[TextIO]):
     @stream.setter
     def stream(self, value: TextIO) -> None:
         raise AttributeError("the stream is always sys.stdout")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report what is wrong with a record, but not that its line cannot be written: the disk of a log is full."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _Lines(logging.Formatter):

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 def start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None if it has exited. See /proc/[pid]/stat in proc(5)."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    try:  # the program's name, which is not needed, may be any bytes
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    state, *fields = stat.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])
 
 
@@ -36,7 +37,7 @@ def is_alive(process: str) -> bool | None:
 def _namespace() -> str:
     """This boot of this machine, and the PID namespace; a random name if they are unknown."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return f"unknown.{uuid.uuid4().hex}"
@@ -58,4 +59,4 @@ def end_soon() -> None:
 
 def last_lines(log: Path, count: int = 12) -> str:
     """The end of a process's log, indented for an error message."""
-    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-count:])
+    return "\n".join(f"  {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])

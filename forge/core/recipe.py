@@ -18,9 +18,9 @@ MAX_LORA_RANK: MaxLoraRank = 16
 
 
 class Section(BaseModel):
-    """Base of the recipe and its sections: immutable, no unknown keys."""
+    """Base of the recipe and its sections: immutable, no unknown keys, and only numbers that JSON has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Demonstration(Section):
@@ -167,7 +167,7 @@ class TrainingRecipe(Section):
         description="skipped steps (loss or gradient not finite, or exploding) until training fails",
     )
     gpu_temperature_limit: float = Field(85.0, gt=0, description="degrees Celsius; training slows down above it")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @property
     def world_size(self) -> int:
@@ -204,7 +204,7 @@ class Check(Section):
             raise ValueError("a check of kind regex needs a pattern, and other kinds must not have one")
         try:
             re.compile(self.pattern)
-        except (re.error, OverflowError) as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"pattern is not a regular expression: {error}") from None
         return self
 

@@ -9,15 +9,17 @@ import re
 import sys
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from forge.core.environment import complete_environment
 from forge.core.errors import Problems
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = "FORGE_"
+NO_TEXT = "has characters that this locale lacks; set LC_ALL=C.UTF-8, and neither PYTHONUTF8 nor PYTHONIOENCODING"
 NO_SETTINGS = ("FORGE_TEST_", "FORGE_RUN_ID")  # for the tests, and for forge.core.logs
 
 
@@ -32,13 +34,15 @@ def shipped(name: str) -> Path:
 
 def path_of(name: str) -> Path:
     """The path that a file:// URI or a path names."""
-    return Path(unquote(name.removeprefix("file://"))) if name.startswith("file://") else Path(name)
+    if not name.startswith("file://"):
+        return Path(name)
+    return Path(os.fsdecode(unquote_to_bytes(name.removeprefix("file://"))))  # as Path.as_uri encodes it
 
 
 class Settings(BaseSettings):
-    """Each field is read from FORGE_<FIELD NAME IN CAPITALS>."""
+    """Each field is read from FORGE_<FIELD NAME IN CAPITALS>; an empty variable is one that is not set."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     home: Path = Field(PROJECT / ".forge", description="Directory of the embedded store, registry and serving state")
     store: str = Field("", description="s3://bucket/prefix of the object store; empty: a directory under home")
@@ -88,6 +92,24 @@ class Settings(BaseSettings):
         False, description="Address buckets as http://bucket.host (virtual host) rather than http://host/bucket (path)"
     )
 
+    @field_validator("home", "signing_key", "verify_key", "serving_python", "harness_python")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        try:
+            return path.expanduser().absolute()
+        except RuntimeError as error:  # ~ without a home, or the ~name of nobody
+            raise ValueError(str(error)) from None
+
+    @field_validator("home")
+    @classmethod
+    def _directory(cls, path: Path) -> Path:
+        nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
+        if not os.path.isdir(nearest):
+            raise ValueError(f"must be a directory, which {nearest} is not")
+        return path
+
     @field_validator("s3_endpoint", "serving_url", "reconciler_url")
     @classmethod
     def _url(cls, endpoint: str) -> str:
@@ -129,20 +151,34 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings. Raises Problems with each variable that is wrong or unknown."""
+    """Read the settings, and complete the environment for libraries. Raises Problems with each wrong variable."""
     problems = []
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in sorted(os.environ):
-        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(NO_SETTINGS):
+    for variable, value in sorted(os.environ.items()):
+        if not variable.startswith(PREFIX):
+            continue
+        if variable not in known and not variable.startswith(NO_SETTINGS):
             similar = difflib.get_close_matches(variable, known, 1)
             hint = f"did you mean {similar[0]}?" if similar else f"the settings are {', '.join(sorted(known))}"
             problems.append(f"{variable}: no such setting; {hint}")
+        elif not is_text(value):
+            problems.append(f"{variable}={value}: {NO_TEXT}")
     try:
         settings = Settings()
     except ValidationError as error:
         for problem in error.errors():
-            name = PREFIX + str(problem["loc"][0]).upper()
-            problems.append(f"{name}={problem['input']}: {problem['msg'].lower()}")
+            name, message = PREFIX + str(problem["loc"][0]).upper(), problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{name}={problem['input']}: {message[0].lower()}{message[1:]}")
     if problems:
         raise Problems("The settings (FORGE_* environment variables) are wrong:", problems)
-    return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+    complete_environment(settings.home / "user")
+    return settings
+
+
+def is_text(value: str) -> bool:
+    """Whether a variable or an argument can be written as UTF-8. It may hold any bytes, since it may be a path."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -17,7 +17,9 @@ Tools = Sequence[dict[str, Any]] | None
 
 def has_scorable_answer(messages: Messages, untrained: Collection[int]) -> bool:
     """Whether a check can score a conversation's last message: a text without calls or reasoning, and to be learned."""
-    return len(messages) > 1 and messages[-1].keys() == {"role", "content"} and len(messages) - 1 not in untrained
+    if len(messages) < 2 or len(messages) - 1 in untrained:
+        return False
+    return not messages[-1].keys() & {"tool_calls", "reasoning_content"}
 
 
 class TemplateError(Exception):

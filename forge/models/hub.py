@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge.core.errors import ForgeError
+from forge.core.full_disk import explain_full_disk
 from forge.registry.packages import LocalBase
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 TIMEOUT = 10  # seconds for the Hub to answer
+FIX = "free space there, or set HF_HOME to a directory on another disk"
 
 
 def local_directory(model: LocalBase) -> Path:
@@ -31,7 +33,7 @@ def local_directory(model: LocalBase) -> Path:
 
 def download_model(name: str, revision: str) -> Path:
     """The directory of a model of the Hub, downloaded to the local cache if need be ("": the latest revision)."""
-    with _translate_hub_errors(name):
+    with explain_full_disk(_cache(), f"base model {name}", fix=FIX), _translate_hub_errors(name):
         return Path(_api().snapshot_download(name, revision=revision or None, allow_patterns=FILES))
 
 
@@ -81,6 +83,13 @@ def weight_bytes(name: str, revision: str) -> int:
         found = _api().model_info(name, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
         files = found.siblings or []
     return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+
+
+def _cache() -> Path:
+    """Where the client keeps the files of models."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def _api() -> "HfApi":

@@ -74,8 +74,9 @@ def save(
     write_generation_config(generation, ends, directory)
     tokenizer.save_pretrained(directory)
     path = directory / "config.json"  # has the dtype of training
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_generation_config(generation: Any, ends: Collection[int], directory: Path) -> None:

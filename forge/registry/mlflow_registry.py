@@ -8,13 +8,16 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from forge.core.contracts import Champion
 from forge.core.errors import ForgeError
+from forge.core.full_disk import explain_full_disk
 from forge.core.settings import Settings
+from forge.storage.files import remove_stale_staging, staged_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,12 +29,18 @@ REGISTERED_BY = "registered_by"  # the owner of the run
 PACKAGE_DIGEST = "package_digest"  # of all files of the package
 MODEL_DIGEST = "model_digest"  # of the model's files only; the run has this tag, too
 EVALUATION = "evaluation_digest"  # of the evaluation that passed the gate
+DATABASE = "mlflow.db"
 TIMEOUT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def tracking_uri(settings: Settings) -> str:
     """The URI of the MLflow server in the settings, or of the embedded database."""
-    return settings.mlflow_uri or f"sqlite:///{settings.home / 'mlflow' / 'mlflow.db'}"
+    return settings.mlflow_uri or _sqlite(settings.home / "mlflow" / DATABASE)
+
+
+def _sqlite(path: Path) -> str:
+    """The URI of a database. MLflow takes a path after sqlite:/// as it is, and creates a directory of that name."""
+    return "sqlite+pysqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def artifact_root(settings: Settings) -> str | None:
@@ -51,34 +60,57 @@ def configure_client() -> None:
 def open_registry(settings: Settings) -> "MlflowClient":
     """A client of the registry. Creates the embedded one if need be; raises ForgeError if it cannot be reached."""
     configure_client()
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(settings)
     lock = settings.home / "mlflow" / "lock"
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            client = MlflowClient(uri, registry_uri=uri)
-            client.search_experiments(max_results=1)
-            client.search_registered_models(max_results=1)
+        with explain_full_disk(lock.parent, "the embedded registry"):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not settings.mlflow_uri:
+                    _create_tables(lock.with_name(DATABASE))
+                return _client(uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ForgeError(
-            f"cannot be used ({reason})", where=f"MLflow {uri}", fix="start it, or correct FORGE_MLFLOW_URI"
-        ) from None
+        fix = "start it, or correct FORGE_MLFLOW_URI"
+        if not settings.mlflow_uri:
+            fix = "make its directory writable, or set FORGE_HOME or FORGE_MLFLOW_URI"
+        raise ForgeError(f"cannot be used ({reason})", where=f"MLflow {uri}", fix=fix) from None
+
+
+def _create_tables(database: Path) -> None:
+    """Create the embedded registry if it does not exist, whole: MLflow never completes one that lacks tables."""
+    staging = database.with_name(".staging")
+    remove_stale_staging(staging)
+    if database.exists():
+        return
+    staging.mkdir(exist_ok=True)
+    with staged_directory(staging, "the embedded registry") as staged:
+        _client(_sqlite(staged / DATABASE))
+        (staged / DATABASE).replace(database)
+
+
+def _client(uri: str) -> "MlflowClient":
+    """A client that can reach both parts of MLflow. A database gets its tables."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    client.search_registered_models(max_results=1)
     return client
 
 
 @contextlib.contextmanager
 def translate_mlflow_errors(what: str, settings: Settings) -> Iterator[None]:
-    """Turn errors of MLflow into a ForgeError that says what failed."""
+    """Turn errors of MLflow, and of a full disk, into a ForgeError that says what failed."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield
+        with explain_full_disk(settings.home / "mlflow", "the embedded registry"):
+            yield
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         raise ForgeError(

@@ -75,7 +75,7 @@ def check_keys(settings: Settings) -> None:
             "FORGE_SIGNING_KEY is set without FORGE_VERIFY_KEY", fix="set that to the path of its public key"
         )
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "file").write_text("signed")
+        (Path(directory) / "file").write_text("signed", encoding="utf-8")
         sign(Path(directory), settings)
         check_signature(Path(directory), (Path(directory) / SIGNATURE).read_bytes(), settings)
 

@@ -124,7 +124,7 @@ class LocalTarget:
     def _recorded(self) -> dict[str, Any]:
         """The reconciler's record: pid, start ticks, port and version; empty if there is none."""
         try:
-            return dict(json.loads(self.record.read_text()))
+            return dict(json.loads(self.record.read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError, TypeError):
             return {}
 

@@ -188,14 +188,14 @@ class Reconciler:
         for name, versioned in {**before, **desired.serving.names}.items():
             names[name] = next((one for one in (versioned, now.get(name)) if one in live), None)
         text = json.dumps({"names": names}, indent=2, sort_keys=True)
-        if not self.names_file.is_file() or self.names_file.read_text() != text:
+        if not self.names_file.is_file() or self.names_file.read_text(encoding="utf-8") != text:
             write_atomically(self.names_file, text, durable=False)  # its reader, vLLM, dies with the machine too
         return {name: versioned for name, versioned in names.items() if versioned is not None}
 
     def _current_names(self) -> dict[str, str | None]:
         """The public names in the names file; none if it is missing or invalid."""
         try:
-            return dict(json.loads(self.names_file.read_text())["names"])
+            return dict(json.loads(self.names_file.read_text(encoding="utf-8"))["names"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 

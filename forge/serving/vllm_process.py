@@ -95,7 +95,7 @@ class LocalServer:
     def recorded(self) -> RunningServer | None:
         """The server that was last started and hasn't been stopped, dead or alive."""
         try:
-            value = json.loads(self.record.read_text())
+            value = json.loads(self.record.read_text(encoding="utf-8"))
             return RunningServer(ServerSpec(**value.pop("spec")), **value)
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -94,9 +94,12 @@ class BucketStore:
         with self._connect() as client:
             client.remove_object(self.bucket, self._name(key))
 
-    def stage(self) -> contextlib.AbstractContextManager[Path]:
-        """A new local directory, to fill and publish; deleted afterwards unless published."""
-        return self.copies.stage()
+    def stage(self, what: str = "an artifact") -> contextlib.AbstractContextManager[Path]:
+        """A new local directory, to fill and publish; deleted afterwards unless published.
+
+        If the disk becomes full, the error names `what`.
+        """
+        return self.copies.stage(what)
 
     def exists(self, key: str) -> bool:
         """Whether there is a complete artifact with this key."""
@@ -212,6 +215,7 @@ class BucketStore:
             files = self._listed(client, where, folder, manifest["files"])
             if signature := s3.read_object(client, self.bucket, self._name(f"{key}/{SIGNATURE}")):
                 (directory / SIGNATURE).write_bytes(signature)
+            self.copies.make_room(key, sum(file.size for file in files))
             targets = [(file, directory / file.name.removeprefix(f"{folder}/")) for file in files]
             try:
                 with show_progress(f"fetch {key}", sum(file.size for file in files)) as report:

@@ -1,6 +1,7 @@
 """The embedded object store: a directory. Its contents are always complete: staged, synced, and then renamed."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -10,14 +11,17 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from filelock import FileLock
 
 from forge.core.errors import ForgeError
+from forge.core.full_disk import explain_full_disk
 from forge.storage.artifacts import StoredArtifact
 from forge.storage.files import owner, remove_stale_staging, staged_directory, sync
 from forge.storage.manifest import MANIFEST, missing_artifact, read_manifest, write_manifest
+
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # errors of a rename to what exists
 
 
 class DirectoryStore:
@@ -40,7 +44,7 @@ class DirectoryStore:
         Raises ForgeError if there is none yet and the directory cannot be written.
         """
         self.put_if_absent("identity", uuid.uuid4().hex.encode())
-        return (self.root / "identity").read_text()
+        return (self.root / "identity").read_text(encoding="utf-8")
 
     def uri(self, key: str) -> str:
         """The URI of a key."""
@@ -99,12 +103,12 @@ class DirectoryStore:
         """Delete a small object if it exists."""
         (self.root / key).unlink(missing_ok=True)
 
-    def stage(self) -> contextlib.AbstractContextManager[Path]:
+    def stage(self, what: str = "an artifact") -> contextlib.AbstractContextManager[Path]:
         """A new directory on the store's file system, to fill and publish; deleted afterwards unless published.
 
-        Raises ForgeError if the store cannot be written.
+        Raises ForgeError if the store cannot be written. If the disk becomes full, the error names `what`.
         """
-        return staged_directory(self._writable_staging())
+        return staged_directory(self._writable_staging(), what)
 
     def exists(self, key: str) -> bool:
         """Whether there is an object or a directory with this key."""
@@ -130,8 +134,11 @@ class DirectoryStore:
         for path in [*staged.rglob("*"), staged]:
             sync(path)
         if not target.exists():
-            with contextlib.suppress(OSError):  # another process was faster: the directory exists now
+            try:
                 os.rename(staged, target)
+            except OSError as error:
+                if error.errno not in TAKEN:  # else another process was faster
+                    raise
         if not target.is_dir():
             raise ForgeError(
                 f"{target} could not be written", where="store", fix="delete the file of that name, if there is one"
@@ -191,22 +198,24 @@ class DirectoryStore:
     def _staged_file(self, target: Path, data: bytes) -> Iterator[str]:
         """A synced temporary file with the data, to be moved or linked to its target."""
         staging = self._writable_staging()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=staging, prefix=owner())
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield staged
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(staged)
+        with explain_full_disk(self.root, target.name, len(data)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, staged = tempfile.mkstemp(dir=staging, prefix=owner())
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield staged
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(staged)
 
     def _writable_staging(self) -> Path:
         """The staging directory, created if need be; raises ForgeError if the store cannot be written."""
         try:
-            self._staging.mkdir(parents=True, exist_ok=True)
+            with explain_full_disk(self.root, "the store"):
+                self._staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ForgeError(
                 f"cannot be written ({error.strerror})",
@@ -221,4 +230,4 @@ class DirectoryStore:
 
 
 def _path(uri: str) -> Path:
-    return Path(unquote(urlsplit(uri).path))
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge.core.full_disk import explain_full_disk
 from forge.core.processes import is_alive, this_process
 
 ABANDONED = 3 * 24 * 3600  # seconds; no stage takes that long
@@ -18,12 +19,16 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
 
     A `durable` file survives a power failure. Flushing it may take a second if the disk is busy.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    if durable:
-        sync(staged)
-    staged.replace(path)
+    with explain_full_disk(path.parent, path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staged.write_text(text, encoding="utf-8")
+            if durable:
+                sync(staged)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -36,11 +41,16 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(staging: Path) -> Iterator[Path]:
-    """A new directory of this process, to fill and rename; deleted afterwards unless renamed."""
-    staged = Path(tempfile.mkdtemp(dir=staging, prefix=owner()))
+def staged_directory(staging: Path, what: str) -> Iterator[Path]:
+    """A new directory of this process, to fill with `what` and rename; deleted afterwards unless renamed.
+
+    Raises DiskFull if the disk is full.
+    """
+    with explain_full_disk(staging, what):
+        staged = Path(tempfile.mkdtemp(dir=staging, prefix=owner()))
     try:
-        yield staged
+        with explain_full_disk(staging, what):  # says how much was free before the directory is deleted
+            yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

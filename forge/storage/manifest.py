@@ -47,7 +47,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
         {"path": path, "size": (directory / path).stat().st_size, "sha256": sha256} for path, sha256 in files.items()
     ]
     manifest = {**facts, "digest": digest, "files": entries}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """Recipes, read from files, S3 or the packaged ones, and validated: all errors are reported together, with lines."""
 
 import difflib
+import reprlib
 from typing import Any
 
 import yaml
@@ -12,6 +13,14 @@ from forge.core.settings import load_settings, path_of, shipped
 from forge.storage import s3
 
 RECIPES = shipped("recipes")
+EXAMPLE = f"see {RECIPES / 'tiny-cpu.yaml'}"
+MAX_SIZE = 64 << 10  # bytes
+MAX_VALUES = 10_000
+MAX_DEPTH = 50
+SHORT = reprlib.Repr()
+SHORT.maxstring = 100
+TAG = "tag:yaml.org,2002:"
+TAGS = {TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
 def read_recipe(recipe: str) -> tuple[str, bytes]:
@@ -20,7 +29,7 @@ def read_recipe(recipe: str) -> tuple[str, bytes]:
     Raises ForgeError if it does not exist.
     """
     if "\n" in recipe.strip() or recipe.lstrip().startswith("{"):
-        return "given as YAML", recipe.encode()
+        return "given as YAML", recipe.encode("utf-8", "surrogatepass")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if recipe in names:
         return str(RECIPES / f"{recipe}.yaml"), (RECIPES / f"{recipe}.yaml").read_bytes()
@@ -36,8 +45,13 @@ def read_recipe(recipe: str) -> tuple[str, bytes]:
             "only s3:// and file:// URIs are read", where=f"recipe {recipe}", fix="copy it to one, or give its text"
         )
     path = path_of(recipe)
-    if path.is_file():
-        return str(path), path.read_bytes()
+    try:
+        if path.is_file():
+            return str(path), path.read_bytes()
+    except OSError as error:
+        raise ForgeError(
+            f"cannot be read ({error.strerror})", where=f"recipe {path}", fix="check the path and its permissions"
+        ) from None
     near = difflib.get_close_matches(recipe, names, 1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise ForgeError(
@@ -57,20 +71,24 @@ def parse_recipe(name: str, data: bytes) -> Recipe:
 
     Raises ForgeError or Problems with the file, the line and the fix of each error.
     """
+    where = f"recipe {name}"
+    if len(data) > MAX_SIZE:
+        raise ForgeError(f"{len(data):,} bytes are too many for a recipe", where=where, fix=EXAMPLE)
     try:
-        text = data.decode("utf-8")
-        document = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        node = yaml.compose(data.decode("utf-8"), Loader=_Loader)
+        lines = _lines(node)
+        document = None if node is None else _Loader("").construct_document(node)
     except UnicodeDecodeError as error:
-        raise ForgeError(f"not UTF-8 text (byte {error.start})", where=f"recipe {name}") from None
+        raise ForgeError(f"not UTF-8 text (byte {error.start + 1})", where=where, fix="save it as UTF-8") from None
+    except RecursionError:
+        raise ForgeError("not valid YAML: nested too deeply", where=where, fix=EXAMPLE) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise ForgeError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"recipe {where}") from None
+        where = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ForgeError(f"not valid YAML: {_printable(problem)}", where=where) from None
     if not isinstance(document, dict):
-        raise ForgeError(
-            "must be a mapping of sections", where=f"recipe {name}", fix=f"see {RECIPES / 'tiny-cpu.yaml'}"
-        )
+        raise ForgeError("must be a mapping of sections", where=where, fix=EXAMPLE)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -79,18 +97,63 @@ def parse_recipe(name: str, data: bytes) -> Recipe:
         ) from None
 
 
-def _lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """The line number (from 1) of each key of a YAML document, by its path."""
+class _Loader(yaml.SafeLoader):
+    """Reads the scalars, lists and mappings of JSON: dates are texts, and what no recipe needs is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag not in TAGS:
+            raise _wrong(f"{node.tag.replace(TAG, '!!')} is not read; remove it", node)
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError):  # such as "!!int x", or too many digits
+            raise _wrong(f"not {node.tag.replace(TAG, 'of type ')}", node) from None
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise _wrong("the number is out of range", node)
+        return value
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
+    """The line number (from 1) of each key of a YAML document, by its path.
+
+    Raises YAMLError if a key is given twice or is no text, or the document is too large with its aliases written out.
+    """
     lines: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
+    waiting: list[tuple[yaml.Node, tuple[str, ...]]] = [] if root is None else [(root, ())]
+    count = 0
+    while waiting:
+        node, prefix = waiting.pop()
+        count += 1
+        if len(prefix) > MAX_DEPTH:
+            raise _wrong("nested too deeply", node)
+        if count > MAX_VALUES:
+            raise _wrong(f"more than {MAX_VALUES:,} values are too many for a recipe", node)
+        if isinstance(node, yaml.ScalarNode) and node.value != _printable(node.value):
+            raise _wrong("the text holds half a character (a lone surrogate)", node)
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(entry, (*prefix, str(number))) for number, entry in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            continue
         for key, value in node.value:
-            here = (*prefix, str(key.value))
+            if not isinstance(key, yaml.ScalarNode):
+                raise _wrong("a key must be a word", key)
+            here = (*prefix, key.value)
             if here in lines:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value} is given twice (first in line {lines[here]})", problem_mark=key.start_mark
-                )
+                raise _wrong(f"{key.value} is given twice (first in line {lines[here]})", key)
             lines[here] = key.start_mark.line + 1
-            lines |= _lines(value, here)
+            waiting += [(key, here), (value, here)]
     return lines
 
 
@@ -113,7 +176,9 @@ def _explain(name: str, finding: Any, lines: dict[tuple[str, ...], int]) -> str:
         return f"{where}: {key} is missing; add it"
     message = finding["msg"].removeprefix("Value error, ")
     got = finding["input"]
-    return f"{where}: {key or 'recipe'}: {message}" + (f" (got {got!r})" if not isinstance(got, dict) else "")
+    fix = "; put it in quotes" if finding["type"] == "string_type" and isinstance(got, int | float) else ""
+    shown = "" if isinstance(got, dict) else f" (got {reprlib.repr(got)})"
+    return f"{where}: {key or 'recipe'}: {message}{shown}{fix}"
 
 
 def _section(section: Any, part: str) -> Any:

@@ -6,7 +6,6 @@ The clients are imported when needed, since most sources are local.
 import contextlib
 import glob
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from forge.core.digest import digest_json
 from forge.core.errors import ForgeError
+from forge.core.full_disk import check_free_space
 from forge.core.settings import Settings
 from forge.storage.s3 import S3, connect, split
 from forge.storage.transfer import File, download
@@ -64,7 +64,7 @@ def download_files(
     if source.startswith(S3):
         with connect(f"data {source}", settings) as client:
             files = _objects(client, source, suffixes)
-            _check_free_space(source, files, directory)
+            check_free_space(directory, f"the rows of {source}", sum(file.size for file in files))
             bucket, _ = split(source)
             # A key may contain .. or be too long for a file name, so only its ending is used.
             paths = [directory / f"{number:06}{_suffix(file, suffixes)}" for number, file in enumerate(files)]
@@ -72,7 +72,7 @@ def download_files(
         return [(f"{S3}{bucket}/{file.name}", path) for file, path in zip(files, paths, strict=True)]
     with _hub(source) as (api, uri):
         files = _repository_files(api, uri, source, suffixes)
-        _check_free_space(source, files, directory)
+        check_free_space(directory, f"the rows of {source}", sum(file.size for file in files))
         api.snapshot_download(
             uri.id,
             repo_type="dataset",
@@ -169,13 +169,3 @@ def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, 
 
 def _suffix(file: File, suffixes: tuple[str, ...]) -> str:
     return max((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), key=len)
-
-
-def _check_free_space(source: str, files: list[File], directory: Path) -> None:
-    needed, free = sum(file.size for file in files), shutil.disk_usage(directory).free
-    if needed > free:
-        raise ForgeError(
-            f"{needed:,} bytes, but {directory} has only {free:,} free",
-            where=f"data {source}",
-            fix="free space, or set FORGE_HOME",
-        )

@@ -46,7 +46,7 @@ def cached_answers(
         on_progress(len(answers))
         return answers
     answers = generate_answers(model, asked, recipe, settings, engine, on_progress)
-    with store.stage() as staged:
+    with store.stage("the answers of a model") as staged:
         table = pa.Table.from_pylist([asdict(answer) for answer in answers])
         parquet.write_table(table, staged / FILE, compression="zstd")
         store.publish(staged, "answers", key)

@@ -62,20 +62,20 @@ class EvaluationResults:
 
 def publish_evaluation(request: EvaluationRequest, results: EvaluationResults, store: Store) -> tuple[str, str]:
     """Publish the files of an evaluation; returns the URI and the digest."""
-    training = json.loads((store.path(request.model.uri) / "training.json").read_text())
-    with store.stage() as staged:
+    training = json.loads((store.path(request.model.uri) / "training.json").read_text(encoding="utf-8"))
+    with store.stage("the evaluation") as staged:
         write_items(results, staged / ITEMS)
         page = report_page(request, results, training)
         (staged / REPORT).write_text(render_evaluation_report(page), encoding="utf-8")
         card = evaluation_card(request, results)
-        (staged / CARD).write_text(json.dumps(finite_or_none(card), indent=2) + "\n")
+        (staged / CARD).write_text(json.dumps(finite_or_none(card), indent=2) + "\n", encoding="utf-8")
         digest, _ = digest_directory(staged)
         return store.publish(staged, "evaluations"), digest
 
 
 def read_card(evaluation: Evaluation, store: Store) -> dict[str, Any]:
     """The card of a published evaluation."""
-    card: dict[str, Any] = json.loads((store.path(evaluation.uri) / CARD).read_text())
+    card: dict[str, Any] = json.loads((store.path(evaluation.uri) / CARD).read_text(encoding="utf-8"))
     return card
 
 

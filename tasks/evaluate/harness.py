@@ -9,13 +9,13 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from forge.core.errors import ForgeError, Problems
+from forge.core.full_disk import temporary_directory
 from forge.core.settings import Settings
 
 SEED = 0
@@ -66,7 +66,7 @@ def run_harness(model: Path, tasks: Sequence[str], settings: Settings, batch_siz
     """
     from tasks.evaluate.answer import local_devices  # imports torch, which preflight does not need
 
-    with tempfile.TemporaryDirectory(prefix="forge-harness-") as folder:
+    with temporary_directory("forge-harness-", "the files of lm-evaluation-harness") as folder:
         command = [
             settings.harness_python, "-m", "lm_eval", "run",
             "--model", "hf",
@@ -76,18 +76,18 @@ def run_harness(model: Path, tasks: Sequence[str], settings: Settings, batch_siz
             "--batch_size", str(batch_size),
             "--device", "cpu" if local_devices() == ["cpu"] else "cuda",
             "--seed", str(SEED),
-            "--output_path", folder,
+            "--output_path", str(folder),
         ]  # fmt: skip
-        log = Path(folder) / "log"
+        log = folder / "log"
         status = _run(command, log)
-        results = sorted(Path(folder).rglob("results_*.json"))
+        results = sorted(folder.rglob("results_*.json"))
         if status or not results:
             raise ForgeError(
                 f"lm-evaluation-harness failed: {_reason(log)}",
                 where=f"evaluation.harness_tasks {', '.join(tasks)}",
                 fix="fix the task, or remove it",
             )
-        return read_results(json.loads(results[-1].read_text()))
+        return read_results(json.loads(results[-1].read_text(encoding="utf-8")))
 
 
 def _run(command: Sequence[str | Path], log: Path) -> int:
@@ -118,6 +118,6 @@ def read_results(document: dict) -> dict[str, float]:
 
 def _reason(log: Path) -> str:
     """The last lines of a log that are not blank."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     messages = [re.sub(r"^[\d:., -]+(ERROR|WARNING|INFO) +\[.*?\] ", "", line) for line in lines[-LINES:]]
     return " ".join(messages) or "its log is empty"

@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.core.errors import ForgeError
+from forge.core.full_disk import temporary_directory
 from forge.core.processes import last_lines
 from forge.core.recipe import EvaluationRecipe
 from forge.core.settings import Settings
@@ -84,9 +84,9 @@ def run_worker(request: dict[str, Any], python: Path) -> Generator[list[dict[str
     The worker leads a session, and all processes of the session are killed at the end. The worker also kills them
     itself when its standard input closes: when this process dies, or is interrupted while Popen starts the worker.
     """
-    with tempfile.TemporaryDirectory(prefix="forge-vllm-", ignore_cleanup_errors=True) as folder:
-        answers, log = Path(folder, "answers.jsonl"), Path(folder, "vllm.log")
-        with _start_worker(request, python, Path(folder), answers, log) as process:
+    with temporary_directory("forge-vllm-", "the files of vLLM's evaluation") as folder:
+        answers, log = folder / "answers.jsonl", folder / "vllm.log"
+        with _start_worker(request, python, folder, answers, log) as process:
             try:
                 done = 0
                 for lines in follow(process, answers):
@@ -110,7 +110,7 @@ def _start_worker(
     request: dict[str, Any], python: Path, folder: Path, answers: Path, log: Path
 ) -> subprocess.Popen[bytes]:
     asked = folder / "request.json"
-    asked.write_text(json.dumps(request))
+    asked.write_text(json.dumps(request), encoding="utf-8")
     answers.touch()
     try:
         with log.open("wb") as output:
@@ -133,7 +133,7 @@ def _start_worker(
 
 def follow(process: subprocess.Popen[bytes], answers: Path) -> Iterator[list[dict[str, Any]]]:
     """The lines that a process appends to a file, as they arrive, until it exits."""
-    with answers.open() as lines:
+    with answers.open(encoding="utf-8") as lines:
         rest = ""
         exited = False
         while not exited:
@@ -148,7 +148,7 @@ def follow(process: subprocess.Popen[bytes], answers: Path) -> Iterator[list[dic
 def model_facts(directory: Path) -> dict[str, Any]:
     """A model's `dtype`, and its number of attention `heads`, which tensor parallelism must divide."""
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         dtype = saved_dtype(directory)
     except (OSError, ValueError) as error:
         raise cannot_load(directory, error) from None

@@ -20,10 +20,10 @@ BATCHED_TOKENS = 2048  # per step; the likelihood needs a row of fp32 logits for
 
 def main(request_file: Path, answers: Path) -> None:
     """Answer the items of a request batch by batch, and append one line per item to `answers`."""
-    request = json.loads(request_file.read_text())
+    request = json.loads(request_file.read_text(encoding="utf-8"))
     model = load(request)
     items = request["items"]
-    with answers.open("a") as lines:
+    with answers.open("a", encoding="utf-8") as lines:
         for batch in request["batches"]:
             answered = answer(model, request, [(at, items[at]) for at in batch])
             lines.write("".join(json.dumps(one) + "\n" for one in answered))

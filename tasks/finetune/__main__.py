@@ -20,7 +20,7 @@ from tasks.finetune.process_group import Rank, process_group
 from tasks.finetune.run import job_key, open_mirror, open_telemetry
 from tasks.finetune.train import Trainer, TrainingJob
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("tasks.finetune")  # this module's own name is __main__
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
             directory = path_of(name).expanduser().absolute()
             base = Base(location=directory.as_uri() if name and directory.is_dir() else name, revision=revision)
             local = local_base(base, settings, store)
-        key = job_key(json.loads(card.read_text())["digest"], base, recipe.model, recipe.training)
+        key = job_key(json.loads(card.read_text(encoding="utf-8"))["digest"], base, recipe.model, recipe.training)
         mirror = open_mirror(key, settings)
         job = TrainingJob(options.data, local, recipe.model, recipe.training, checkpoints, mirror, origin=base)
         # One file per launcher: an earlier failure is not this one's.

@@ -1,10 +1,12 @@
 """Checkpoints: complete or absent, written in the background, readable at any world size."""
 
+import contextlib
 import datetime
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from forge.core.errors import ForgeError
+from forge.core.full_disk import explain_full_disk
 from tasks.finetune.checkpoint_mirror import STATE, CheckpointMirror
 from tasks.finetune.process_group import Rank
 
@@ -93,8 +96,9 @@ class Checkpoints:
         if path.exists():
             return
         if self.rank.first:
-            partial.mkdir(exist_ok=True)  # another rank may have created it
-            (partial / STATE).write_text(json.dumps(loop_state))
+            with self._removed_on_failure(partial), explain_full_disk(partial, f"checkpoint {self._saving_step}"):
+                partial.mkdir(exist_ok=True)  # another rank may have created it
+                (partial / STATE).write_text(json.dumps(loop_state), encoding="utf-8")
         self._saving = dcp.async_save(  # type: ignore[assignment]
             _model_state(model, optimizer),
             storage_writer=FileSystemWriter(partial),
@@ -107,16 +111,19 @@ class Checkpoints:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        try:
-            saving.result()
-        except (Exception, CheckpointException) as error:
-            raise ForgeError(
-                f"the checkpoint in {self.directory} cannot be written ({checkpoint_error(error)})",
-                where="training",
-                fix="free space there",
-            ) from None
+        path = self._path(self._saving_step)
+        partial = path.with_name(path.name + PARTIAL)
+        with self._removed_on_failure(partial), explain_full_disk(partial, f"checkpoint {self._saving_step}"):
+            try:
+                saving.result()
+            except (Exception, CheckpointException) as error:
+                raise ForgeError(
+                    f"the checkpoint in {self.directory} cannot be written ({checkpoint_error(error)})",
+                    where="training",
+                    fix="make it writable, and run again",
+                ) from None
         if self.rank.first:
-            self._complete(self._path(self._saving_step))
+            self._complete(path)
 
     def settle(self) -> None:
         """Wait until all ranks have saved and the mirror has its copy. The launcher kills all ranks once one exits."""
@@ -138,6 +145,16 @@ class Checkpoints:
             self.mirror.remove()
         if self.rank.first:
             _remove(self.directory)
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self, partial: Path) -> Iterator[None]:
+        """Remove what was written of a checkpoint that cannot be completed. Earlier ones stay, to resume from."""
+        try:
+            yield
+        except Exception:
+            if self.rank.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _complete(self, path: Path) -> None:
         """Give a written checkpoint its name, have it mirrored, and prune old ones."""
@@ -188,7 +205,7 @@ def checkpoint_error(error: BaseException) -> str:
 
 
 def _read_loop_state(directory: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((directory / STATE).read_text())
+    state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
     return state
 
 

@@ -137,7 +137,7 @@ def weight_names(directory: Path) -> set[str]:
     """Names of the weights in a directory's safetensors."""
     index = directory / INDEX
     if index.exists():
-        return set(json.loads(index.read_text())["weight_map"])
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     from safetensors import safe_open
 
     names: set[str] = set()

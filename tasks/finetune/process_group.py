@@ -125,7 +125,7 @@ def process_group(failure: Path, gpus: int = 0) -> Iterator[Rank]:
 def read_failure(failure: Path) -> dict[str, str] | None:
     """The failure that was written first, if any."""
     try:
-        recorded: dict[str, str] = json.loads(failure.read_text())
+        recorded: dict[str, str] = json.loads(failure.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return recorded
@@ -166,14 +166,16 @@ def _record_first(failure: Path, rank: int, error: Exception) -> dict[str, str]:
         "traceback": "".join(traceback.format_exception(error)),
     }
     staged = failure.with_name(f"{failure.name}.{os.getpid()}")
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    staged.write_text(json.dumps(recorded, indent=2))
     try:
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
         os.link(staged, failure)  # atomic; fails if another rank was first
     except FileExistsError:
         return read_failure(failure) or recorded
+    except OSError:
+        return recorded  # the disk is full, which may be this error itself
     finally:
-        staged.unlink()
+        staged.unlink(missing_ok=True)
     return recorded
 
 

@@ -61,7 +61,7 @@ def train(
     if not rank.first:
         export(trainer, None)
         return None
-    with store.stage() as staged:
+    with store.stage("the trained model") as staged:
         export(trainer, staged)
         digest, _ = digest_directory(staged, exclude=("training.json",))
         uri = store.publish(staged, "trained")

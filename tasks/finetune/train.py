@@ -93,7 +93,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, recipe = self.job.data, self.recipe
-        card = json.loads((data / "dataset.json").read_text())
+        card = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
         self.context: int = card["context"]
         self.end_tokens: list[str] = card.get("end_tokens", [])
         self.tokenizer = load_tokenizer(LocalBase(str(data / "tokenizer")))

@@ -105,7 +105,6 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
     """
     where = f"base model {base.location}"
     check_unquantised(config, where)
-    check_type(config, where)
     shape = read_shape(config, where)
     if shape.longest and recipe.data.max_seq_len > shape.longest:
         raise ForgeError(
@@ -132,19 +131,6 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
     if recipe.training.method != "full" and recipe.serving.rollout:
         known = generation_ends(directory, config) | {tokenizer.eos_token_id}
         check_adapter_can_end(where, {token: tokenizer.convert_tokens_to_ids(token) for token in ends}, known)
-
-
-def check_type(config: dict[str, Any], where: str) -> None:
-    """Raise ForgeError if a model is of a type that transformers does not load as a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second to import
-
-    kind = config.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ForgeError(
-            f"is of type {kind}, which transformers does not load as a causal language model",
-            where=where,
-            fix="choose a model that AutoModelForCausalLM loads",
-        )
 
 
 def check_weights_file(file: Path) -> None:

@@ -17,6 +17,7 @@ from tasks.preprocess.rows import EXAMPLE, Invalid, parse, without_nulls
 
 BLOCK = 4 << 20  # bytes of text in a block, roughly
 MAX_ROW = 64 << 20  # bytes
+TAB = "\t"
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (*TEXT, *(text + packed for text in TEXT for packed in COMPRESSIONS), ".parquet")
@@ -34,7 +35,8 @@ class RawFile:
 class Block:
     """Consecutive rows of a file: lines of JSON, (line number, value or Invalid) pairs, or a Parquet batch.
 
-    `first` is the number of the first line (in Parquet, row), from 1; `order` is the block's index in the source.
+    `first` is the number of the first line (in Parquet, row), from 1; `order` is the block's index in the source. Each
+    row of a file has its own number.
     """
 
     order: int
@@ -66,19 +68,21 @@ def _parse(line: bytes) -> Any:
 
 
 def _batch_row(batch: pa.RecordBatch, index: int) -> Any:
+    row: dict[str, Any] = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[index].as_py(maps_as_pydicts="strict")
+        except UnicodeDecodeError:
+            return Invalid("not UTF-8", f"the column {name} holds bytes that are not UTF-8; write the file again")
+        except (ValueError, TypeError, OverflowError, LookupError, pa.ArrowException) as error:  # such as a late date
+            first = str(error).partition("\n")[0]
+            return Invalid(
+                "unreadable value", f"the column {name} holds a value that cannot be read ({first}); write it as text"
+            )
     try:
-        row = {name: batch.column(name)[index].as_py(maps_as_pydicts="strict") for name in batch.schema.names}
         return without_nulls(row)
-    except UnicodeDecodeError:
-        return Invalid("not UTF-8", "a text column holds bytes that are not UTF-8; write the file again")
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        LookupError,
-        pa.ArrowException,
-    ) as error:  # e.g. a timestamp out of range
-        return Invalid("unreadable value", f"a column holds a value that cannot be read ({error}); write it as text")
+    except Invalid as invalid:
+        return invalid
 
 
 def read_blocks(files: list[RawFile]) -> Iterator[Block]:
@@ -102,16 +106,16 @@ def _error(file: RawFile, what: str, line: int | None = None, fix: str = "") -> 
 
 
 def _read(file: RawFile) -> Iterator[tuple[int, Any]]:
-    suffixes = [suffix.lower() for suffix in file.path.suffixes]
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = suffixes[-2 if compression else -1]
+    name = file.path.name.lower()
+    packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    kind, compression = f".{name.removesuffix(packed).rpartition('.')[2]}", COMPRESSIONS.get(packed)
     try:
         if kind == ".parquet":
             yield from _parquet(file)
             return
         with pa.input_stream(str(file.path), compression=compression) as stream:
             if kind in (".csv", ".tsv"):
-                yield from _csv(file, stream, "\t" if kind == ".tsv" else ",")
+                yield from _csv(file, stream, TAB if kind == ".tsv" else ",")
             elif kind == ".json":
                 yield from _json(file, stream)
             else:
@@ -132,7 +136,9 @@ def _lines(file: RawFile, stream: Any, rest: bytes = b"") -> Iterator[tuple[int,
         if not cut:
             rest += chunk
             if len(rest) > MAX_ROW:
-                raise _error(file, f"a line of more than {MAX_ROW >> 20} MiB; is this JSONL?", first)
+                raise _error(
+                    file, f"a line of more than {MAX_ROW >> 20} MiB", first, fix="write each row in a line of its own"
+                )
             continue
         block = rest + chunk[:cut]
         yield first, block
@@ -158,10 +164,14 @@ def _json(file: RawFile, stream: Any) -> Iterator[tuple[int, Any]]:
 
 
 class _JSONArray:
-    """Finds the objects of a JSON array in chunks of its text, and the line that each begins in."""
+    """Finds the objects of a JSON array in chunks of its text, and their numbers.
+
+    The number is that of the line it begins in, but each has its own: an array in one line is numbered by its objects.
+    """
 
     def __init__(self, file: RawFile) -> None:
         self.file, self.line = file, 1
+        self.number = 0  # of the last row
         self.rest = ""  # text after the last complete object
         self.started = self.ended = False
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
@@ -182,7 +192,8 @@ class _JSONArray:
             end = self._object_end(text, at, last)
             if end is None:
                 break
-            rows.append((self.line, text[at:end].encode("utf-8", "surrogatepass")))
+            self.number = max(self.line, self.number + 1)
+            rows.append((self.number, text[at:end].encode("utf-8", "surrogatepass")))
             self.line += text.count("\n", at, end)
             at = self._skip(text, end)
         if text[at : at + 1] == "]":
@@ -227,7 +238,10 @@ def _csv(file: RawFile, stream: Any, delimiter: str) -> Iterator[tuple[int, list
             if len(fields) == len(header):
                 rows.append((line, {name: field for name, field in zip(header, fields, strict=True) if field}))
             elif fields:
-                message = f"{len(fields)} fields, but the header has {len(header)}; quote texts that contain a comma"
+                message = (
+                    f"{len(fields)} fields, but the header has {len(header)}; quote texts that contain a "
+                    f"{'tab' if delimiter == TAB else 'comma'} or a line break"
+                )
                 rows.append((line, Invalid("wrong columns", message)))
             size += 64 + sum(map(len, fields))
             line = reader.line_num + 1
@@ -248,8 +262,8 @@ def _csv(file: RawFile, stream: Any, delimiter: str) -> Iterator[tuple[int, list
 def _check_header(file: RawFile, header: list[str]) -> None:
     if header and header[0].startswith("\ufeff"):
         raise _error(file, "starts with a byte order mark", fix="save it as UTF-8 without one")
-    if len(set(header)) != len(header) or "" in header:
-        raise _error(file, f"the first line must name each column once; it is {header}", 1)
+    if not header or len(set(header)) != len(header) or "" in header:
+        raise _error(file, f"the first line must name each column once; it is {header}", 1, fix="write the names there")
 
 
 def _parquet(file: RawFile) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from forge.core.full_disk import explain_full_disk
 from tasks.preprocess.tokens import TRAINED
 
-SHARD_TOKENS = 4 << 20  # tokens in a shard, at 7 bytes each
+BYTES_PER_TOKEN = 7
+SHARD_TOKENS = 4 << 20  # tokens in a shard
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[np.ndarray, int]:
@@ -65,7 +67,10 @@ def write_packed(documents: np.ndarray, spills: Sequence[Path], context: int, di
         _write_shard(placed, files, (last - first, context), directory / f"{first // rows_per_shard:05}")
 
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            explain_full_disk(directory, "the packed rows", BYTES_PER_TOKEN * rows * context),
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
             for _ in pool.map(write, range(0, rows, rows_per_shard)):
                 pass
     finally:

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import shutil
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 CARD = "dataset.json"
 REPORT = "report.html"
 STAGE = "preprocess"
+ROWS = "the rows that preprocessing has read"
 MANY = 20  # documents by which a held-out side may be larger than the other
 SHOWN = 10  # rejected rows printed; all are in rejects.jsonl
 
@@ -52,7 +54,7 @@ def prepare(source: Source, data: DataRecipe, base: Base, store: Store, settings
         return dataset
     started = time.time()
     local = local_base(base, settings, store)
-    with store.stage() as directory:
+    with store.stage(ROWS) as directory:
         part = _read(source, data, local, directory)
         return assemble([part], source, data, base, local, store, started)
 
@@ -82,7 +84,7 @@ def prepare_shard(
         return published
     started = time.time()
     local = local_base(base, settings, store)
-    with store.stage() as directory:
+    with store.stage(ROWS) as directory:
         _read(source, data, local, directory, shard).save()
         for downloaded in directory.glob("copied-*"):
             shutil.rmtree(downloaded)
@@ -111,8 +113,17 @@ def prepare_from_shards(
 
 def _read(source: Source, data: DataRecipe, base: LocalBase, directory: Path, shard: int = 0) -> SourcePart:
     data = data.model_copy(update={"source": source.uri, "heldout_source": source.heldout})
-    start_workers_early(data)
-    part = read_part(data, _format(base, data), _name(base), directory, shard, data.shards)
+    try:
+        start_workers_early(data)
+        part = read_part(data, _format(base, data), _name(base), directory, shard, data.shards)
+    except OSError as error:
+        if "AF_UNIX path too long" not in str(error):
+            raise
+        raise ForgeError(
+            "its name is too long for the sockets of worker processes",
+            where=f"TMPDIR {tempfile.gettempdir()}",
+            fix="set it to a directory with a shorter name",
+        ) from None
     if digest_source(data) != source.digest:
         raise ForgeError("the rows changed while they were read", where=f"data {source.uri}", fix="run again")
     return part
@@ -132,7 +143,7 @@ def assemble(
     _check_rejected(parts, part, data, source, store)
     chosen = select(part, data.near_duplicates)
     _check_sides(chosen, data, source, part)
-    with store.stage() as staged:
+    with store.stage("the data set") as staged:
         card = _write_dataset(staged, parts, part, chosen, source, data, local)
         uri = store.publish(staged, "datasets", card["digest"])
     dataset = Dataset(
@@ -238,7 +249,7 @@ def _check_rejected(parts: list[SourcePart], part: SourcePart, data: DataRecipe,
     if count <= data.max_reject_fraction * part.rows:
         return
     shown: list[str] = []
-    with store.stage() as staged:
+    with store.stage("the list of rejected rows") as staged:
         with (staged / REJECTS).open("w", encoding="utf-8") as all_rejects:
             for shard in parts:
                 with (shard.directory / REJECTS).open(encoding="utf-8") as rejects:

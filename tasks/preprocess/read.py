@@ -60,12 +60,13 @@ class SourcePart:
             for field in dataclasses.fields(self)
             if field.name not in ("directory", "documents")
         }
-        (self.directory / CARD).write_text(json.dumps({"kind": "part", **card}, indent=2) + "\n")
+        text = json.dumps({"kind": "part", **card}, indent=2) + "\n"
+        (self.directory / CARD).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> "SourcePart":
         """Load what `save` wrote."""
-        card = json.loads((directory / CARD).read_text())
+        card = json.loads((directory / CARD).read_text(encoding="utf-8"))
         del card["kind"]
         return cls(directory, np.load(directory / "documents.npy"), **card)
 

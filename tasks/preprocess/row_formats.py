@@ -1,5 +1,6 @@
 """The formats that rows come in, and their conversion to one: a conversation, or a plain text."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from tasks.preprocess.rows import (
     parse_list,
     parse_text,
     printable,
+    shown,
 )
 
-COMMON = ("system", "tools", "functions")  # columns next to a conversation, in every format
+SYSTEM = ("system", "system_prompt")
+COMMON = (*SYSTEM, "tools", "functions")  # columns next to a conversation, in every format
+MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')  # how the JSON of a list of messages begins
 PROBED_BLOCKS = 6  # searched for the first row of a known format
 SPEAKERS = {  # of ShareGPT and its variants
     "system": "system",
@@ -40,19 +44,19 @@ SPEAKERS = {  # of ShareGPT and its variants
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """A way to write a row: the columns it is recognised by, optional ones, and how it is converted."""
+    """A way to write a row: the columns it is recognised by, optional ones, and how they become messages or a text."""
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], dict[str, Any]]
+    convert: Callable[[dict[str, Any]], Any]
 
 
-def _chat(value: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _with_system(parse_list(value["messages"], "messages"), value), "tools": _tools(value)}
+def _chat(value: dict[str, Any]) -> Any:
+    return parse_list(value["messages"], "messages")
 
 
-def _sharegpt(value: dict[str, Any]) -> dict[str, Any]:
+def _sharegpt(value: dict[str, Any]) -> Any:
     messages: Any = []
     turns = parse_list(value["conversations"], "conversations")
     for number, turn in enumerate(turns if isinstance(turns, list) else [None], 1):
@@ -62,73 +66,94 @@ def _sharegpt(value: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise Invalid(
-                "unknown role", f"message {number}: from is {speaker!r}; it must be one of {', '.join(SPEAKERS)}"
+                "unknown role", f"message {number}: from is {shown(speaker)}; it must be one of {', '.join(SPEAKERS)}"
             )
         text = turn.get("value")
+        where = f"message {number} ({speaker}): value"
+        if turn.get("content") not in (None, text):
+            raise Invalid("two contents", f"{where} and content differ; remove one")
+        if turn.get("role") not in (None, speaker, SPEAKERS[speaker]):
+            raise Invalid("unknown role", f"message {number}: from and role differ; remove one")
         if speaker == "function_call":
-            where = f"message {number} (function_call): value"
             call = parse_text(check_text(text, where), where)
             calls = call if isinstance(call, list) else [call]
             message = {"role": "assistant", "content": "", "tool_calls": calls}
+        elif text is None and not turn.get("tool_calls"):
+            raise Invalid("wrong type", f"{where} must be a string, not missing")
         else:
             message = {"role": SPEAKERS[speaker], "content": text}
         messages.append({name: entry for name, entry in turn.items() if name not in ("from", "value")} | message)
-    return {"messages": _with_system(messages, value), "tools": _tools(value)}
+    return messages
 
 
-def _prompt(value: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(value["prompt"], list):  # TRL's conversational format
-        prompt, completion = parse_list(value["prompt"], "prompt"), parse_list(value["completion"], "completion")
-        messages = [*prompt, *(completion if isinstance(completion, list) else [None])]
-        return {"messages": _with_system(messages, value), "tools": _tools(value)}
-    return {"messages": _pair(value, "prompt", "completion"), "tools": _tools(value)}
+def _prompt(value: dict[str, Any]) -> Any:
+    prompt, completion = value["prompt"], value["completion"]
+    if not isinstance(prompt, list) and not (_is_messages(prompt) and _is_messages(completion)):
+        return [*_history(value), *_pair("prompt", prompt, "completion", completion)]
+    if value.get("history"):
+        raise Invalid("two conversations", "prompt is a list of messages, and so is history; write them as one")
+    prompt, completion = parse_list(prompt, "prompt"), parse_list(completion, "completion")  # TRL's conversations
+    return [*prompt, *(completion if isinstance(completion, list) else [None])]
 
 
-def _alpaca(value: dict[str, Any]) -> dict[str, Any]:
+def _is_messages(value: Any) -> bool:
+    """Whether a text is the JSON of a list of messages, as in CSV."""
+    return isinstance(value, str) and MESSAGES.match(value) is not None
+
+
+def _alpaca(value: dict[str, Any]) -> Any:
     instruction = check_text(value["instruction"], "instruction")
-    if value.get("input"):
-        instruction = f"{instruction}\n\n{check_text(value['input'], 'input')}"
-    pair = _pair({**value, "instruction": instruction}, "instruction", "output")
-    earlier = []
+    given = value.get("input")
+    if given and not (isinstance(given, str) and given.isspace()):
+        instruction = f"{instruction}\n\n{check_text(given, 'input')}"
+    return [*_history(value), *_pair("instruction", instruction, "output", value["output"])]
+
+
+def _history(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of the column `history`: earlier pairs of a question and its answer."""
+    messages = []
     history = parse_list(value.get("history") or [], "history")
     if not isinstance(history, list):
         raise Invalid("wrong type", "history must be a list of pairs of a question and its answer")
     for number, turn in enumerate(history, 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise Invalid("wrong type", f"history, entry {number}: must be a list of a question and its answer")
-        earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return {"messages": [*pair[:-2], *earlier, *pair[-2:]], "tools": _tools(value)}
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
 
 
-def _text(value: dict[str, Any]) -> dict[str, Any]:
-    return {"text": check_text(value["text"], "text")}
+def _text(value: dict[str, Any]) -> Any:
+    return check_text(value["text"], "text")
 
 
-def _pair(value: dict[str, Any], question: str, answer: str) -> list[dict[str, Any]]:
-    """The conversation of two columns, and of the column `system` if it is given."""
-    messages = [
-        {"role": "user", "content": check_text(value[question], question)},
-        {"role": "assistant", "content": check_text(value[answer], answer)},
+def _pair(question: str, asked: Any, answer: str, answered: Any) -> list[dict[str, Any]]:
+    """The conversation of two columns, given by name and value."""
+    return [
+        {"role": "user", "content": check_text(asked, question)},
+        {"role": "assistant", "content": check_text(answered, answer)},
     ]
-    return _with_system(messages, value)
 
 
-def _with_system(messages: Any, value: dict[str, Any]) -> Any:
-    """Messages with that of the column `system` in front, if a row has it."""
-    if not value.get("system") or not isinstance(messages, list):
-        return messages
-    first = messages[0] if messages and isinstance(messages[0], dict) else {}
-    if first.get("role") in ("system", "developer"):
-        if first.get("content") == value["system"]:
-            return messages
+def _system(value: dict[str, Any], messages: Any) -> list[dict[str, Any]]:
+    """The message of the column `system` or `system_prompt`, if a row has it and its messages do not begin with it."""
+    given = [value[column] for column in SYSTEM if value.get(column)]
+    if not given or not isinstance(messages, list) or not messages:
+        return []
+    first = messages[0] if isinstance(messages[0], dict) else {}
+    has_system = first.get("role") in ("system", "developer")
+    if any(entry != given[0] for entry in given):
+        raise Invalid("two system messages", f"the columns {' and '.join(SYSTEM)} differ; remove one")
+    if has_system and first.get("content") != given[0]:
         raise Invalid("two system messages", "the row has a system message and another column system; remove one")
-    return [{"role": "system", "content": value["system"]}, *messages]
+    return [] if has_system else [{"role": "system", "content": given[0]}]
 
 
 def _tools(value: dict[str, Any]) -> Any:
     """The tools of a row, or the functions that OpenAI's API had before them."""
-    if value.get("tools") or not value.get("functions"):
+    if not value.get("functions"):
         return value.get("tools")
+    if value.get("tools"):
+        raise Invalid("tool calls", "the row has tools and functions; remove one")
     functions = parse_list(value["functions"], "functions")
     return (
         [{"type": "function", "function": entry} for entry in functions] if isinstance(functions, list) else functions
@@ -139,7 +164,7 @@ def _tools(value: dict[str, Any]) -> Any:
 ROW_FORMATS = (
     RowFormat("chat", ("messages",), COMMON, _chat),
     RowFormat("sharegpt", ("conversations",), COMMON, _sharegpt),
-    RowFormat("prompt", ("prompt", "completion"), COMMON, _prompt),
+    RowFormat("prompt", ("prompt", "completion"), ("history", *COMMON), _prompt),
     RowFormat("alpaca", ("instruction", "output"), ("input", "history", *COMMON), _alpaca),
     RowFormat("text", ("text",), (), _text),
 )
@@ -171,8 +196,14 @@ def find_row_format(recipe: DataRecipe, blocks: Iterator[Block]) -> tuple[Iterat
 
 
 def has_columns(value: Any, row_format: RowFormat) -> bool:
-    """Whether a row has all required columns of a format; a null counts as missing."""
-    return isinstance(value, dict) and all(value.get(column) is not None for column in row_format.required)
+    """Whether a row has all required columns of a format."""
+    return isinstance(value, dict) and all(_filled(value, column) for column in row_format.required)
+
+
+def _filled(value: dict[str, Any], column: str) -> bool:
+    """Whether a row has a column. A null or an empty text is as good as none: CSV cannot tell them apart."""
+    entry = value.get(column)
+    return entry is not None and entry != ""
 
 
 def other_row_format(value: Any, row_format: RowFormat, recipe: DataRecipe) -> RowFormat | None:
@@ -186,7 +217,7 @@ def other_row_format(value: Any, row_format: RowFormat, recipe: DataRecipe) -> R
         return None
     detected = detect_row_format(value)
     if detected is None:
-        raise _unknown_row_format(value)
+        raise _unknown_row_format(value, row_format)
     return None if detected is row_format else detected
 
 
@@ -195,37 +226,51 @@ def to_row(value: Any, row_format: RowFormat, recipe: DataRecipe, ignored: Count
 
     `ignored` counts columns that are not used, and `changed` messages that are merged or dropped.
 
-    Raises Invalid with the reason and the fix.
+    Raises Invalid with the reason and the fix; such a row is not counted.
     """
     if not has_columns(value, row_format):
         raise Invalid(
-            "not of the shape", f"a row of format {row_format.name} must have {_columns(row_format.required)}"
+            "not of the shape",
+            f"a row of format {row_format.name} must have {_columns(row_format.required)}; {_found(value)}",
         )
-    used = {
-        *row_format.required, *row_format.optional, recipe.group_column, recipe.slice_column, recipe.check_column
-    }  # fmt: skip
+    group, part, check = recipe.group_column, recipe.slice_column, recipe.check_column
+    used = {*row_format.required, *row_format.optional, group, part, check}
+    unused: Counter[str] = Counter()
     for column in value:
-        if column not in used:
-            ignored[printable(column)] += 1
+        if column not in used and _filled(value, column):
+            unused[printable(column)] += 1
+    merged: Counter[str] = Counter()
     reject_media(value, "the row")
+    if "weight" not in used and value.get("weight") not in (None, 1):
+        raise Invalid(
+            "weight of a row",
+            f"the row has a weight of {shown(value['weight'])}, and rows are not weighted; remove the key, or the row",
+        )
     converted = row_format.convert(value)
-    text = converted.get("text")
+    text: str | None = None
     messages: list[dict[str, Any]] = []
     untrained: tuple[int, ...] = ()
-    if text is None:
-        messages, untrained = check_messages(converted["messages"], recipe.turns, ignored, changed)
-    tools = check_tools(converted.get("tools"))
-    group, part = value.get(recipe.group_column), value.get(recipe.slice_column)
-    judged = value.get(recipe.check_column)
-    return Row(
+    tools = None
+    if row_format.name == "text":
+        text = converted
+    else:
+        system = _system(value, converted)
+        if system:
+            converted = [*system, *converted]
+        messages, untrained = check_messages(converted, recipe.turns, unused, merged, 0 if system else 1)
+        tools = check_tools(_tools(value), unused)
+    row = Row(
         messages,
         tools,
         text,
-        group=check_column(group, recipe.group_column) if group is not None else prompt_of(messages, text),
-        slice=check_column(part, recipe.slice_column) if part is not None else "all",
-        check=check_judgement(judged, recipe.check_column) if judged is not None else "",
+        group=check_column(value[group], group) if _filled(value, group) else prompt_of(messages, text),
+        slice=check_column(value[part], part) if _filled(value, part) else "all",
+        check=check_judgement(value[check], check) if _filled(value, check) else "",
         untrained=untrained,
     )
+    ignored.update(unused)
+    changed.update(merged)
+    return row
 
 
 def prompt_of(messages: list[dict[str, Any]], text: str | None) -> str:
@@ -243,13 +288,26 @@ def mixed_row_formats(where: str, other: str, reason: str) -> ForgeError:
     )
 
 
-def _unknown_row_format(value: Any) -> Invalid:
+def _unknown_row_format(value: Any, expected: RowFormat) -> Invalid:
     if not isinstance(value, dict):
         return Invalid("no conversation", f"no conversation: a row must be a JSON object: {EXAMPLE}")
+    for row_format in (expected, *ROW_FORMATS):
+        missing = [column for column in row_format.required if not _filled(value, column)]
+        if len(missing) < len(row_format.required):
+            return Invalid(
+                "no conversation",
+                f"no conversation: {_columns(missing)} must not be empty; a row of format {row_format.name} must have "
+                f"{_columns(row_format.required)}",
+            )
     known = "; ".join(f"{_columns(row_format.required)} ({row_format.name})" for row_format in ROW_FORMATS)
-    return Invalid(
-        "no conversation", f"no conversation: the columns are {_columns(value) or 'none'}; a row must have {known}"
-    )
+    return Invalid("no conversation", f"no conversation: {_found(value)}; a row must have {known}")
+
+
+def _found(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "it is not a JSON object"
+    filled = [printable(column) for column in value if _filled(value, column)]
+    return f"the columns are {_columns(filled) or 'empty'}"
 
 
 def _columns(names: Iterable[str]) -> str:

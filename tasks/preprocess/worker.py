@@ -38,7 +38,7 @@ DOCUMENT = np.dtype(
         ("content", "S16"),  # digest of what the model learns from
         ("heldout", "?"),
         ("scorable", "?"),  # evaluation can score the last answer
-        ("slice", "u2"),
+        ("slice", "u4"),
         ("roles", "u2", len(ROLES)),  # messages of each role
         ("length", "u4"),  # tokens
         ("trained", "u4"),  # tokens that are targets
@@ -121,8 +121,7 @@ class Worker:
         """Check, render and tokenise a block's rows, and write their documents."""
         rejected: list[tuple[int, str, str]] = []
         other_shape: tuple[int, str] | None = None
-        ignored: Counter[str] = Counter()
-        turns: Counter[str] = Counter()
+        counts: dict[int, tuple[Counter[str], Counter[str]]] = {}  # of each row's unused columns and changed messages
         candidates: list[CandidateRow] = []
         count = 0
         for number, value in block.values():
@@ -131,12 +130,22 @@ class Worker:
                 if other := other_row_format(value, row_format, self.job.recipe):
                     other_shape = other_shape or (number, other.name)
                     continue
-                row = to_row(value, row_format, self.job.recipe, ignored, turns)
+                counted: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+                row = to_row(value, row_format, self.job.recipe, *counted)
                 candidates.append(self._candidate(number, row, side))
+                if any(counted):
+                    counts[number] = counted
             except Invalid as invalid:
                 rejected.append((number, invalid.reason, invalid.message))
         made = self._encode(candidates, rejected)
         documents, slices = self._write(made)
+        for number, _, _ in rejected:
+            counts.pop(number, None)
+        ignored: Counter[str] = Counter()
+        turns: Counter[str] = Counter()
+        for unused, changed in counts.values():
+            ignored.update(unused)
+            turns.update(changed)
         ends: Counter[str] = Counter()
         for document in made:
             turns[UNTRAINED] += len(document.source.row.untrained)
@@ -272,8 +281,8 @@ def split_row(row: Row) -> list[Row]:
     """
     if row.text is not None:
         middle = row.text.find(" ", len(row.text) // 2)
-        halves = [row.text[:middle], row.text[middle:]] if middle > 0 else [row.text]
-        if not all(half.strip() for half in halves):
+        halves = [row.text[:middle], row.text[middle:]]
+        if middle < 0 or not all(half.strip() for half in halves):
             return [row]
         return [replace(row, text=half) for half in halves]
     system = [message for message in row.messages if message["role"] == "system"]

@@ -27,11 +27,11 @@ def build_package(model: Path, facts: dict[str, Any], settings: Settings, store:
 
     def seal(directory: Path) -> None:
         nonlocal existed
-        digest = json.loads((directory / MANIFEST).read_text())["digest"]
+        digest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["digest"]
         existed = store.exists(f"{prefix}/sha256-{digest}")
         sign(directory, settings)
 
-    with store.stage() as staged:
+    with store.stage("the package") as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True, copy_function=_link)
         (staged / CARD).unlink(missing_ok=True)  # may be the base model's card
         (staged / CARD).write_text(model_card(facts), encoding="utf-8")
@@ -47,7 +47,7 @@ def ensure_signed(uri: str, settings: Settings, store: Store) -> None:
     """Sign a package that was published before a signing key was set."""
     if settings.signing_key is None or signature_of(uri, store) is not None:
         return
-    with store.stage() as staged:
+    with store.stage("the signature") as staged:
         shutil.copytree(store.path(uri), staged, dirs_exist_ok=True, copy_function=_link)
         sign(staged, settings)
         store.attach(uri, SIGNATURE, (staged / SIGNATURE).read_bytes())

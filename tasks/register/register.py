@@ -77,7 +77,7 @@ def register(
     """
     started = time.time()
     directory = store.path(model.uri)
-    training = json.loads((directory / "training.json").read_text())
+    training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
     client = open_registry(settings)
     facts = package_facts(recipe, dataset, evaluation, training, directory)
     registration = Registration(recipe, dataset, evaluation, directory, training, facts, client, settings, store)
@@ -126,8 +126,8 @@ def package_facts(
 
 def adapter_facts(directory: Path) -> dict[str, Any]:
     """Further facts of an adapter: its rank, and the dtype of the model when merged into its base."""
-    adapter = json.loads((directory / ADAPTER / "adapter_config.json").read_text())
-    model = json.loads((directory / "model" / "config.json").read_text())
+    adapter = json.loads((directory / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+    model = json.loads((directory / "model" / "config.json").read_text(encoding="utf-8"))
     return {"rank": adapter["r"], "dtype": model["dtype"]}
 
 

@@ -51,7 +51,8 @@ def prove(
             chat(client, versioned, HELLO, max_tokens=8)
             return ""
         rows = read_replay(evaluation, recipe.replay)
-        max_tokens = json.loads((evaluation / "evaluation.json").read_text())["recipe"]["max_new_tokens"]
+        card = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+        max_tokens = card["recipe"]["max_new_tokens"]
         _compare_tokens(vllm, versioned, _checked(rows, check))
         answers = [chat(client, versioned, row["messages"], row["tools"], max_tokens) for row in _checked(rows, check)]
         agreement = _compare_answers(rows, answers, recipe.min_agreement)

@@ -125,3 +125,84 @@ def test_a_file_that_is_not_a_recipe(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ForgeError) as caught:
         load_recipe(str(path))
     assert str(path) in caught.value.message
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("name: &a [*a]\n", "wrong.yaml:1: not valid YAML: nested too deeply"),
+        (BOMB, "more than 10,000 values are too many for a recipe"),
+        (f"{BOMB}? *a11\n: 1\n", "wrong.yaml:12: not valid YAML: a key must be a word"),
+        ("name: x\n" * 20_000, "160,000 bytes are too many for a recipe"),
+        ("- " * 5000, "nested too deeply"),
+        ("\nseed: !!int x\n", "wrong.yaml:2: not valid YAML: not of type int"),
+        ("\nseed: !!bool x\n", "wrong.yaml:2: not valid YAML: not of type bool"),
+        ("seed: !!timestamp x\n", "wrong.yaml:1: not valid YAML: !!timestamp is not read; remove it"),
+        ("name: !!python/object/apply:os.system [ls]\n", "!!python/object/apply:os.system is not read; remove it"),
+        ("seed: " + "9" * 5000, "wrong.yaml:1: not valid YAML: not of type int"),
+        ("seed: 0x" + "f" * 5000, "wrong.yaml:1: not valid YAML: the number is out of range"),
+        ('name: "\\ud83d"\n', "wrong.yaml:1: not valid YAML: the text holds half a character"),
+        ('"\\ud83d": 1\n', "half a character"),
+        ("name: a\0b\n", "not valid YAML: "),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_one_error(content: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(str(path))
+    assert f"recipe {path}" in caught.value.message
+    assert says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("name: dates", "name: 12", "name: Input should be a valid string (got 12); put it in quotes"),
+        ("learning_rate: 0.004", "learning_rate: .inf", "learning_rate: Input should be a finite number (got inf)"),
+        ("epochs: 1", "epochs: .nan", "epochs: Input should be a finite number (got nan)"),
+        ("precision: fp32", "seed: '9223372036854775808'", "seed: Input should be less than"),
+        ("items: 512", f"check: {{kind: regex, pattern: '{'(' * 3000}'}}", "pattern is not a regular expression"),
+        ("items: 512", "check: {kind: number, tolerance: .inf}", "tolerance: Input should be a finite number"),
+        ("source: demonstration", f"source: [{'x' * 9000}]", "source: Input should be a valid string (got ['xxx"),
+    ],
+)
+def test_values_that_no_run_can_use(old: str, new: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    text = (RECIPES / "tiny-cpu.yaml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(str(path))
+    assert says in caught.value.message
+    assert len(caught.value.message) < 2000
+
+
+def test_a_date_in_a_recipe_is_a_text() -> None:
+    text = yaml.safe_dump(SMALL).replace("name: dates", "name: 2024-01-01")
+    assert load_recipe(text).name == "2024-01-01"
+
+
+def test_anchors_in_a_recipe_are_read() -> None:
+    text = yaml.safe_dump(SMALL | {"name": "a"}).replace("name: a", "name: &name a")
+    text = text.replace("source: demonstration", "source: *name")
+    with pytest.raises(ForgeError, match="undefined alias"):  # data comes before name
+        load_recipe(text)
+    assert load_recipe("name: &name a\n" + text.replace("name: &name a\n", "")).data.source == "a"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("x" * 300, "cannot be read (File name too long)"),
+        ("\udcff: 1\na: 1\n", "not UTF-8 text (byte 1); save it as UTF-8"),
+        ("a\0b", "neither a shipped recipe nor a file"),
+    ],
+)
+def test_a_recipe_with_an_impossible_name(recipe: str, says: str) -> None:
+    with pytest.raises(ForgeError) as caught:
+        load_recipe(recipe)
+    assert says in caught.value.message

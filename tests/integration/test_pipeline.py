@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from forge.registry.mlflow_registry import champion_version, open_registry
+from forge.registry.mlflow_registry import CHALLENGER, champion_version, open_registry, version_of
 from tests.conftest import chat, write_jsonl
 from tests.integration.harness import Home, stopped_afterwards
 
@@ -75,6 +75,24 @@ def test_changed_recipe_runs_only_what_depends_on_it(home: Home) -> None:
     assert home.facts()["items"] == 48
     assert versions(home) == ["1"]
     assert home.served() == server
+
+
+def test_a_model_that_is_not_to_be_rolled_out_is_registered_as_challenger(home: Home) -> None:
+    server, desired = home.served(), home.desired()
+    home.write_recipe(serving={"rollout": False})
+    path = home.directory / "recipe.yaml"
+    path.write_text(path.read_text().replace("name: dates", "name: waiting"))
+    try:
+        status, output = home.run()
+    finally:
+        home.write_recipe()
+    assert status == 0, output
+    assert "serving.rollout or FORGE_ROLLOUT is false" in output
+    assert "serves at" not in output
+    client = open_registry(home.settings)
+    assert version_of(client, "waiting", CHALLENGER) == "1"
+    assert champion_version(client, "waiting") is None
+    assert (home.served(), home.desired()) == (server, desired)
 
 
 def test_bad_input_is_one_message_and_changes_nothing(home: Home) -> None:

@@ -59,12 +59,11 @@ def test_all_problems_are_reported_together(tmp_path: Path, monkeypatch: pytest.
     recipe.write_text(yaml.safe_dump(SMALL).replace("learning_rate", "learning_rat"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("no json\n")
-    (tmp_path / "file").write_text("")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         monkeypatch.setenv("FORGE_SERVING_PORT", str(taken.getsockname()[1]))
-        monkeypatch.setenv("FORGE_HOME", str(tmp_path / "file" / "home"))
+        monkeypatch.setenv("FORGE_HOME", "/proc/forge")  # where not even root can create a directory
         monkeypatch.setenv("FORGE_SERVING_PYTHON", "/nowhere/python")
         with pytest.raises(Problems) as caught:
             check_all(str(rows), str(recipe))

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,6 +111,13 @@ LINES = {  # a line among good ones, and its error message
     "a call that the template leaves out": (call(name="f", arguments={}), "leaves out the row's tool calls"),
     "tools that the template leaves out": (
         messages(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]), "leaves out the row's tools"),
+    "a tool without a name": (
+        messages(("user", "a"), ("assistant", "b"), tools=[{"function": {}}]), "a tool has no name"),
+    "a weight of the row": (messages(("user", "a"), ("assistant", "b"), weight=0), "the row has a weight of 0"),
+    "a refusal": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "refusal": "No."}]}\n',
+        "has a refusal and no content; make the refusal its content",
+    ),
     "lone surrogate in a column name": (b'{"\\ud83d": 1}\n', "the columns are \\ud83d"),
     "tools not a list": (messages(("user", "a"), ("assistant", "b"), tools={"a": 1}), "tools must be a list"),
     "group a list": (messages(("user", "a"), ("assistant", "b"), group=["x"]), "group must be a string or an integer"),
@@ -120,6 +130,51 @@ LINES = {  # a line among good ones, and its error message
     "a key in the system message": (
         messages(("system", SECRET), ("user", "a"), ("assistant", "b")), "holds a credential (AWS Access Key)"),
     "a password in a URL": (CHAT % (b"postgres://me:hunter2@db/x", b"b"), "a credential (Basic Auth Credentials)"),
+    "arguments by another name": (
+        call(name="f", parameters={"x": 1}), "the call of f has no arguments, but parameters; write its arguments as"),
+    "arguments beside the function": (
+        call(name="f").replace(b'"function"', b'"arguments": {"x": 1}, "function"'),
+        "message 2: the call of f has no arguments, but arguments; write its arguments as arguments, next to its name"),
+    "tools in two ways": (
+        messages(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}], functions=[{"name": "f"}]),
+        "the row has tools and functions; remove one"),
+    "a mask of what is trained": (
+        messages(("user", "a"), ("assistant", "b")).replace(b'"b"', b'"b", "loss_mask": [1]'),
+        "message 2: loss_mask is not read; give the turn a weight of 0 or 1 instead"),
+    "reasoning in two ways": (
+        messages(("user", "a"), ("assistant", "b")).replace(b'"b"', b'"b", "reasoning": "c", "thinking": "d"'),
+        "message 2 has reasoning_content and a different thinking; remove one"),
+    "an integer too long to read": (
+        call(name="f", arguments='{"n": ' + "9" * 5000 + "}"),
+        "message 2: the arguments of f: JSON that cannot be read: an integer has more than 4300 digits; write it as"),
+    "an integer too long to store": (
+        call(name="f", arguments={"n": 2**64}), "an integer of more than 64 bits cannot be stored; write it as text"),
+    "a number too large": (
+        GOOD.replace(b"]}", b'], "score": 1e999}'), "1e999 is too large for a number; write it as text"),
+    "a number too large in arguments": (
+        call(name="f", arguments='{"n": -1e999}'), "the arguments of f: -1e999 is too large for a number"),
+    "a blank column system": (messages(("user", "a"), ("assistant", "b"), system=" "),
+        "the column system (system): content must not be empty"),
+    "a second system message": (messages(("system", "s"), ("user", "a"), ("system", "t"), ("assistant", "b")),
+        "message 3 (system): a system message may only come first; move it there, into the one that is there"),
+    "the wrong turn, after a column system": (
+        messages(("user", "a"), ("user", "b"), system="s"), "message 2 (user): expected assistant here"),
+    "half a pair": (b'{"prompt": "a", "completion": ""}\n',
+        "completion must not be empty; a row of format prompt must have prompt and completion"),
+    "a byte order mark in a line": (b"\xef\xbb\xbf" + GOOD, "the line starts with a byte order mark"),
+    "group a float": (
+        messages(("user", "a"), ("assistant", "b"), group=1.0), "or an integer, not a number with a point"),
+    "half a character in a check": (
+        GOOD.replace(b"]}", b'], "check": {"kind": "regex", "pattern": "\\ud83d"}}'), "a text holds half a character"),
+    "a check that no program can read": (
+        messages(("user", "a"), ("assistant", "b"), check={"kind": "regex", "pattern": "(" * 3000}),
+        "pattern is not a regular expression"),
+    "ShareGPT in the wrong column": (b'{"messages": [{"from": "human", "value": "a"}]}\n',
+        "role is None; it must be one of system, user, assistant, tool; name a column of messages with from and value"),
+    "a role of any length": (messages(("x" * 5000, "a")), "message 1: role is 'xxx"),
+    "a content that is a number, with a call": (
+        messages(("user", "a"), ("assistant", 0)).replace(b"0}", b'0, "tool_calls": [{"name": "f"}]}'),  # type: ignore
+        "message 2 (assistant): content must be a string, not a number"),
     "a private key": (CHAT % (b"-----BEGIN RSA PRIVATE KEY-----", b"b"), "a credential (Private Key)"),
 }  # fmt: skip
 
@@ -141,6 +196,19 @@ def test_malformed_line_is_rejected_with_its_number_and_a_fix(name: str, store: 
 
 def parquet(columns: dict) -> Callable[[Path], object]:
     return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def arguments(value: object, kind: pa.DataType | None = None) -> Callable[[Path], object]:
+    """A Parquet file with a call that has an argument."""
+    values = pa.array([value], kind)
+    function = pa.StructArray.from_arrays(
+        [pa.array(["f"]), pa.StructArray.from_arrays([values], ["x"])], ["name", "arguments"]
+    )
+    calls = pa.ListArray.from_arrays([0, 0, 1], function)
+    turns = pa.StructArray.from_arrays(
+        [pa.array(["user", "assistant"]), pa.array(["a", None], pa.string()), calls], ["role", "content", "tool_calls"]
+    )
+    return parquet({"messages": pa.ListArray.from_arrays([0, 2], turns)})
 
 
 def damaged_parquet(path: Path) -> None:
@@ -190,6 +258,36 @@ FILES = {  # a whole file: its name, its content, and the error message
     "history that is a number": (
         "rows.jsonl", b'{"instruction": "a", "output": "b", "history": 5}\n', ":1: history must be a list of pairs"),
     "messages in CSV that are not JSON": ("rows.csv", b"messages\n[1\n", "rows.csv:2: messages: not valid JSON"),
+    "too many fields, by tabs": (
+        "rows.tsv", b"prompt\tcompletion\na\tb\tc\n", "header has 2; quote texts that contain a tab or a line break"),
+    "a CSV that starts with an empty line": (
+        "rows.csv", b"\nprompt,completion\na,b\n", "rows.csv:1: the first line must name each column once; it is []"),
+    "not a number, in Parquet": (
+        "rows.parquet", arguments(float("nan")), ":1: message 2: the arguments of f must not hold nan"),
+    "infinity in Parquet": ("rows.parquet", arguments(float("inf")), "the arguments of f must not hold inf"),
+    "a date in Parquet": ("rows.parquet", arguments(date(2024, 1, 1)), "f must not hold a value of type date"),
+    "bytes in Parquet": ("rows.parquet", arguments(b"a"), "f must not hold a value of type bytes; write it as text"),
+    "a decimal in Parquet": ("rows.parquet", arguments(Decimal("1.5")), "f must not hold a value of type Decimal"),
+    "a map with numbers as keys": (
+        "rows.parquet", arguments([(1, "a")], pa.map_(pa.int64(), pa.string())), "must have keys that are strings"),
+    "a text that is a date": (
+        "rows.parquet", parquet({"text": [date(2024, 1, 1)]}), ":1: text must be a string, not a value of type date"),
+    "a text that is bytes": ("rows.parquet", parquet({"text": [b"a"]}), ":1: text must be a string, not a value of"),
+    "a column that is not UTF-8": (
+        "rows.parquet", parquet({"text": ["a"], "note": pa.array([b"\xff"]).view(pa.string())}),
+        ":1: the column note holds bytes that are not UTF-8"),
+    "ShareGPT with two contents": (
+        "rows.jsonl", b'{"conversations": [{"from": "human", "value": "a", "content": "b"}]}\n',
+        ":1: message 1 (human): value and content differ; remove one"),
+    "ShareGPT with two roles": (
+        "rows.jsonl", b'{"conversations": [{"from": "human", "value": "a", "role": "assistant"}]}\n',
+        ":1: message 1: from and role differ; remove one"),
+    "ShareGPT without a value": (
+        "rows.jsonl", b'{"conversations": [{"from": "human"}]}\n', ":1: message 1 (human): value must be a string"),
+    "history beside messages": (
+        "rows.jsonl", b'{"prompt": [{"role": "user", "content": "a"}], "completion": [{}], "history": [["a", "b"]]}\n',
+        ":1: prompt is a list of messages, and so is history; write them as one"),
+    "a pipe": ("rows.jsonl", os.mkfifo, "not a plain file; copy its rows to a file"),
     "an unknown suffix": ("rows.txt", GOOD, "unknown file type"),
     "two row formats": (
         "rows.jsonl", GOOD + b'{"prompt": "a", "completion": "b"}\n',

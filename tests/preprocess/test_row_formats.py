@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -82,7 +83,7 @@ NO_ARGUMENTS = {"type": "function", "function": {"name": "f", "arguments": {}}}
             "chat",
             [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         ),
-        # As OpenAI's API had calls and system messages.
+        # As OpenAI's API had calls and system messages: https://github.com/MicrosoftDocs/azure-docs/issues/120001
         (
             {
                 "messages": [
@@ -104,12 +105,14 @@ NO_ARGUMENTS = {"type": "function", "function": {"name": "f", "arguments": {}}}
         ),
         ({"messages": CHAT, "system": "s"}, "chat", [{"role": "system", "content": "s"}, *CHAT]),
         ({"messages": [json.dumps(message) for message in CHAT]}, "chat", CHAT),  # as datasets' List(Json()) in Parquet
+        # https://github.com/hiyouga/LlamaFactory/issues/6878
         ({"conversations": CHAT}, "sharegpt", CHAT),
         (
             {"prompt": CHAT[:1], "completion": CHAT[1:], "system": "s"},
             "prompt",
             [{"role": "system", "content": "s"}, *CHAT],
         ),
+        # https://github.com/hiyouga/LlamaFactory/issues/3351
         (
             {"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]},
             "alpaca",
@@ -120,6 +123,7 @@ NO_ARGUMENTS = {"type": "function", "function": {"name": "f", "arguments": {}}}
                 *CHAT,
             ],
         ),
+        # https://github.com/vllm-project/vllm/issues/19419
         (
             {
                 "messages": [
@@ -137,7 +141,7 @@ NO_ARGUMENTS = {"type": "function", "function": {"name": "f", "arguments": {}}}
                 },
             ],
         ),
-        # Arrow gives every object the keys of all, with nulls.
+        # Arrow gives every object the keys of all, with nulls: https://github.com/castform-ai/benchmax/issues/34
         (
             {
                 "messages": [
@@ -163,8 +167,10 @@ def test_row_formats_are_detected_and_converted(value: dict, row_format: str, me
 
 
 TOOL = {"name": "f", "parameters": {"type": "object"}}
+SERVED = {"type": "function", "function": {"name": "f", "description": None, "parameters": {"type": "object"}}}
 
 
+# https://github.com/OpenRLHF/OpenRLHF/issues/1079
 @pytest.mark.parametrize(
     "value",
     [
@@ -178,12 +184,22 @@ TOOL = {"name": "f", "parameters": {"type": "object"}}
 def test_tools_beside_any_format_are_read(value: dict) -> None:
     row_format = detect_row_format(value)
     assert row_format is not None
-    assert to_row(value, row_format, RECIPE, Counter(), Counter()).tools == [TOOL]
+    assert to_row(value, row_format, RECIPE, Counter(), Counter()).tools == [SERVED]
 
 
 def test_functions_are_tools() -> None:
     row = to_row({"messages": CHAT, "functions": [TOOL]}, ROW_FORMATS[0], RECIPE, Counter(), Counter())
-    assert row.tools == [{"type": "function", "function": TOOL}]
+    assert row.tools == [SERVED]
+
+
+def test_tools_have_the_form_that_servers_show_and_their_other_keys_are_counted() -> None:
+    tool = {"function": {"return": {"type": "string"}, "strict": True, "description": "d", "name": "f"}, "x": 1}
+    ignored: Counter[str] = Counter()
+    row = to_row({"messages": CHAT, "tools": [tool]}, ROW_FORMATS[0], RECIPE, ignored, Counter())
+    function = {"name": "f", "description": "d", "parameters": None, "strict": True}
+    assert row.tools == [{"type": "function", "function": function}]
+    assert list(row.tools[0]["function"]) == list(function)
+    assert ignored == {"tools.return": 1, "tools.x": 1}
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"trainable": False, "weight": 1}])
@@ -320,6 +336,16 @@ def test_json_and_csv_rows_have_the_number_of_their_first_line(tmp_path: Path) -
     assert [number for block in read_blocks([RawFile("x", path)]) for number, _ in block.values()] == [2, 4]
 
 
+def test_rows_of_one_line_have_numbers_of_their_own(store: DirectoryStore, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [*ROWS[:20], {"prompt": "long", "completion": "x" * 500}, *ROWS[20:]]
+    path.write_text(json.dumps(rows))
+    dataset = prepare_file(path, store, max_reject_fraction=0.1)
+    assert dataset.train_rows + dataset.heldout_rows == len(ROWS)
+    (rejected,) = (store.path(dataset.uri) / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["row"] == f"{path}:21"
+
+
 def test_endless_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.preprocess.file_formats.BLOCK", 100)
     monkeypatch.setattr("tasks.preprocess.file_formats.MAX_ROW", 1000)
@@ -402,3 +428,123 @@ def test_last_part_of_a_split_row_keeps_the_check() -> None:
     row = to_row({"messages": [*chat("q", "a")["messages"], *chat("r", "b")["messages"]], "check": "json"},
                  ROW_FORMATS[0], RECIPE, Counter(), Counter())  # fmt: skip
     assert [part.check for part in split_row(row)] == ["", '{"kind":"json"}']
+
+
+def read(value: dict, row_format: str = "chat", **options: object) -> Row:
+    """The row of a value in a format."""
+    recipe = RECIPE.model_copy(update=options)
+    return to_row(value, row_format_named(row_format), recipe, Counter(), Counter())
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_other_names_of_reasoning_are_read(name: str) -> None:
+    answer = {**CHAT[1], name: "because", "reasoning_content": " "}
+    assert read({"messages": [CHAT[0], answer]}).messages[1]["reasoning_content"] == "because"
+
+
+def test_system_prompt_is_the_system_message() -> None:
+    expected = [{"role": "system", "content": "s"}, *CHAT]
+    assert read({"messages": CHAT, "system_prompt": "s"}).messages == expected
+    assert read({"messages": expected, "system_prompt": "s", "system": "s"}).messages == expected
+    with pytest.raises(Invalid, match="the columns system and system_prompt differ; remove one"):
+        read({"messages": CHAT, "system_prompt": "s", "system": "t"})
+
+
+def test_history_is_read_before_a_prompt_too() -> None:
+    row = read({"prompt": "a", "completion": "b", "history": [["c", "d"]], "system": "s"}, "prompt")
+    assert [message["content"] for message in row.messages] == ["s", "c", "d", "a", "b"]
+
+
+def test_a_blank_input_is_none() -> None:
+    assert read({"instruction": "a", "input": " \n", "output": "b"}, "alpaca").messages == CHAT
+
+
+def test_the_order_of_a_messages_keys_does_not_make_another_row() -> None:
+    keys = {"role": "assistant", "content": "b", "name": "n", "reasoning_content": "r", "tool_call_id": "t"}
+    rows = [read({"messages": [CHAT[0], dict(order)]}) for order in (keys.items(), reversed(keys.items()))]
+    assert digests(rows[0]) == digests(rows[1])
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_an_empty_column_is_as_good_as_none(nothing: str | None) -> None:
+    ignored: Counter[str] = Counter()
+    columns = dict.fromkeys(["group", "slice", "check", "system", "tools", "note"], nothing)
+    row = to_row({"messages": CHAT, **columns}, row_format_named("chat"), RECIPE, ignored, Counter())
+    assert digests(row) == digests(read({"messages": CHAT}))
+    assert ignored == {}
+    assert detect_row_format({"text": "a", "prompt": nothing, "completion": nothing}) is row_format_named("text")
+
+
+def test_nulls_of_a_check_are_dropped() -> None:
+    assert read({"messages": CHAT, "check": {"kind": "json", "pattern": None}}).check == '{"kind":"json"}'
+
+
+def test_keys_of_calls_that_are_not_used_are_counted() -> None:
+    ignored: Counter[str] = Counter()
+    call = {"type": "function", "index": 0, "origin": "x", "function": {**CALL["function"], "strict": True}}
+    row = to_row(
+        {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call]}]},
+        row_format_named("chat"), RECIPE, ignored, Counter(),
+    )  # fmt: skip
+    assert row.messages[1]["tool_calls"] == [CALL]
+    assert ignored == {"messages.tool_calls.strict": 1, "messages.tool_calls.origin": 1}
+
+
+def test_nothing_is_counted_of_a_row_that_is_rejected() -> None:
+    ignored: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    recipe = RECIPE.model_copy(update={"turns": "merge"})
+    value = {"messages": [{**CHAT[0], "time": "10:42"}, CHAT[0]], "note": "x"}
+    with pytest.raises(Invalid, match="no assistant turn"):
+        to_row(value, row_format_named("chat"), recipe, ignored, changed)
+    assert (ignored, changed) == ({}, {})
+
+
+def test_messages_keep_their_numbers_when_others_are_merged_or_dropped() -> None:
+    with pytest.raises(Invalid, match=r"message 4 \(tool\)"):
+        read({"messages": [*TWICE, {"role": "tool", "content": "x"}, CHAT[1]]}, turns="merge")
+    with pytest.raises(Invalid, match=r"message 4 \(user\)"):
+        read({"messages": [LEADING[1], LEADING[1], CHAT[0], CHAT[0]]}, turns="drop-leading")
+
+
+def test_a_file_and_links_to_it_are_read_once(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "b.jsonl", ROWS)
+    (tmp_path / "a.jsonl").symlink_to(path)
+    for source in (tmp_path, tmp_path / "*"):
+        assert [file.path.name for file in find_files(str(source))] == ["a.jsonl"]
+
+
+def test_directories_that_match_a_glob_are_read(tmp_path: Path) -> None:
+    for name in ("part-1/a.jsonl", "part-2/deep/b.jsonl", "part-3.jsonl", "_part-4/c.jsonl", "part-2/README.md"):
+        write_jsonl(tmp_path / name, ROWS)
+    names = [file.path.relative_to(tmp_path).as_posix() for file in find_files(str(tmp_path / "*part-*"))]
+    assert names == ["part-1/a.jsonl", "part-2/deep/b.jsonl", "part-3.jsonl"]
+
+
+@pytest.mark.parametrize("name", [".jsonl", ".jsonl.gz", "a.b.JSONL"])
+def test_the_ending_of_a_name_says_its_format(name: str, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    blocks = read_blocks(find_files(str(tmp_path / name)))
+    assert [value for block in blocks for _, value in block.values()] == ROWS
+
+
+def test_the_parts_of_a_packed_file_are_all_read(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:100]) + gzip.compress(lines[100:]))
+    parts = [pa.compress(part, "zstd", asbytes=True) for part in (lines[:100], lines[100:])]
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(parts))
+    blocks = read_blocks(find_files(str(tmp_path)))
+    assert [value for block in blocks for _, value in block.values()] == [*ROWS, *ROWS]
+
+
+def test_a_file_whose_name_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / os.fsdecode(b"\xff.jsonl"), ROWS)
+    with pytest.raises(ForgeError, match=r"udcff\.jsonl: the name is not UTF-8; rename the file"):
+        find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/\0/*", "a\0.jsonl"])
+def test_a_path_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(ForgeError, match="NUL"):
+        find_files(source)
