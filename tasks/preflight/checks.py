@@ -7,6 +7,7 @@ from forge.core.contracts import Base, Source
 from forge.core.errors import ForgeError, Problems
 from forge.core.recipe import DataRecipe, Recipe
 from forge.core.settings import Settings, load_settings
+from forge.models.chat_format import ChatFormat
 from forge.registry.mlflow_registry import open_registry
 from forge.registry.signature import check_keys
 from forge.storage import Store
@@ -64,9 +65,9 @@ def check_all(data_path: str, recipe: str) -> tuple[Recipe, Source, Base]:
     settings = checks.run(load_settings)
     loaded = checks.run(load_recipe, recipe)
     loaded = checks.run(apply_settings, loaded, settings) or loaded
-    data = checks.run(check_data, given_data(loaded, data_path))
     store = checks.run(writable_store, settings)
-    base = check_model(checks, loaded, settings, store) if loaded else None
+    base, form = check_model(checks, loaded, settings, store) if loaded else (None, None)
+    data = checks.run(lambda: check_data(given_data(loaded, data_path), form))
     if settings is not None:
         check_services(checks, loaded, settings, store)
     if checks.problems or loaded is None or store is None or data is None or base is None:
@@ -91,17 +92,22 @@ def given_data(recipe: Recipe | None, data_path: str) -> DataRecipe:
     return data.model_copy(update=sources)
 
 
-def check_model(checks: Checks, recipe: Recipe, settings: Settings | None, store: Store | None) -> Base | None:
-    """Check the GPUs, the base model, and that the model fits in training and serving; returns the base model."""
+def check_model(
+    checks: Checks, recipe: Recipe, settings: Settings | None, store: Store | None
+) -> tuple[Base | None, ChatFormat | None]:
+    """Check the GPUs, the base model, and that the model fits in training and serving.
+
+    Returns the base model and, if its files are here, its chat format.
+    """
     gpus = checks.run(lambda: check_training(recipe.training, settings))
     base = checks.run(lambda: find_base(recipe.model, settings, store))
     local = checks.run(open_base, base, settings, store)
     config = checks.run(trained_config, recipe, local)
-    checks.run(check_trainable_base, recipe, local, config)
+    form = checks.run(check_trainable_base, recipe, local, config)
     checks.run(check_memory, recipe, config, gpus)
     if recipe.serving.rollout:
         checks.run(check_room_to_serve, recipe, base, config, settings)
-    return base
+    return base, form
 
 
 def check_services(checks: Checks, recipe: Recipe | None, settings: Settings, store: Store | None) -> None:

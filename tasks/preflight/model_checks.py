@@ -16,7 +16,7 @@ from forge.core.errors import ForgeError
 from forge.core.recipe import ModelRecipe, Recipe, TrainingRecipe
 from forge.core.settings import Settings, path_of
 from forge.models.chat import load_tokenizer
-from forge.models.chat_format import chat_format
+from forge.models.chat_format import ChatFormat, chat_format
 from forge.models.conversation import Renderer
 from forge.models.hub import CONFIG, check_unquantised, generation_ends, model_config, pin_revision, weight_files
 from forge.registry.packages import LocalBase, directory_of, is_registered, local_base, registered_base
@@ -98,10 +98,10 @@ def open_base(base: Base, settings: Settings, store: Store) -> LocalBase:
     return local_base(base, settings, store)
 
 
-def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]) -> None:
+def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]) -> ChatFormat | None:
     """Check what training would only find out after preprocessing: the base's files, tokenizer, sizes and end tokens.
 
-    Of a model on the Hub only the configuration is here, so its weights are not checked.
+    Returns its chat format. Of a model on the Hub only the configuration is here, so the rest is not checked.
     """
     where = f"base model {base.location}"
     check_unquantised(config, where)
@@ -113,8 +113,10 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
             fix=f"set data.max_seq_len to {shape.longest} or less",
         )
     directory = Path(base.location)
-    if not base.location or not directory.is_dir():
-        return
+    if not base.location:
+        return chat_format(load_tokenizer(base, recipe.data.max_seq_len), where)
+    if not directory.is_dir():
+        return None
     for file in weight_files(directory):
         check_weights_file(file)
     tokenizer = load_tokenizer(base)
@@ -131,6 +133,7 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
     if recipe.training.method != "full" and recipe.serving.rollout:
         known = generation_ends(directory, config) | {tokenizer.eos_token_id}
         check_adapter_can_end(where, {token: tokenizer.convert_tokens_to_ids(token) for token in ends}, known)
+    return form
 
 
 def check_weights_file(file: Path) -> None:
