@@ -19,12 +19,15 @@ REASONS = {
     errno.EDQUOT: "has no more room for this user, whose quota is used up",
     errno.EFBIG: "takes no file that large (ulimit -f, or a limit of its file system)",
 }
-TEXTS = re.compile(
-    "no space left on device|disk quota exceeded|file too large|database or disk is full"
-    r"|\d+ requested and \d+ written"  # numpy
-    r"|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
-    re.IGNORECASE,
-)
+TEXTS = {
+    errno.EFBIG: re.compile("file too large", re.IGNORECASE),
+    errno.EDQUOT: re.compile("disk quota exceeded", re.IGNORECASE),
+    errno.ENOSPC: re.compile(
+        r"no space left on device|database or disk is full|\d+ requested and \d+ written"  # numpy
+        r"|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
+        re.IGNORECASE,
+    ),
+}
 ROOM = 1 << 20  # bytes; a disk with more is not the full one, unless more was wanted
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 FIX = "free space there, or set FORGE_HOME to a directory on another disk"
@@ -79,8 +82,9 @@ def full_disk_error(error: BaseException) -> int:
         number = chained.errno if isinstance(chained, OSError) else None
         if number in REASONS:
             return number
-        if TEXTS.search(str(chained)):
-            return errno.ENOSPC
+        for number, text in TEXTS.items():
+            if text.search(str(chained)):
+                return number
         chained = chained.__cause__ or chained.__context__
     return 0
 

@@ -144,7 +144,7 @@ def test_engine_vllm_needs_vllm(trained: Trained, recipe: Recipe, settings: Sett
 
 def test_a_metric_name_that_mlflow_rejects_is_an_error(trained: Trained, settings: Settings) -> None:
     report = trained.store.path(trained.evaluation.report)
-    with pytest.raises(ForgeError, match=r"MLflow sqlite:.*could not be recorded \(.*fix that and run again"):
+    with pytest.raises(ForgeError, match=r"MLflow sqlite.*could not be recorded \(.*fix that and run again"):
         record_evaluation(settings, "dates", trained.evaluation, {}, {"pass@1": 0.5}, report)
     record_evaluation(settings, "dates", trained.evaluation, {}, {"pass_1": 0.5}, report)
     client = open_registry(settings)
