@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.finetune.job import curve, run, start, write_data, write_recipe
 
-KILLS = int(os.environ.get("FORGE_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("FORGE_TEST_KILLS", "4"))
 
 
 @pytest.fixture(scope="module")
