@@ -5,6 +5,7 @@ The clients are imported when needed, since most sources are local.
 
 import contextlib
 import glob
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfUri
     from minio import Minio
+
+log = logging.getLogger(__name__)
 
 HUB = "hf://"
 FORM = "hf://datasets/OWNER/NAME[@revision][/path]"
@@ -151,12 +154,15 @@ def _patterns(path: str, suffixes: tuple[str, ...]) -> list[str]:
 def _select(source: str, files: Iterable[File], path: str, suffixes: tuple[str, ...]) -> list[File]:
     """The data files at a path (a file, or a directory without its hidden files), sorted; ForgeError if none."""
     inside = path.rstrip("/") + "/" if path else ""
-    selected = sorted(
+    found = sorted(
         file
         for file in files
         if file.name == path or (file.name.startswith(inside) and not is_hidden(*file.name[len(inside) :].split("/")))
-        if file.name.lower().endswith(suffixes)
     )
+    selected = [file for file in found if file.name.lower().endswith(suffixes)]
+    if selected and (others := [file.name for file in found if file not in selected]):
+        more = ", ..." if len(others) > 5 else ""
+        log.warning(f"skipped {len(others)} files of unknown type in {source}: {', '.join(others[:5])}{more}")
     if not selected:
         known = ", ".join(suffixes)
         raise ForgeError(

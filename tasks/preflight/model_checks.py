@@ -18,7 +18,15 @@ from forge.core.settings import Settings, path_of
 from forge.models.chat import load_tokenizer
 from forge.models.chat_format import ChatFormat, chat_format
 from forge.models.conversation import Renderer
-from forge.models.hub import CONFIG, check_unquantised, generation_ends, model_config, pin_revision, weight_files
+from forge.models.hub import (
+    CONFIG,
+    GENERATION_CONFIG,
+    check_unquantised,
+    generation_ends,
+    model_config,
+    pin_revision,
+    weight_files,
+)
 from forge.registry.packages import LocalBase, directory_of, is_registered, local_base, registered_base
 from forge.serving.rollout_check import check_rollout
 from forge.serving.targets import read_serving
@@ -119,6 +127,7 @@ def check_trainable_base(recipe: Recipe, base: LocalBase, config: dict[str, Any]
         return None
     for file in weight_files(directory):
         check_weights_file(file)
+    check_generation_config(directory)
     tokenizer = load_tokenizer(base)
     form = chat_format(tokenizer, where)
     # Not the added tokens: Gemma 3's tokenizer has one for images, for which its text models have no embedding.
@@ -150,6 +159,19 @@ def check_weights_file(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ForgeError(f"is damaged ({error})", where=str(file), fix=fix) from None
+
+
+def check_generation_config(directory: Path) -> None:
+    """Raise ForgeError if a model has a generation config that transformers does not load."""
+    from transformers import GenerationConfig  # takes seconds to import
+
+    file = directory / GENERATION_CONFIG
+    try:
+        if file.is_file():
+            GenerationConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ForgeError(f"cannot be used ({reason})", where=str(file), fix="correct it, or remove it") from None
 
 
 def check_adapter_can_end(where: str, learned: dict[str, int], known: set[int]) -> None:

@@ -56,6 +56,10 @@ def test_a_whole_base_passes(training: dict[str, Any], base: Path) -> None:
             "model.safetensors: is a git-lfs pointer, not the weights; run git lfs pull",
         ),
         (write("model.safetensors", b"\x10"), "model.safetensors: is damaged"),
+        (
+            lambda base: edit(base, "generation_config.json", num_return_sequences=2),
+            "generation_config.json: cannot be used (",
+        ),
         # https://github.com/huggingface/tokenizers/issues/1297
         (write("tokenizer.json", b"{}"), "the tokenizer cannot be loaded"),
         (

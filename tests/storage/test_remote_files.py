@@ -122,11 +122,14 @@ def test_s3_one_object(bucket: Bucket, tmp_path: Path) -> None:
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "one"}
 
 
-def test_s3_other_suffixes_and_similar_prefixes_are_skipped(bucket: Bucket, tmp_path: Path) -> None:
+def test_s3_other_suffixes_and_similar_prefixes_are_skipped(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for key in ("raw/a.jsonl", "raw/README.md", "raw/_SUCCESS", "raw-old/a.jsonl", "raw.jsonl"):
         bucket.put(key, key)
     fetched = download_files("s3://rows/raw", tmp_path, bucket.settings, SUFFIXES)
     assert texts(fetched) == {"s3://rows/raw/a.jsonl": "raw/a.jsonl"}
+    assert "skipped 1 files of unknown type in s3://rows/raw: raw/README.md" in caplog.messages
     _, digest = identify("s3://rows/raw", bucket.settings, SUFFIXES)
     bucket.put("raw/notes.txt", "not data")
     assert identify("s3://rows/raw", bucket.settings, SUFFIXES)[1] == digest
