@@ -13,6 +13,8 @@ READ = {
     "HF_HOME": ".cache/huggingface",
     "KUBECONFIG": ".kube/config",
     "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials",
+    "AWS_CONFIG_FILE": ".aws/config",
+    "FLYTECTL_CONFIG": ".flyte/config.yaml",
     "NETRC": ".netrc",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote_to_bytes
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from forge.core.environment import complete_environment
@@ -94,9 +94,9 @@ class Settings(BaseSettings):
 
     @field_validator("home", "signing_key", "verify_key", "serving_python", "harness_python")
     @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        if path is None:
-            return None
+    def _absolute(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None or (info.field_name in ("serving_python", "harness_python") and len(path.parts) == 1):
+            return path  # the name of a program
         try:
             return path.expanduser().absolute()
         except RuntimeError as error:  # ~ without a home, or the ~name of nobody

@@ -65,6 +65,10 @@ class PackedRows:
             found += [(row, a, b) for a, b in pairwise(edges) if document[a] > 0]
         return np.array(sorted(found, key=lambda span: span[1] - span[2]), dtype=np.int64)
 
+    def tokens_of(self, row: int) -> np.ndarray:
+        """The tokens of a row without padding: int64 [tokens]."""
+        return self._row(self._tokens, row)[self._row(self._document, row) > 0].astype(np.int64)
+
     def _row(self, shards: list[np.ndarray], row: int) -> np.ndarray:
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         found: np.ndarray = shards[shard][row - self._first[shard]]

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from forge.registry.packages import LocalBase
 from tasks.finetune.checkpoint import checkpoint_error
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+READING = timedelta(hours=2)  # of a base by the first rank
 ADAPTER = "default"  # peft's name for a single adapter
 
 
@@ -128,6 +130,8 @@ def load_from_first_rank(model: Any, base: LocalBase) -> None:
     """
     dtype = next(model.parameters()).dtype
     whole = load_causal(base, dtype).state_dict() if distributed.get_rank() == 0 else {}
+    # Reading may take longer than a collective of training may.
+    distributed.barrier(distributed.new_group(backend="gloo", timeout=READING))
     adapted = {_name_in_base(name): name for name in model.state_dict()}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, {adapted[name]: weight for name, weight in whole.items()}, options=options)

@@ -15,9 +15,9 @@ from forge.core.errors import ForgeError
 from tasks.finetune.data import IGNORED, Batch, positions
 from tasks.finetune.loss import LAST, TrainedTokenLoss
 
-# Relative differences that are more than rounding.
-HIDDEN_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
+# What rounding may change: hidden states relative to their size, and the loss in nats per token or relative to it.
+HIDDEN_TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
 OTHER = "choose a model of another architecture"
 
 
@@ -49,7 +49,8 @@ def keeps_documents_apart(loss: nn.Module, model_loss: TrainedTokenLoss, tokens:
         hook.remove()
         if isinstance(loss, FSDPModule):
             loss.reshard()  # the optimizer needs the sharded weights
-    if (ours - theirs).abs() > LOSS_TOLERANCE[precision] * theirs.abs():
+    predicted = (batch.targets != IGNORED).sum()  # of confident predictions, only rounding is left
+    if (ours - theirs).abs() > LOSS_TOLERANCE[precision] * torch.maximum(theirs.abs(), predicted):
         raise ForgeError(
             f"its own loss of {LAST} tokens is {theirs.item():.4f}, and training computes {ours.item():.4f}, so its "
             "logits are not those of its output layer",
@@ -57,8 +58,8 @@ def keeps_documents_apart(loss: nn.Module, model_loss: TrainedTokenLoss, tokens:
             fix=OTHER,
         )
     behind, alone = hidden[0][:, half:], hidden[1][:, : tokens.shape[1] - half]
-    difference = (behind - alone).norm(dim=-1) / alone.norm(dim=-1)
-    return bool(difference.mean() <= HIDDEN_TOLERANCE[precision])
+    difference = (behind - alone).norm(dim=-1).mean() / alone.norm(dim=-1).mean()
+    return bool(difference <= HIDDEN_TOLERANCE[precision])
 
 
 def _packed(one: torch.Tensor, other: torch.Tensor) -> Batch:

@@ -104,6 +104,7 @@ class Trainer:
         """Build the model with its adapter and loss, distributed over the ranks."""
         job, recipe, device = self.job, self.recipe, self.rank.device
         self._choose_parallelism()
+        self._explained_oom = partial(explain_oom, self._size, recipe, self.context, self._parallelism)
         sharded = self._parallelism in ("fsdp", "hybrid")
         # A model that will be sharded may be too large for one GPU.
         empty = sharded and bool(job.base.location) and recipe.method != "qlora"
@@ -137,9 +138,9 @@ class Trainer:
     def _isolates_documents(self) -> bool:
         """Whether the model can read packed rows; the same on all ranks."""
         rank, recipe = self.rank, self.recipe
-        row = self.rows.batch(self.rows.spans(np.arange(1), packed=True)).tokens
+        row = torch.from_numpy(np.resize(self.rows.tokens_of(0), self.context))  # repeated, if it is not full
         tokens = row.expand(recipe.micro_batch_size or 1, -1).to(rank.device)
-        with self.autocast:
+        with self._explained_oom(), self.autocast:
             apart = keeps_documents_apart(self.loss, self._model_loss, tokens, recipe.precision)
         isolates = all_reduce_sum(torch.tensor(float(apart), device=rank.device), rank).item() == rank.world_size
         if rank.first and not isolates:
@@ -147,6 +148,8 @@ class Trainer:
                 "%s reads across documents in a packed row, so each is trained in a row of its own, which is slower",
                 type(self.model).__name__,
             )
+        if recipe.compile and not isolates:
+            torch.compiler.set_stance("force_eager")  # batches of documents have ever other shapes
         return isolates
 
     def _count_flops(self) -> float:
@@ -184,8 +187,7 @@ class Trainer:
             self._warn_of_few_rows()
         self.loss.train()
         self._saved_at = time.monotonic()
-        explanation = explain_oom(self._size, self.recipe, self.context, self._parallelism)
-        with TrainingProgress(steps, state, self.rank.first) as progress, explanation:
+        with TrainingProgress(steps, state, self.rank.first) as progress, self._explained_oom():
             while state.step < steps and not self._stops_early():
                 self.rank.heartbeat()
                 stop, save = self._timed_step()
@@ -392,9 +394,6 @@ class Trainer:
         rows, batch = len(self.rows), self.recipe.global_batch_size
         if rows < batch:
             log.warning(
-                "the data set has %d packed rows, fewer than training.global_batch_size (%d), so each step reads a row "
-                "%.0f times; lower it, or data.max_seq_len, to take more steps",
-                rows,
-                batch,
-                batch / rows,
+                f"the data set has {rows} packed rows, fewer than training.global_batch_size ({batch}), so each step "
+                f"reads a row {batch / rows:.0f} times; lower it, or data.max_seq_len, to take more steps"
             )

@@ -43,7 +43,7 @@ def check_source(recipe: DataRecipe, source: str, form: ChatFormat | None = None
     renderer = Renderer(form, "base model") if form and form.templates else None
     rejected: list[str] = []
     count = 0
-    scorable = False
+    scorable = recipe.overlong == "split"  # a part of a row may end with an answer that the whole does not end with
     for file in files:
         blocks = read_blocks([file])
         block = next(blocks)

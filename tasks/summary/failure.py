@@ -31,7 +31,7 @@ def without_trace(message: str) -> str:
 
 def resume_hint(inputs: dict[str, str], settings: Settings) -> str:
     """On this machine, where the error itself is shown: the checkpoints that the same command resumes from, or ""."""
-    if not settings.checkpoints.is_dir() or not any(settings.checkpoints.iterdir()):
+    if not settings.checkpoints.is_dir() or not any(one.is_dir() for one in settings.checkpoints.iterdir()):
         return ""
     given = " ".join(f"--{key} {value}" for key, value in inputs.items() if value)
     return f"The same command ({given}) resumes from the checkpoints in {settings.checkpoints}"

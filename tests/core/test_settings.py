@@ -92,3 +92,8 @@ def test_a_path_survives_its_uri(name: str, tmp_path: Path) -> None:
     assert [found.uri for found in store.artifacts("things")] == [uri]
     store.remove(uri)
     assert store.artifacts("things") == []
+
+
+def test_a_program_may_be_given_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_HARNESS_PYTHON", "python3.12")
+    assert load_settings().harness_python == Path("python3.12")

@@ -128,6 +128,26 @@ def test_a_model_that_reads_across_documents_is_trained_on_one_at_a_time(
     assert trainer.state.curve[0]["loss"] == pytest.approx(total / trained, rel=1e-5)
 
 
+def test_padding_is_no_leak(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The embedding of the padding token is zero in a model that is trained from scratch."""
+    base, data = write_base(CONFIGS["llama"], tmp_path / "base"), write_data(tmp_path / "data")
+    assert AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight[0].norm() == 0
+    assert (np.load(data / "train/00000/document.npy")[0] == 0).any()
+    assert train_here(base, data, tmp_path).packed
+    assert "reads across" not in caplog.text
+
+
+def test_confident_predictions_do_not_fail_the_check_of_the_loss() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    with torch.no_grad():
+        model.lm_head.weight[:] = 0
+        model.lm_head.weight[7] = 1e-4
+        model.model.norm.weight.mul_(1e5)
+    loss = TrainedTokenLoss(model)
+    assert keeps_documents_apart(loss, loss, torch.full((1, 64), 7), "fp32")
+
+
 def test_documents_one_by_one_are_all_documents_once(tmp_path: Path) -> None:
     rows = PackedRows(write_data(tmp_path / "data") / "train")
     numbers = np.arange(len(rows))
