@@ -1,7 +1,6 @@
 """`forge doctor`: check that this machine has what a run needs. It changes nothing."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from forge.core.errors import ForgeError
+from forge.core.full_disk import existing, free_space
 
 if TYPE_CHECKING:
     from forge.core.settings import Settings
@@ -190,7 +190,7 @@ def check_gpus(settings: "Settings") -> Diagnosis:
 
 def check_disk(settings: "Settings") -> Diagnosis:
     """Free disk space where the home is, or will be."""
-    free = shutil.disk_usage(existing(settings.home)).free / 1e9
+    free = free_space(settings.home) / 1e9
     found = f"{free:,.0f} GB free for {settings.home}"
     if free >= FREE_GB:
         return Diagnosis("disk", found)
@@ -203,8 +203,3 @@ def check_writable(name: str, path: Path, fix: str) -> Diagnosis:
     if not os.access(existing(path), os.W_OK):
         return Diagnosis(name, f"{path} cannot be written", fix, ok=False)
     return Diagnosis(name, str(path) if path.exists() else f"{path}, which the first run creates")
-
-
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest of its parents that exists."""
-    return next(one for one in (path, *path.parents) if os.path.exists(one))  # Path's own raises for a closed parent

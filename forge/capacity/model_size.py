@@ -105,7 +105,9 @@ def _measure(config: dict[str, Any]) -> ModelSize:
         model = AutoModelForCausalLM.from_config(known)
     text = model.config.get_text_config()
     count, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
+    decoder = model.get_decoder()  # without what reads images, which texts do not train
+    parts = dict.fromkeys(decoder.modules())
+    layers = next(part for part in parts if isinstance(part, torch.nn.ModuleList) and len(part) == count)
     head = model.get_output_embeddings()
     size = getattr(text, "head_dim", None) or hidden // heads
     norms = [one.numel() for name, one in layers[0].named_parameters() if re.search(r"norm\w*\.weight$", name)]
@@ -117,7 +119,7 @@ def _measure(config: dict[str, Any]) -> ModelSize:
         linears=tuple(
             (name, *part.weight.shape)
             for name, part in model.named_modules()
-            if isinstance(part, torch.nn.Linear | Conv1D) and part is not head
+            if isinstance(part, torch.nn.Linear | Conv1D) and part is not head and part in parts
         ),
         vocabulary=head.weight.shape[0],
         hidden=hidden,

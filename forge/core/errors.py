@@ -30,3 +30,8 @@ class Problems(ForgeError):
 
 def _restored(what: str, where: str, fix: str) -> ForgeError:
     return ForgeError(what, where=where, fix=fix)
+
+
+def printable(text: str) -> str:
+    """A text with lone surrogates escaped, so that any file can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -31,7 +31,6 @@ TEXTS = {
 ROOM = 1 << 20  # bytes; a disk with more is not the full one, unless more was wanted
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 FIX = "free space there, or set FORGE_HOME to a directory on another disk"
-
 TEMPORARY = "free space there, or set TMPDIR to a directory on another disk"
 
 
@@ -69,7 +68,7 @@ def temporary_directory(prefix: str, what: str) -> Iterator[Path]:
 
 def check_free_space(path: Path, what: str, wanted: int, fix: str = FIX) -> None:
     """Raise DiskFull unless the disk of a path has room for `wanted` bytes."""
-    if wanted > _free(path):
+    if wanted > free_space(path):
         raise _disk_full(errno.ENOSPC, path, what, wanted, fix)
 
 
@@ -94,13 +93,13 @@ def _explained(error: BaseException, number: int, path: Path, what: str, wanted:
     if isinstance(error, OSError) and isinstance(error.filename, str):
         return _disk_full(number, Path(error.filename), what, wanted, fix)
     temporary = Path(tempfile.gettempdir())
-    if number == errno.ENOSPC and _free(path) > max(ROOM, wanted) and _free(temporary) < ROOM:
+    if number == errno.ENOSPC and free_space(path) > max(ROOM, wanted) and free_space(temporary) < ROOM:
         return _disk_full(number, temporary, what, wanted, TEMPORARY)
     return _disk_full(number, path, what, wanted, fix)
 
 
 def _disk_full(number: int, path: Path, what: str, wanted: int, fix: str) -> DiskFull:
-    free = f"{_size(_free(path))} free" + (f", {_size(wanted)} wanted" if wanted else "")
+    free = f"{_size(free_space(path))} free" + (f", {_size(wanted)} wanted" if wanted else "")
     if number == errno.ENOSPC and _no_files_left(path):
         free += ", but it takes no more files"
     return DiskFull(f"{REASONS[number]} ({free}): {what} cannot be written to {path}", where=_disk(path), fix=fix)
@@ -108,22 +107,22 @@ def _disk_full(number: int, path: Path, what: str, wanted: int, fix: str) -> Dis
 
 def _disk(path: Path) -> str:
     """The name of the disk that a path is on, or will be: its mount point."""
-    return f"disk {next(one for one in (_existing(path), *_existing(path).parents) if one.is_mount())}"
+    return f"disk {next(one for one in (existing(path), *existing(path).parents) if one.is_mount())}"
 
 
-def _free(path: Path) -> int:
+def free_space(path: Path) -> int:
     """The bytes that this user may still write where a path is, or will be."""
-    found = os.statvfs(_existing(path))
+    found = os.statvfs(existing(path))
     return found.f_bavail * found.f_frsize
 
 
 def _no_files_left(path: Path) -> bool:
     """Whether the file system counts its files, and has reached their number."""
-    found = os.statvfs(_existing(path))
+    found = os.statvfs(existing(path))
     return found.f_files > 0 and found.f_favail == 0
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path itself, or the nearest of its parents that exists."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if os.path.exists(one))  # Path's own raises for a closed parent

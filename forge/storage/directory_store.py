@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
 
 from filelock import FileLock
 
 from forge.core.errors import ForgeError
 from forge.core.full_disk import explain_full_disk
+from forge.core.settings import path_of
 from forge.storage.artifacts import StoredArtifact
 from forge.storage.files import owner, remove_stale_staging, staged_directory, sync
 from forge.storage.manifest import MANIFEST, missing_artifact, read_manifest, write_manifest
@@ -148,7 +148,7 @@ class DirectoryStore:
 
     def path(self, uri: str) -> Path:
         """The local path of an object or directory; raises ForgeError if it does not exist."""
-        path = _path(uri)
+        path = path_of(uri)
         if not path.exists():
             raise missing_artifact(uri)
         return path
@@ -167,7 +167,7 @@ class DirectoryStore:
     def part(self, uri: str, name: str) -> bytes | None:
         """A small file of an artifact; None if the file or the artifact does not exist."""
         with contextlib.suppress(FileNotFoundError):
-            return (_path(uri) / name).read_bytes()
+            return (path_of(uri) / name).read_bytes()
         return None
 
     def attach(self, uri: str, name: str, data: bytes) -> None:
@@ -190,7 +190,7 @@ class DirectoryStore:
 
     def remove(self, uri: str) -> None:
         """Delete an artifact if it exists."""
-        target = _path(uri)
+        target = path_of(uri)
         with self.stage() as staged, contextlib.suppress(FileNotFoundError):
             target.rename(staged / target.name)
 
@@ -227,7 +227,3 @@ class DirectoryStore:
     def _locked(self) -> FileLock:
         """Excludes other processes that compare and replace; the kernel releases it when a process ends."""
         return FileLock(self.root / ".lock")
-
-
-def _path(uri: str) -> Path:
-    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)))

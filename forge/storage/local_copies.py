@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from forge.core.errors import ForgeError
-from forge.core.full_disk import check_free_space, explain_full_disk
+from forge.core.full_disk import check_free_space, explain_full_disk, free_space
 from forge.storage.files import remove_stale_staging, staged_directory, sync
 
 FIX = "free space there, lower FORGE_COPIES_GB, or set FORGE_HOME to a directory on another disk"
@@ -56,7 +55,7 @@ class Copies:
 
     def make_room(self, key: str, size: int) -> None:
         """Evict copies until the disk has room for a copy that is being fetched; DiskFull if too few can be evicted."""
-        free = shutil.disk_usage(self.root).free
+        free = free_space(self.root)
         if free < size:
             self._evict(sum(self._sizes().values()) - (size - free))
         check_free_space(self.root, f"the local copy of {key}", size, FIX)

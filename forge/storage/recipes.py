@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from forge.core.errors import ForgeError, Problems
+from forge.core.errors import ForgeError, Problems, printable
 from forge.core.recipe import Recipe, Section
 from forge.core.settings import load_settings, path_of, shipped
 from forge.storage import s3
@@ -17,8 +17,6 @@ EXAMPLE = f"see {RECIPES / 'tiny-cpu.yaml'}"
 MAX_SIZE = 64 << 10  # bytes
 MAX_VALUES = 10_000
 MAX_DEPTH = 50
-SHORT = reprlib.Repr()
-SHORT.maxstring = 100
 TAG = "tag:yaml.org,2002:"
 TAGS = {TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
@@ -86,7 +84,7 @@ def parse_recipe(name: str, data: bytes) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         where = f"{where}:{mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ForgeError(f"not valid YAML: {_printable(problem)}", where=where) from None
+        raise ForgeError(f"not valid YAML: {printable(problem)}", where=where) from None
     if not isinstance(document, dict):
         raise ForgeError("must be a mapping of sections", where=where, fix=EXAMPLE)
     try:
@@ -117,10 +115,6 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
@@ -140,7 +134,7 @@ def _lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
             raise _wrong("nested too deeply", node)
         if count > MAX_VALUES:
             raise _wrong(f"more than {MAX_VALUES:,} values are too many for a recipe", node)
-        if isinstance(node, yaml.ScalarNode) and node.value != _printable(node.value):
+        if isinstance(node, yaml.ScalarNode) and node.value != printable(node.value):
             raise _wrong("the text holds half a character (a lone surrogate)", node)
         if isinstance(node, yaml.SequenceNode):
             waiting += [(entry, (*prefix, str(number))) for number, entry in enumerate(node.value)]

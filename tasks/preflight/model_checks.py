@@ -163,12 +163,13 @@ def check_weights_file(file: Path) -> None:
 
 def check_generation_config(directory: Path) -> None:
     """Raise ForgeError if a model has a generation config that transformers does not load."""
+    file = directory / GENERATION_CONFIG
+    if not file.is_file():
+        return
     from transformers import GenerationConfig  # takes seconds to import
 
-    file = directory / GENERATION_CONFIG
     try:
-        if file.is_file():
-            GenerationConfig.from_pretrained(str(directory))
+        GenerationConfig.from_pretrained(str(directory))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ForgeError(f"cannot be used ({reason})", where=str(file), fix="correct it, or remove it") from None

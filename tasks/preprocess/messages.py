@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from forge.core.errors import printable
 from forge.core.recipe import Turns
-from tasks.preprocess.rows import EXAMPLE, Invalid, check_text, json_of, parse_list, parse_text, printable, shown
+from tasks.preprocess.rows import EXAMPLE, Invalid, check_text, json_of, parse_list, parse_text, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 OPTIONAL = ("name", "tool_call_id", "reasoning_content")  # kept in a message, besides role, content and tool_calls

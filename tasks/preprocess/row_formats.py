@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from forge.core.errors import ForgeError
+from forge.core.errors import ForgeError, printable
 from forge.core.recipe import DataRecipe
 from tasks.preprocess.file_formats import Block
 from tasks.preprocess.messages import check_messages, check_tools, reject_media
@@ -20,7 +20,6 @@ from tasks.preprocess.rows import (
     check_text,
     parse_list,
     parse_text,
-    printable,
     shown,
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from forge.core.errors import printable
 from forge.core.recipe import Check
 
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -223,11 +224,6 @@ def check_text(value: Any, what: str) -> str:
 def shown(value: Any) -> str:
     """A value as a message names it, shortened."""
     return _SHORT.repr(value)
-
-
-def printable(text: str) -> str:
-    """The text with lone surrogates escaped, so that any file can hold it."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_judgement(value: Any, name: str) -> str:

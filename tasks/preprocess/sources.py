@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge.core.digest import digest_file, digest_json
-from forge.core.errors import ForgeError
+from forge.core.errors import ForgeError, printable
 from forge.core.recipe import DataRecipe
 from forge.core.settings import load_settings, path_of
 from forge.storage.remote_files import download_files, identify, is_hidden, is_remote
 from tasks.preprocess import demonstration
 from tasks.preprocess.file_formats import BLOCK, SUFFIXES, TEXT, Block, RawFile, read_blocks
-from tasks.preprocess.rows import printable
 
 log = logging.getLogger(__name__)
 

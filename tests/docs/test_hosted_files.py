@@ -5,17 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from forge.core.contracts import Base, Dataset
 from forge.core.errors import ForgeError
@@ -25,7 +22,7 @@ from tests.cli.command import forge
 from tests.conftest import chat, write_jsonl
 from tests.docs.test_pages import FENCED
 from tests.models.families import tokenizer_of
-from tests.preprocess.datasets import prepare_file
+from tests.preprocess.datasets import documents, prepare_file
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-hosted-fine-tuning.md").read_text()
 COUNT = 20
@@ -68,18 +65,7 @@ def prepared(rows: list[dict[str, Any]], folder: Path, **options: object) -> Dat
 
 def trained_texts(dataset: Dataset, folder: Path) -> list[str]:
     """What is trained of each document, one trained run per line; sorted."""
-    directory = DirectoryStore(folder / "store").path(dataset.uri)
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    texts = []
-    for shard in directory.glob("*/0*"):
-        tokens, trained, document = (np.load(shard / f"{name}.npy") for name in ("tokens", "trained", "document"))
-        for row, numbers in enumerate(document):
-            for number in range(1, numbers.max() + 1):
-                part = numbers == number
-                marked = zip(tokens[row][part].tolist(), trained[row][part].tolist(), strict=True)
-                runs = [[token for token, _ in run] for learned, run in groupby(marked, itemgetter(1)) if learned]
-                texts.append("\n".join(map(tokenizer.decode, runs)))
-    return sorted(texts)
+    return sorted("\n".join(runs) for _, runs in documents(dataset, DirectoryStore(folder / "store")))
 
 
 def rejected(path: Path, store: DirectoryStore, base: Base | None = None) -> str:

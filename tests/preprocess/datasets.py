@@ -1,7 +1,12 @@
 """Data sets for the tests."""
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
 
 from forge.core.contracts import Base, Dataset, Source
 from forge.core.recipe import DataRecipe
@@ -31,3 +36,19 @@ def prepare_file(path: Path, store: DirectoryStore, base: Base | None = None, **
 def card_of(dataset: Dataset, store: DirectoryStore) -> dict:
     """The card of a data set."""
     return json.loads((store.path(dataset.uri) / "dataset.json").read_text())
+
+
+def documents(dataset: Dataset, store: DirectoryStore) -> list[tuple[str, list[str]]]:
+    """The text of each document of a data set, and the parts of it that are trained; sorted."""
+    directory = store.path(dataset.uri)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    found = []
+    for shard in directory.glob("*/0*"):
+        tokens, trained, document = (np.load(shard / f"{name}.npy") for name in ("tokens", "trained", "document"))
+        for row, numbers in enumerate(document):
+            for number in range(1, numbers.max() + 1):
+                part = numbers == number
+                marked = list(zip(tokens[row][part].tolist(), trained[row][part].tolist(), strict=True))
+                runs = [[token for token, _ in run] for learned, run in groupby(marked, itemgetter(1)) if learned]
+                found.append((tokenizer.decode(tokens[row][part]), [tokenizer.decode(run) for run in runs]))
+    return sorted(found)

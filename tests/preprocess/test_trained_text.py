@@ -6,17 +6,13 @@ The rows and templates are as in public bug reports of programs that do this job
 import csv
 import json
 from collections.abc import Callable
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
-from transformers import AutoTokenizer
 
 from forge.core.contracts import Base, Dataset
 from forge.models.chat import ChatTokenizer, load_tokenizer
@@ -24,27 +20,11 @@ from forge.registry.packages import LocalBase
 from forge.storage import DirectoryStore
 from tests.conftest import write_jsonl
 from tests.models.families import CLOCK, conversation, tokenizer_of, tool_messages
-from tests.preprocess.datasets import card_of, prepare_file
+from tests.preprocess.datasets import card_of, documents, prepare_file
 from tests.preprocess.tokenizers import CHATML, chatml, llama3
 
 COUNT = 20
 NAMED = {"default": CHATML, "tool_use": "{{ 'tools: ' ~ (tools | tojson) ~ '\n' }}" + CHATML}
-
-
-def documents(dataset: Dataset, store: DirectoryStore) -> list[tuple[str, list[str]]]:
-    """The text of each document of a data set, and the parts of it that are trained; sorted."""
-    directory = store.path(dataset.uri)
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    found = []
-    for shard in directory.glob("*/0*"):
-        tokens, trained, document = (np.load(shard / f"{name}.npy") for name in ("tokens", "trained", "document"))
-        for row, numbers in enumerate(document):
-            for number in range(1, numbers.max() + 1):
-                part = numbers == number
-                marked = list(zip(tokens[row][part].tolist(), trained[row][part].tolist(), strict=True))
-                runs = [[token for token, _ in run] for learned, run in groupby(marked, itemgetter(1)) if learned]
-                found.append((tokenizer.decode(tokens[row][part]), [tokenizer.decode(run) for run in runs]))
-    return sorted(found)
 
 
 def prepare_rows(
